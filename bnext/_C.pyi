@@ -1,0 +1,55 @@
+from torch import Tensor
+
+build: dict[str, str | None]
+
+def batchnorm2d_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    /,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def batchnorm2d_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    /,
+) -> tuple[Tensor, Tensor]: ...
+def batchnorm2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    output_mask: tuple[bool, bool, bool, bool, bool],
+    /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+def check_forward(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    /,
+) -> None: ...
+def check_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    /,
+) -> None: ...
+def explain(input: Tensor, /) -> str: ...
+def cpu_isa() -> str: ...

@@ -1,0 +1,151 @@
+"""Batch norm and its derivative as functions."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bnext import _ops
+from bnext._extension import _C
+
+
+def batchnorm2d(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Batch normalization over a 4-D input; the meaning of :func:`torch.nn.functional.batch_norm`.
+
+    .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}\,\gamma + \beta
+
+    per channel, with the biased variance (Ioffe and Szegedy, 2015, Algorithm 1). In training the
+    statistics are those of the batch, and ``running = (1 - momentum) * running + momentum * batch``
+    with the unbiased variance; otherwise they are the running statistics.
+
+    Args:
+        input: (N, C, H, W); float64, float32, bfloat16 or float16; any strides.
+        running_mean, running_var: (C,), both or neither. Updated in place in training.
+        weight, bias: gamma and beta, (C,). None stands for 1 and 0.
+        training: take statistics from the batch.
+        momentum: the weight of this batch in the running statistics.
+        eps: added to the variance, in the units of its square.
+
+    All (C,) tensors have the dtype of ``input``, or float32 beside bfloat16 and float16. Sums are
+    accumulated in float64 on a CPU, whatever the dtype. An empty input gives an empty output and
+    leaves the running statistics as they are.
+
+    Returns:
+        A tensor of the shape and dtype of ``input``, contiguous or channels_last as it is.
+        Differentiable to any order for ``input``, ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: ``input`` is not 4-D; one value per channel in training; only one running
+            statistic; ``eps`` not positive in training or negative otherwise.
+        RuntimeError: shape, dtype or device of a (C,) tensor does not fit ``input``; no running
+            statistics in evaluation mode. ``NotImplementedError`` for an unsupported input dtype.
+        TypeError: an argument of another type. The message names the argument; nothing was written.
+    """
+    return _ops.batchnorm2d(
+        input, running_mean, running_var, None, weight, bias, training, momentum, eps
+    )
+
+
+class BatchNorm2dGradients(NamedTuple):
+    """The derivative of a loss by everything that batch norm computes with."""
+
+    input: Tensor  #: dL/dx, (N, C, H, W), dtype of the input
+    weight: Tensor  #: dL/dgamma, (C,), dtype of weight, or of the statistics without one
+    bias: Tensor  #: dL/dbeta, (C,), likewise
+    mean: Tensor  #: dL/dmean, (C,), float64 for float64 input, float32 otherwise
+    var: Tensor  #: dL/dvar, (C,), likewise
+
+
+def batchnorm2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    eps: float = 1e-5,
+    *,
+    save_mean: Tensor | None = None,
+    save_invstd: Tensor | None = None,
+) -> BatchNorm2dGradients:
+    r"""The derivative of :func:`batchnorm2d`, for a backward pass written by hand.
+
+    With :math:`m = NHW`, :math:`r = 1/\sqrt{\mathrm{var}+\epsilon}`, :math:`\hat x = (x - \mathrm{mean})\,r`
+    and sums over N, H and W (Ioffe and Szegedy, 2015, section 3):
+
+    .. math::
+        \frac{dL}{d\gamma} &= \sum dy\,\hat x, \qquad \frac{dL}{d\beta} = \sum dy \\
+        \frac{dL}{d\mathrm{var}} &= -\tfrac12 \gamma r^3 \sum dy\,(x - \mathrm{mean}) \\
+        \frac{dL}{d\mathrm{mean}} &= -\gamma r \sum dy
+            - 2 \frac{dL}{d\mathrm{var}} \frac{\sum (x - \mathrm{mean})}{m} \\
+        \frac{dL}{dx} &= \gamma r\,dy + \frac{dL}{d\mathrm{var}} \frac{2 (x - \mathrm{mean})}{m}
+            + \frac{1}{m} \frac{dL}{d\mathrm{mean}}
+
+    In evaluation mode mean and var are constants: :math:`dL/dx = \gamma r\,dy`, and
+    :math:`dL/d\mathrm{mean} = -\gamma r \sum dy`.
+
+    Args:
+        grad_output: dL/dy, the shape, dtype and device of ``input``; any strides.
+        input: x, (N, C, H, W).
+        weight: gamma, (C,); None stands for 1.
+        running_mean, running_var: (C,), read in evaluation mode.
+        training: whether mean and var were those of the batch.
+        eps: as in the forward pass.
+        save_mean, save_invstd: (C,), both or neither: the mean and 1/sqrt(var + eps) of the forward
+            pass, where the caller has kept them. They spare one reading of ``input``.
+
+    Returns:
+        :class:`BatchNorm2dGradients`, all five. They are not part of the autograd graph.
+
+    Raises:
+        The errors of :func:`batchnorm2d`; RuntimeError if ``grad_output`` does not fit ``input``;
+        ValueError if only one of ``save_mean`` and ``save_invstd`` is given.
+    """
+    if (save_mean is None) != (save_invstd is None):
+        raise ValueError("save_mean and save_invstd must either both be None or neither be None")
+    with torch.no_grad():
+        if save_mean is None or save_invstd is None:
+            save_mean, save_invstd = _C.batchnorm2d_statistics(
+                input, running_mean, running_var, training, eps
+            )
+        gradients = _C.batchnorm2d_backward(
+            grad_output, input, weight, save_mean, save_invstd, training, (True,) * 5
+        )
+    return BatchNorm2dGradients(*gradients)
+
+
+def layer_gradients(
+    layer: nn.BatchNorm2d, input: Tensor, grad_output: Tensor
+) -> BatchNorm2dGradients:
+    """The derivative of ``layer(input)``, in the mode that the layer is in.
+
+    Args:
+        layer: a batch-norm layer. Nothing in it is changed, its running statistics included.
+        input: what went into it, (N, C, H, W).
+        grad_output: dL/d(output), the shape of ``input``.
+
+    Returns:
+        :class:`BatchNorm2dGradients`; formulas and errors as :func:`batchnorm2d_backward`.
+
+    Raises:
+        TypeError: ``layer`` is not a :class:`torch.nn.BatchNorm2d`.
+    """
+    if not isinstance(layer, nn.BatchNorm2d):
+        raise TypeError(
+            "layer_gradients(): argument 'layer' must be torch.nn.BatchNorm2d, "
+            f"not {type(layer).__name__}"
+        )
+    training = layer.training or layer.running_mean is None
+    running_mean, running_var = (None, None) if training else (layer.running_mean, layer.running_var)
+    return batchnorm2d_backward(
+        grad_output, input, layer.weight, running_mean, running_var, training, layer.eps
+    )

@@ -1,0 +1,165 @@
+// PYBIND11_MODULE and TORCH_LIBRARY: the same functions, once for Python and once for the dispatcher.
+// The Python functions go through the dispatcher too, below autograd (bnext/autograd.py is the derivative): so fake
+// tensors, tracing modes and profilers see every call, and eager calls skip what parsing a schema in Python costs.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "api.h"
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace bnext {
+namespace {
+
+// Argument conversion that says which argument of which function is wrong, as torch's own functions do.
+struct Arguments {
+  const char* function;
+
+  at::Tensor tensor(py::handle value, const char* name) const {
+    TORCH_CHECK_TYPE(THPVariable_Check(value.ptr()), function, "(): argument '", name, "' must be Tensor, not ",
+                     Py_TYPE(value.ptr())->tp_name);
+    return THPVariable_Unpack(value.ptr());
+  }
+  OptionalTensor optional_tensor(py::handle value, const char* name) const {
+    if (value.is_none()) return std::nullopt;
+    TORCH_CHECK_TYPE(THPVariable_Check(value.ptr()), function, "(): argument '", name, "' must be Tensor or None, not ",
+                     Py_TYPE(value.ptr())->tp_name);
+    return THPVariable_Unpack(value.ptr());
+  }
+  double number(py::handle value, const char* name) const {
+    if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+    const double number = PyNumber_Check(value.ptr()) ? PyFloat_AsDouble(value.ptr()) : -1.0;
+    const bool failed = !PyNumber_Check(value.ptr()) || (number == -1.0 && PyErr_Occurred());
+    if (failed) PyErr_Clear();
+    TORCH_CHECK_TYPE(!failed, function, "(): argument '", name, "' must be float, not ", Py_TYPE(value.ptr())->tp_name);
+    return number;
+  }
+  bool boolean(py::handle value, const char* name) const {
+    if (value.ptr() == Py_True) return true;
+    TORCH_CHECK_TYPE(value.ptr() == Py_False, function, "(): argument '", name, "' must be bool, not ",
+                     Py_TYPE(value.ptr())->tp_name);
+    return false;
+  }
+};
+
+py::tuple to_python(std::initializer_list<at::Tensor> tensors) {
+  py::tuple result(tensors.size());
+  size_t i = 0;
+  for (const at::Tensor& t : tensors) {
+    PyObject* wrapped = t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None);
+    PyTuple_SET_ITEM(result.ptr(), i++, wrapped);
+  }
+  return result;
+}
+
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> find_operator(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+template <typename F>
+auto call_operator(F call) {
+  py::gil_scoped_release no_gil;
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return call();
+}
+
+py::tuple py_forward(py::handle input, py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
+                     py::handle weight, py::handle bias, py::handle training, py::handle momentum, py::handle eps) {
+  static const auto op = find_operator<decltype(batchnorm2d_forward)>("bnext::batchnorm2d_forward");
+  const Arguments as{"batchnorm2d"};
+  const auto x = as.tensor(input, "input");
+  const auto mean = as.optional_tensor(running_mean, "running_mean");
+  const auto var = as.optional_tensor(running_var, "running_var");
+  const auto tracked = as.optional_tensor(num_batches_tracked, "num_batches_tracked");
+  const auto gamma = as.optional_tensor(weight, "weight");
+  const auto beta = as.optional_tensor(bias, "bias");
+  const bool train = as.boolean(training, "training");
+  // None is the cumulative average, which needs a count of batches.
+  const bool cumulative = momentum.is_none() && tracked.has_value();
+  const auto factor = cumulative ? std::optional<double>() : as.number(momentum, "momentum");
+  const double epsilon = as.number(eps, "eps");
+  const auto [output, save_mean, save_invstd] =
+      call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon); });
+  return to_python({output, save_mean, save_invstd});
+}
+
+py::tuple py_statistics(py::handle input, py::handle running_mean, py::handle running_var, py::handle training,
+                        py::handle eps) {
+  static const auto op = find_operator<decltype(batchnorm2d_statistics)>("bnext::batchnorm2d_statistics");
+  const Arguments as{"batchnorm2d_backward"};
+  const auto x = as.tensor(input, "input");
+  const auto mean = as.optional_tensor(running_mean, "running_mean");
+  const auto var = as.optional_tensor(running_var, "running_var");
+  const bool train = as.boolean(training, "training");
+  const double epsilon = as.number(eps, "eps");
+  const auto [save_mean, save_invstd] = call_operator([&] { return op.call(x, mean, var, train, epsilon); });
+  return to_python({save_mean, save_invstd});
+}
+
+py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weight, py::handle save_mean,
+                      py::handle save_invstd, py::handle training, std::array<bool, 5> output_mask) {
+  static const auto op = find_operator<decltype(batchnorm2d_backward)>("bnext::batchnorm2d_backward");
+  const Arguments as{"batchnorm2d_backward"};
+  const auto dy = as.tensor(grad_output, "grad_output");
+  const auto x = as.tensor(input, "input");
+  const auto gamma = as.optional_tensor(weight, "weight");
+  const auto mean = as.tensor(save_mean, "save_mean");
+  const auto invstd = as.tensor(save_invstd, "save_invstd");
+  const bool train = as.boolean(training, "training");
+  const auto [dx, dweight, dbias, dmean, dvar] =
+      call_operator([&] { return op.call(dy, x, gamma, mean, invstd, train, output_mask); });
+  return to_python({dx, dweight, dbias, dmean, dvar});
+}
+
+}  // namespace
+}  // namespace bnext
+
+#define BNEXT_STATISTICS "Tensor input, Tensor? running_mean, Tensor? running_var, bool training, float eps"
+#define BNEXT_FORWARD                                                                                  \
+  "Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, " \
+  "Tensor? weight, Tensor? bias, bool training, float? momentum, float eps"
+
+TORCH_LIBRARY(bnext, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  // Differentiable: bnext/_ops.py gives it the autograd Function.
+  m.def("batchnorm2d(" BNEXT_FORWARD ") -> Tensor", tags);
+  m.def("batchnorm2d_forward(" BNEXT_FORWARD ") -> (Tensor output, Tensor mean, Tensor invstd)", tags);
+  m.def("batchnorm2d_statistics(" BNEXT_STATISTICS ") -> (Tensor mean, Tensor invstd)", tags);
+  m.def(
+      "batchnorm2d_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor save_mean, Tensor save_invstd, "
+      "bool training, bool[5] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
+      tags);
+}
+
+// CUDA too in a build without CUDA kernels: api.cpp then says how to get them.
+#define BNEXT_REGISTER(m)                                                    \
+  m.impl("batchnorm2d_forward", TORCH_FN(bnext::batchnorm2d_forward));       \
+  m.impl("batchnorm2d_statistics", TORCH_FN(bnext::batchnorm2d_statistics)); \
+  m.impl("batchnorm2d_backward", TORCH_FN(bnext::batchnorm2d_backward));
+
+TORCH_LIBRARY_IMPL(bnext, CPU, m){BNEXT_REGISTER(m)} TORCH_LIBRARY_IMPL(bnext, CUDA, m){BNEXT_REGISTER(m)}
+
+PYBIND11_MODULE(_C, m) {
+  m.def("batchnorm2d_forward", torch::wrap_pybind_function(bnext::py_forward));
+  m.def("batchnorm2d_statistics", torch::wrap_pybind_function(bnext::py_statistics));
+  m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward));
+  m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
+  m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
+  m.def("explain", torch::wrap_pybind_function(bnext::explain));
+  py::dict build;
+  build["torch"] = TORCH_VERSION;
+#ifdef BNEXT_CUDA_ARCHS
+  build["cuda_archs"] = BNEXT_CUDA_ARCHS;
+#else
+  build["cuda_archs"] = py::none();
+#endif
+  m.attr("build") = build;
+  m.def("cpu_isa", torch::wrap_pybind_function([] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }));
+}

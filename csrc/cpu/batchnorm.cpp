@@ -1,0 +1,249 @@
+// The two passes of batch norm: sums, the few numbers per channel that follow from them, and the elementwise half.
+#include "batchnorm.h"
+
+#include <cmath>
+
+#include "half.h"
+#include "partition.h"
+
+namespace bnext::cpu {
+namespace {
+
+double load_channel(const ChannelVector& v, int64_t c, double otherwise) {
+  if (v.data == nullptr) return otherwise;
+  switch (v.dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(v.data)[c * v.stride];
+    case DType::kFloat32:
+      return static_cast<const float*>(v.data)[c * v.stride];
+    case DType::kBFloat16:
+      return to_float(static_cast<const BFloat16*>(v.data)[c * v.stride]);
+    case DType::kFloat16:
+      return to_float(static_cast<const Float16*>(v.data)[c * v.stride]);
+  }
+  return otherwise;
+}
+
+void store_channel(const ChannelVector& v, int64_t c, double value) {
+  if (v.data == nullptr) return;
+  switch (v.dtype) {
+    case DType::kFloat64:
+      static_cast<double*>(v.data)[c * v.stride] = value;
+      break;
+    case DType::kFloat32:
+      static_cast<float*>(v.data)[c * v.stride] = static_cast<float>(value);
+      break;
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(v.data)[c * v.stride] = to_bfloat16(static_cast<float>(value));
+      break;
+    case DType::kFloat16:
+      static_cast<Float16*>(v.data)[c * v.stride] = to_float16(static_cast<float>(value));
+      break;
+  }
+}
+
+// The first element of a channel: near its mean on the scale of its deviation, which is all that a shifted sum needs.
+double first_element(const Geometry& g, const View& x, int64_t c) {
+  const double first =
+      load_channel({static_cast<char*>(x.data) + c * x.stride_c * dtype_bytes(g.dtype), 1, g.dtype}, 0, 0);
+  return std::isfinite(first) ? first : 0.0;
+}
+
+// kNumVectors numbers per channel, repeated for folded rows.
+template <int kNumVectors>
+class Coefficients {
+ public:
+  explicit Coefficients(const Partition& p)
+      : channels_(p.num_channels()), wide_(p.wide_channels()), values_(kNumVectors * p.wide_channels()) {}
+
+  const double* operator[](int k) const { return values_.data() + k * wide_; }
+
+  void set(int64_t c, const double (&value)[kNumVectors]) {
+    for (int k = 0; k < kNumVectors; ++k) {
+      for (int64_t i = c; i < wide_; i += channels_) values_[k * wide_ + i] = value[k];
+    }
+  }
+
+ private:
+  int64_t channels_, wide_;
+  std::vector<double> values_;
+};
+
+// Reduce, finish each channel, apply: with everything of a channel on one thread where that fills the cores, which keeps
+// the channel in cache. The apply half goes backwards, to what was read last.
+template <int kNumSums, typename Reduce, typename Finish, typename Apply>
+void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_passes, Reduce reduce, Finish finish,
+                       const Apply* apply) {
+  if (p.channel_by_channel()) {
+    p.parallel(p.num_channels(), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        for (int pass = 0; pass < num_passes; ++pass) {
+          sums.reduce_channel(c, reduce);
+          finish(c, pass);
+        }
+        if (apply == nullptr) continue;
+        for (int64_t chunk = p.num_chunks() - 1; chunk >= 0; --chunk) p.for_each_part(p.block(c, chunk), *apply);
+      }
+    });
+    return;
+  }
+  for (int pass = 0; pass < num_passes; ++pass) {
+    sums.reduce_all(reduce);
+    for (int64_t c = 0; c < p.num_channels(); ++c) finish(c, pass);
+  }
+  if (apply != nullptr) {
+    p.for_each_block(true, [&](const Block& block, int64_t) { p.for_each_part(block, *apply); });
+  }
+}
+
+}  // namespace
+
+void forward(const ForwardProblem& problem) {
+  const Geometry& g = problem.geometry;
+  const Partition p(g, {&problem.x, &problem.y});
+  const KernelTable& table = kernel_table(current_isa(), g);
+  const View x_wide = fold_view(problem.x, p.fold()), y_wide = fold_view(problem.y, p.fold());
+  const double m = static_cast<double>(g.num_positions());
+
+  Coefficients<3> coefficients(p);
+  auto set_coefficients = [&](int64_t c, double mean, double invstd) {
+    store_channel(problem.mean, c, mean);
+    store_channel(problem.invstd, c, invstd);
+    const double scale = load_channel(problem.weight, c, 1) * invstd;
+    coefficients.set(c, {mean, scale, load_channel(problem.bias, c, 0)});
+  };
+  auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
+    table.normalize(part, fold > 1 ? x_wide : problem.x, fold > 1 ? y_wide : problem.y, block, coefficients[0],
+                    coefficients[1], coefficients[2]);
+  };
+  const bool has_output = problem.y.data != nullptr;
+
+  if (!problem.training) {
+    for (int64_t c = 0; c < g.num_channels; ++c) {
+      set_coefficients(c, load_channel(problem.running_mean, c, 0),
+                       1 / std::sqrt(load_channel(problem.running_var, c, 1) + problem.eps));
+    }
+    if (has_output) p.for_each_block(false, [&](const Block& block, int64_t) { p.for_each_part(block, apply); });
+    return;
+  }
+
+  double momentum = problem.momentum;
+  if (problem.num_batches_tracked != nullptr) {
+    const int64_t count = ++*problem.num_batches_tracked;
+    if (problem.cumulative) momentum = 1.0 / static_cast<double>(count);
+  }
+
+  // Shifted sums, never E[x^2] - E[x]^2. For float64 a second pass shifts by the mean itself, which the corrected
+  // two-pass algorithm asks for; for the others float64 sums have bits to spare.
+  const int num_passes = g.dtype == DType::kFloat64 ? 2 : 1;
+  Coefficients<1> pivot(p);
+  for (int64_t c = 0; c < g.num_channels; ++c) pivot.set(c, {first_element(g, problem.x, c)});
+  ChannelSums<2> sums(p, p.channel_by_channel() ? 1 : p.num_chunks());
+  auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
+    table.moments(part, fold > 1 ? x_wide : problem.x, block, pivot[0], out, out + stride);
+  };
+  auto finish = [&](int64_t c, int pass) {
+    const double shift = sums.total(0)[c] / m;
+    const double mean = pivot[0][c] + shift;
+    if (pass + 1 < num_passes) {
+      pivot.set(c, {std::isfinite(mean) ? mean : 0.0});
+      return;
+    }
+    const double sum_squares = sums.total(1)[c] - sums.total(0)[c] * shift;
+    const double var = sum_squares < 0 ? 0 : sum_squares / m;
+    set_coefficients(c, mean, 1 / std::sqrt(var + problem.eps));
+    if (problem.running_mean.data == nullptr) return;
+    auto update = [&](const ChannelVector& running, double value) {
+      store_channel(running, c, momentum * value + (1 - momentum) * load_channel(running, c, 0));
+    };
+    update(problem.running_mean, mean);
+    update(problem.running_var, var * (m / (m - 1)));
+  };
+  reduce_then_apply(p, sums, num_passes, reduce, finish, has_output ? &apply : nullptr);
+}
+
+void backward(const BackwardProblem& problem) {
+  const Geometry& g = problem.geometry;
+  const Partition p(g, {&problem.x, &problem.dy, &problem.dx});
+  const KernelTable& table = kernel_table(current_isa(), g);
+  const View x_wide = fold_view(problem.x, p.fold()), dy_wide = fold_view(problem.dy, p.fold()),
+             dx_wide = fold_view(problem.dx, p.fold());
+  const double m = static_cast<double>(g.num_positions());
+  const bool has_dx = problem.dx.data != nullptr;
+  const bool needs_sum_dy_xmu =
+      (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
+  const bool needs_sums = needs_sum_dy_xmu || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
+
+  Coefficients<1> mean(p);
+  Coefficients<4> coefficients(p);
+  for (int64_t c = 0; c < g.num_channels; ++c) {
+    mean.set(c, {needs_sum_dy_xmu ? load_channel(problem.mean, c, 0) : 0.0});
+    // Eval: mean and var are constants, dx = weight * invstd * dy.
+    const double scale_dy = load_channel(problem.weight, c, 1) * load_channel(problem.invstd, c, 1);
+    if (!problem.training) coefficients.set(c, {0, scale_dy, 0, 0});
+  }
+
+  // Eval goes block by block whatever the shape, so it keeps the sums of every block.
+  ChannelSums<3> sums(p, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
+  auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
+    const View& dy = fold > 1 ? dy_wide : problem.dy;
+    if (needs_sum_dy_xmu) {
+      table.backward_sums(part, fold > 1 ? x_wide : problem.x, dy, block, mean[0], out, out + stride, out + 2 * stride);
+    } else {  // only sum(dy): x is not read
+      table.moments(part, dy, block, mean[0], out, out + stride);
+    }
+  };
+  auto finish = [&](int64_t c, int) {
+    const double weight = load_channel(problem.weight, c, 1), invstd = load_channel(problem.invstd, c, 1);
+    const double sum_dy = sums.total(0)[c];
+    // The mean was rounded when it was saved. In training it is the batch mean, so sum(x - mean) / m is what rounding
+    // took from it, and putting that back keeps the gradient right at large mean / std.
+    const double lost = problem.training && needs_sum_dy_xmu ? sums.total(2)[c] / m : 0;
+    const double sum_dy_xmu = sums.total(1)[c] - lost * sum_dy;
+    store_channel(problem.dbias, c, sum_dy);
+    store_channel(problem.dweight, c, sum_dy_xmu * invstd);
+    store_channel(problem.dvar, c, -0.5 * weight * invstd * invstd * invstd * sum_dy_xmu);
+    // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
+    store_channel(problem.dmean, c, -weight * invstd * sum_dy);
+    if (!problem.training) return;
+    const double scale_dy = weight * invstd;
+    const double scale_x = -scale_dy * invstd * invstd * sum_dy_xmu / m;
+    coefficients.set(c, {mean[0][c] + lost, scale_dy, scale_x, -scale_dy * sum_dy / m});
+  };
+
+  if (problem.training) {
+    auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
+      table.backward_apply(part, fold > 1 ? x_wide : problem.x, fold > 1 ? dy_wide : problem.dy,
+                           fold > 1 ? dx_wide : problem.dx, block, coefficients[0], coefficients[1], coefficients[2],
+                           coefficients[3]);
+    };
+    reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
+    return;
+  }
+
+  // Eval: dx does not wait for the sums, so each block is read once for both.
+  auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
+    table.normalize(part, fold > 1 ? dy_wide : problem.dy, fold > 1 ? dx_wide : problem.dx, block, coefficients[0],
+                    coefficients[1], coefficients[2]);
+  };
+  p.for_each_block(false, [&](const Block& block, int64_t chunk) {
+    if (needs_sums) sums.add_block(block, sums.partial(chunk), reduce);
+    if (has_dx) p.for_each_part(block, apply);
+  });
+  if (!needs_sums) return;
+  sums.merge();
+  for (int64_t c = 0; c < g.num_channels; ++c) finish(c, 0);
+}
+
+std::string explain(const Geometry& g) {
+  std::string text = g.walk == Walk::kPlanes ? "planes" : "rows";
+  if (g.walk == Walk::kPlanes) {
+    text += g.unit_stride ? " (positions of a channel are adjacent, as in NCHW)" : " (strided positions)";
+  } else {
+    text += g.unit_stride ? " (channels of a position are adjacent, as in channels_last)" : " (strided channels)";
+  }
+  text += g.unit_stride ? std::string(", ") + isa_name(current_isa()) : ", one element at a time";
+  return text;
+}
+
+}  // namespace bnext::cpu

@@ -1,0 +1,16 @@
+// Batch norm on the CPU: both passes, training and eval.
+#pragma once
+
+#include <string>
+
+#include "../problem.h"
+
+namespace bnext::cpu {
+
+void forward(const ForwardProblem& problem);
+void backward(const BackwardProblem& problem);
+
+// Which inner loops a geometry gets, in words.
+std::string explain(const Geometry& geometry);
+
+}  // namespace bnext::cpu

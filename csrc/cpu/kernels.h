@@ -1,0 +1,41 @@
+// The four inner loops of batch norm on a CPU, as tables of function pointers: one table for each instruction set,
+// dtype and walk. What to call on which block, and on which thread, is decided in batchnorm.cpp.
+#pragma once
+
+#include "../problem.h"
+
+namespace bnext::cpu {
+
+enum class Isa : uint8_t { kGeneric, kAvx2, kAvx512 };
+
+const char* isa_name(Isa isa);
+
+// The widest instruction set that this processor has and this build holds; BNEXT_CPU_ISA=generic|avx2|avx512 forces one.
+Isa current_isa();
+
+// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry.
+struct Block {
+  int64_t channel_begin, channel_end;
+  int64_t begin, end;
+};
+
+// Per-channel arrays are indexed by channel; sums are added to. All arithmetic between a load and a store is float64,
+// for every dtype: PyTorch's CPU kernels sum in float64, so nothing less is as accurate, and a loop that waits for
+// memory has the time.
+struct KernelTable {
+  // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
+  void (*moments)(const Geometry&, const View& x, Block, const double* pivot, double* s1, double* s2);
+  // y = (x - mean) * scale + shift
+  void (*normalize)(const Geometry&, const View& x, const View& y, Block, const double* mean, const double* scale,
+                    const double* shift);
+  // sum_dy += sum(dy), sum_dy_xmu += sum(dy * (x - mean)), sum_xmu += sum(x - mean)
+  void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const double* mean, double* sum_dy,
+                        double* sum_dy_xmu, double* sum_xmu);
+  // dx = scale_dy * dy + scale_x * (x - mean) + shift
+  void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, const double* mean,
+                         const double* scale_dy, const double* scale_x, const double* shift);
+};
+
+const KernelTable& kernel_table(Isa isa, const Geometry& geometry);
+
+}  // namespace bnext::cpu

@@ -1,0 +1,336 @@
+// The inner loops themselves. Compiled once for each instruction set: kernels_<isa>.cpp defines BNEXT_ISA_LEVEL (0
+// generic, 1 AVX2, 2 AVX-512) and BNEXT_ISA (the namespace), opens the target region and includes this file.
+// Every header is included before that region, so that no inline function of theirs is compiled for an instruction set
+// that the processor may lack and then picked by the linker for everybody.
+// No include guard on purpose.
+
+namespace bnext::cpu::BNEXT_ISA {
+
+#include "simd.h"
+
+// Calls f(offset_in(view)..., length) for each run of positions [begin, end) along the innermost dimension.
+template <typename F, typename... Views>
+BNEXT_INLINE void for_each_run(const Geometry& g, int64_t begin, int64_t end, F f, const Views&... views) {
+  const int64_t inner = g.size[2];
+  int64_t i2 = begin % inner;
+  int64_t i1 = begin / inner % g.size[1];
+  int64_t i0 = begin / inner / g.size[1];
+  while (begin < end) {
+    const int64_t length = inner - i2 < end - begin ? inner - i2 : end - begin;
+    f((i0 * views.stride[0] + i1 * views.stride[1] + i2 * views.stride[2])..., length);
+    begin += length;
+    i2 = 0;
+    if (++i1 == g.size[1]) {
+      i1 = 0;
+      ++i0;
+    }
+  }
+}
+
+template <typename T>
+BNEXT_INLINE const T* at(const View& view, int64_t offset) {
+  return static_cast<const T*>(view.data) + offset;
+}
+template <typename T>
+BNEXT_INLINE T* at_mutable(const View& view, int64_t offset) {
+  return static_cast<T*>(view.data) + offset;
+}
+
+constexpr int kUnroll = 4;  // independent accumulators: hides the latency of an add
+
+// Calls step(offset, accumulator, first_lane) over [0, length): whole vectors, then one that overlaps what was done
+// and must ignore the lanes below first_lane. Shorter than a vector: tail(offset) for each element.
+template <typename Step, typename Tail>
+BNEXT_INLINE void for_each_vector(int64_t length, Step step, Tail tail) {
+  int64_t i = 0;
+  for (; i + kUnroll * kDoubles <= length; i += kUnroll * kDoubles) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kUnroll; ++u) step(i + u * kDoubles, u, 0);
+  }
+  for (; i + kDoubles <= length; i += kDoubles) step(i, 0, 0);
+  if (i == length) return;
+  if (length >= kDoubles) {
+    step(length - kDoubles, 1, i - (length - kDoubles));
+  } else {
+    for (; i < length; ++i) tail(i);
+  }
+}
+
+BNEXT_INLINE double sum_accumulators(const Doubles (&acc)[kUnroll]) {
+  return sum_lanes((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+template <typename T>
+void moments_planes(const Geometry& g, const View& x, Block block, const double* pivot, double* s1, double* s2) {
+  for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
+    const double p = pivot[c];
+    Doubles a1[kUnroll] = {}, a2[kUnroll] = {};
+    double t1 = 0, t2 = 0;
+    for_each_run(
+        g, block.begin, block.end,
+        [&](int64_t offset, int64_t length) __attribute__((always_inline)) {
+          const T* px = at<T>(x, c * x.stride_c + offset);
+          for_each_vector(
+              length,
+              [&](int64_t i, int u, int64_t first) __attribute__((always_inline)) {
+                Doubles d = load(px + i) - p;
+                if (first > 0) d = keep_from(d, first);
+                a1[u] += d;
+                a2[u] += d * d;
+              },
+              [&](int64_t i) {
+                const double d = load_one(px + i) - p;
+                t1 += d;
+                t2 += d * d;
+              });
+        },
+        x);
+    s1[c] += sum_accumulators(a1) + t1;
+    s2[c] += sum_accumulators(a2) + t2;
+  }
+}
+
+template <typename T>
+void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Block block, const double* mean,
+                          double* sum_dy, double* sum_dy_xmu, double* sum_xmu) {
+  for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
+    const double mu = mean[c];
+    Doubles a_dy[kUnroll] = {}, a_dy_xmu[kUnroll] = {}, a_xmu[kUnroll] = {};
+    double t_dy = 0, t_dy_xmu = 0, t_xmu = 0;
+    for_each_run(
+        g, block.begin, block.end,
+        [&](int64_t offset_x, int64_t offset_dy, int64_t length) __attribute__((always_inline)) {
+          const T* px = at<T>(x, c * x.stride_c + offset_x);
+          const T* pdy = at<T>(dy, c * dy.stride_c + offset_dy);
+          for_each_vector(
+              length,
+              [&](int64_t i, int u, int64_t first) __attribute__((always_inline)) {
+                Doubles xmu = load(px + i) - mu;
+                Doubles d = load(pdy + i);
+                if (first > 0) {
+                  xmu = keep_from(xmu, first);
+                  d = keep_from(d, first);
+                }
+                a_dy[u] += d;
+                a_dy_xmu[u] += d * xmu;
+                a_xmu[u] += xmu;
+              },
+              [&](int64_t i) {
+                const double xmu = load_one(px + i) - mu;
+                const double d = load_one(pdy + i);
+                t_dy += d;
+                t_dy_xmu += d * xmu;
+                t_xmu += xmu;
+              });
+        },
+        x, dy);
+    sum_dy[c] += sum_accumulators(a_dy) + t_dy;
+    sum_dy_xmu[c] += sum_accumulators(a_dy_xmu) + t_dy_xmu;
+    sum_xmu[c] += sum_accumulators(a_xmu) + t_xmu;
+  }
+}
+
+template <typename T>
+void normalize_planes(const Geometry& g, const View& x, const View& y, Block block, const double* mean,
+                      const double* scale, const double* shift) {
+  for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
+    const double mu = mean[c], a = scale[c], b = shift[c];
+    for_each_run(
+        g, block.begin, block.end,
+        [&](int64_t offset_x, int64_t offset_y, int64_t length) __attribute__((always_inline)) {
+          const T* px = at<T>(x, c * x.stride_c + offset_x);
+          T* py = at_mutable<T>(y, c * y.stride_c + offset_y);
+          int64_t i = 0;
+          for (; i + kDoubles <= length; i += kDoubles) store(py + i, (load(px + i) - mu) * a + b);
+          for (; i < length; ++i) store_one(py + i, (load_one(px + i) - mu) * a + b);
+        },
+        x, y);
+  }
+}
+
+template <typename T>
+void backward_apply_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
+                           const double* mean, const double* scale_dy, const double* scale_x, const double* shift) {
+  for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
+    const double mu = mean[c], a = scale_dy[c], b = scale_x[c], k = shift[c];
+    for_each_run(
+        g, block.begin, block.end,
+        [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length) __attribute__((always_inline)) {
+          const T* px = at<T>(x, c * x.stride_c + offset_x);
+          const T* pdy = at<T>(dy, c * dy.stride_c + offset_dy);
+          T* pdx = at_mutable<T>(dx, c * dx.stride_c + offset_dx);
+          int64_t i = 0;
+          for (; i + kDoubles <= length; i += kDoubles) {
+            store(pdx + i, load(pdy + i) * a + ((load(px + i) - mu) * b + k));
+          }
+          for (; i < length; ++i) store_one(pdx + i, load_one(pdy + i) * a + ((load_one(px + i) - mu) * b + k));
+        },
+        x, dy, dx);
+  }
+}
+
+// Rows. A pass over kRowsPerPass rows loads and stores the per-channel numbers once, not kRowsPerPass times.
+constexpr int kRowsPerPass = 8;
+
+// Calls pass(row, std::integral_constant<int, rows>) over [0, length).
+template <typename Pass>
+BNEXT_INLINE void for_each_pass(int64_t length, Pass pass) {
+  int64_t r = 0;
+  for (; r + kRowsPerPass <= length; r += kRowsPerPass) pass(r, std::integral_constant<int, kRowsPerPass>());
+  for (; r < length; ++r) pass(r, std::integral_constant<int, 1>());
+}
+
+template <typename T>
+void moments_rows(const Geometry& g, const View& x, Block block, const double* pivot, double* s1, double* s2) {
+  for_each_run(
+      g, block.begin, block.end,
+      [&](int64_t offset, int64_t length) __attribute__((always_inline)) {
+        for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          const T* px = at<T>(x, offset + row * x.stride[2]);
+          int64_t c = block.channel_begin;
+          for (; c + kDoubles <= block.channel_end; c += kDoubles) {
+            const Doubles p = load(pivot + c);
+            Doubles a1 = load(s1 + c), a2 = load(s2 + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows.value; ++r) {
+              const Doubles d = load(px + r * x.stride[2] + c) - p;
+              a1 += d;
+              a2 += d * d;
+            }
+            store(s1 + c, a1);
+            store(s2 + c, a2);
+          }
+          for (; c < block.channel_end; ++c) {
+            for (int r = 0; r < rows.value; ++r) {
+              const double d = load_one(px + r * x.stride[2] + c) - pivot[c];
+              s1[c] += d;
+              s2[c] += d * d;
+            }
+          }
+        });
+      },
+      x);
+}
+
+template <typename T>
+void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const double* mean,
+                        double* sum_dy, double* sum_dy_xmu, double* sum_xmu) {
+  for_each_run(
+      g, block.begin, block.end,
+      [&](int64_t offset_x, int64_t offset_dy, int64_t length) __attribute__((always_inline)) {
+        for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          const T* px = at<T>(x, offset_x + row * x.stride[2]);
+          const T* pdy = at<T>(dy, offset_dy + row * dy.stride[2]);
+          int64_t c = block.channel_begin;
+          for (; c + kDoubles <= block.channel_end; c += kDoubles) {
+            const Doubles mu = load(mean + c);
+            Doubles a_dy = load(sum_dy + c);
+            Doubles a_dy_xmu = load(sum_dy_xmu + c);
+            Doubles a_xmu = load(sum_xmu + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows.value; ++r) {
+              const Doubles xmu = load(px + r * x.stride[2] + c) - mu;
+              const Doubles d = load(pdy + r * dy.stride[2] + c);
+              a_dy += d;
+              a_dy_xmu += d * xmu;
+              a_xmu += xmu;
+            }
+            store(sum_dy + c, a_dy);
+            store(sum_dy_xmu + c, a_dy_xmu);
+            store(sum_xmu + c, a_xmu);
+          }
+          for (; c < block.channel_end; ++c) {
+            for (int r = 0; r < rows.value; ++r) {
+              const double xmu = load_one(px + r * x.stride[2] + c) - mean[c];
+              const double d = load_one(pdy + r * dy.stride[2] + c);
+              sum_dy[c] += d;
+              sum_dy_xmu[c] += d * xmu;
+              sum_xmu[c] += xmu;
+            }
+          }
+        });
+      },
+      x, dy);
+}
+
+template <typename T>
+void normalize_rows(const Geometry& g, const View& x, const View& y, Block block, const double* mean,
+                    const double* scale, const double* shift) {
+  for_each_run(
+      g, block.begin, block.end,
+      [&](int64_t offset_x, int64_t offset_y, int64_t length) __attribute__((always_inline)) {
+        for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          const T* px = at<T>(x, offset_x + row * x.stride[2]);
+          T* py = at_mutable<T>(y, offset_y + row * y.stride[2]);
+          int64_t c = block.channel_begin;
+          for (; c + kDoubles <= block.channel_end; c += kDoubles) {
+            const Doubles mu = load(mean + c), a = load(scale + c), b = load(shift + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows.value; ++r) {
+              store(py + r * y.stride[2] + c, (load(px + r * x.stride[2] + c) - mu) * a + b);
+            }
+          }
+          for (; c < block.channel_end; ++c) {
+            for (int r = 0; r < rows.value; ++r) {
+              store_one(py + r * y.stride[2] + c, (load_one(px + r * x.stride[2] + c) - mean[c]) * scale[c] + shift[c]);
+            }
+          }
+        });
+      },
+      x, y);
+}
+
+template <typename T>
+void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
+                         const double* mean, const double* scale_dy, const double* scale_x, const double* shift) {
+  for_each_run(
+      g, block.begin, block.end,
+      [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length) __attribute__((always_inline)) {
+        for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          const T* px = at<T>(x, offset_x + row * x.stride[2]);
+          const T* pdy = at<T>(dy, offset_dy + row * dy.stride[2]);
+          T* pdx = at_mutable<T>(dx, offset_dx + row * dx.stride[2]);
+          int64_t c = block.channel_begin;
+          for (; c + kDoubles <= block.channel_end; c += kDoubles) {
+            const Doubles mu = load(mean + c), a = load(scale_dy + c), b = load(scale_x + c), k = load(shift + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows.value; ++r) {
+              store(pdx + r * dx.stride[2] + c,
+                    load(pdy + r * dy.stride[2] + c) * a + ((load(px + r * x.stride[2] + c) - mu) * b + k));
+            }
+          }
+          for (; c < block.channel_end; ++c) {
+            for (int r = 0; r < rows.value; ++r) {
+              store_one(pdx + r * dx.stride[2] + c,
+                        load_one(pdy + r * dy.stride[2] + c) * scale_dy[c] +
+                            ((load_one(px + r * x.stride[2] + c) - mean[c]) * scale_x[c] + shift[c]));
+            }
+          }
+        });
+      },
+      x, dy, dx);
+}
+
+template <typename T>
+const KernelTable& table_of(Walk walk) {
+  static constexpr KernelTable planes = {moments_planes<T>, normalize_planes<T>, backward_sums_planes<T>,
+                                         backward_apply_planes<T>};
+  static constexpr KernelTable rows = {moments_rows<T>, normalize_rows<T>, backward_sums_rows<T>,
+                                       backward_apply_rows<T>};
+  return walk == Walk::kPlanes ? planes : rows;
+}
+
+const KernelTable& table(DType dtype, Walk walk) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return table_of<double>(walk);
+    case DType::kFloat32:
+      return table_of<float>(walk);
+    case DType::kBFloat16:
+      return table_of<BFloat16>(walk);
+    default:
+      return table_of<Float16>(walk);
+  }
+}
+
+}  // namespace bnext::cpu::BNEXT_ISA

@@ -1,0 +1,104 @@
+// Vectors of floats and doubles in the compiler's own vector types, with loads and stores for all four dtypes.
+// Included once for each instruction set, inside that set's namespace and target region; see kernels_impl.h.
+// No include guard on purpose.
+
+#if BNEXT_ISA_LEVEL == 2
+constexpr int kVectorBytes = 64;
+#else
+constexpr int kVectorBytes = 32;  // without AVX the compiler splits it in two: more instructions in flight
+#endif
+constexpr int kDoubles =
+    kVectorBytes / 8;  // lanes: every loop takes this many elements at a time, whatever their dtype
+
+template <typename E, int W>
+struct VecOf {
+  typedef E type __attribute__((vector_size(sizeof(E) * W)));
+};
+template <typename E, int W>
+using Vec = typename VecOf<E, W>::type;
+
+#define BNEXT_INLINE inline __attribute__((always_inline))
+
+template <typename V>
+BNEXT_INLINE V load_raw(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename To, typename From>
+BNEXT_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+using Doubles = Vec<double, kDoubles>;
+using Floats = Vec<float, kDoubles>;
+
+BNEXT_INLINE Floats load_floats(const float* p) { return load_raw<Floats>(p); }
+BNEXT_INLINE Floats load_floats(const BFloat16* p) {
+  return bit_cast<Floats>(__builtin_convertvector(load_raw<Vec<uint16_t, kDoubles>>(p), Vec<uint32_t, kDoubles>) << 16);
+}
+BNEXT_INLINE Floats load_floats(const Float16* p) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Floats>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
+#elif BNEXT_ISA_LEVEL == 1
+  return bit_cast<Floats>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  Floats v;
+  for (int i = 0; i < kDoubles; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+// kDoubles elements of any dtype, as doubles.
+template <typename T>
+BNEXT_INLINE Doubles load(const T* p) {
+  return __builtin_convertvector(load_floats(p), Doubles);
+}
+template <>
+BNEXT_INLINE Doubles load(const double* p) {
+  return load_raw<Doubles>(p);
+}
+
+BNEXT_INLINE void store_floats(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+BNEXT_INLINE void store_floats(BFloat16* p, Floats v) {
+  using Bits = Vec<uint32_t, kDoubles>;
+  const Bits bits = bit_cast<Bits>(v);
+  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits is_nan = bit_cast<Bits>(v != v);
+  const auto half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Vec<uint16_t, kDoubles>);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+BNEXT_INLINE void store_floats(Float16* p, Floats v) {
+#if BNEXT_ISA_LEVEL == 2
+  const __m128i half = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(p, &half, sizeof half);
+#elif BNEXT_ISA_LEVEL == 1
+  const __m128i half = _mm_cvtps_ph(bit_cast<__m128>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), half);
+#else
+  for (int i = 0; i < kDoubles; ++i) p[i] = to_float16(v[i]);
+#endif
+}
+
+BNEXT_INLINE void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
+template <typename T>
+BNEXT_INLINE void store(T* p, Doubles v) {
+  store_floats(p, __builtin_convertvector(v, Floats));
+}
+
+// v where lane >= first, 0 elsewhere.
+BNEXT_INLINE Doubles keep_from(Doubles v, int64_t first) {
+  Vec<int64_t, kDoubles> lane;
+  for (int i = 0; i < kDoubles; ++i) lane[i] = i;
+  return bit_cast<Doubles>(bit_cast<Vec<int64_t, kDoubles>>(v) & (lane >= first));
+}
+
+BNEXT_INLINE double sum_lanes(Doubles v) {
+  double sum = 0;
+  for (int i = 0; i < kDoubles; ++i) sum += v[i];
+  return sum;
+}
