@@ -1,3 +1,5 @@
+from typing import Any
+
 from torch import Tensor
 
 build: dict[str, str | None]
@@ -31,7 +33,7 @@ def batchnorm2d_backward(
     training: bool,
     output_mask: tuple[bool, bool, bool, bool, bool],
     /,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+) -> tuple[Any, Any, Any, Any, Any]: ...  # Tensor, or None where output_mask is False
 def check_forward(
     input: Tensor,
     running_mean: Tensor | None,

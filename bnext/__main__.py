@@ -16,6 +16,7 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
+    """``"32,64,56,56"`` as a tuple of four sizes."""
     try:
         shape = tuple(int(size) for size in text.split(","))
     except ValueError:
@@ -26,6 +27,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def main() -> None:
+    """Print the build report and, if asked, what a shape gets."""
     parser = argparse.ArgumentParser(prog="python -m bnext", description=__doc__)
     parser.add_argument("--explain", metavar="N,C,H,W", type=parse_shape, help="a shape to explain")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")

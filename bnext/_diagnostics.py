@@ -17,9 +17,11 @@ def explain(input: Tensor) -> str:
     Raises:
         As :func:`bnext.batchnorm2d` for ``input``.
     """
+    kernels = _C.explain(input)
     shape = ", ".join(map(str, input.shape))
     dtype = str(input.dtype).removeprefix("torch.")
-    return f"({shape}) {dtype} on {input.device}, strides {tuple(input.stride())}: {_C.explain(input)}"
+    tensor = f"({shape}) {dtype} on {input.device}, strides {tuple(input.stride())}"
+    return f"{tensor}: {kernels}"
 
 
 def build_report() -> str:

@@ -1,4 +1,6 @@
-"""What the compiled operators need from Python: fake kernels, autograd, and the eager/compiled switch."""
+"""What the operators need from Python: fake kernels, autograd, and the eager/compiled switch."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,6 +9,11 @@ from torch.autograd import forward_ad
 
 from bnext._extension import _C
 from bnext.autograd import BatchNorm2dFunction
+
+
+def kernels() -> Any:
+    """The functions of ``bnext._C``, or the same ones as operators for a compiler's graph."""
+    return torch.ops.bnext if torch.compiler.is_compiling() else _C
 
 
 def batchnorm2d(
@@ -20,8 +27,11 @@ def batchnorm2d(
     momentum: float | None,
     eps: float,
 ) -> Tensor:
-    """A compiler gets one operator in its graph; eager calls go straight to the autograd Function, or
-    past it where nobody will ask for a gradient."""
+    """Decide how batch norm is called.
+
+    A compiler gets one operator in its graph. Eager calls go straight to the autograd Function, or
+    past it where nobody will ask for a gradient.
+    """
     arguments = (
         input,
         running_mean,
@@ -40,7 +50,7 @@ def batchnorm2d(
     return _C.batchnorm2d_forward(*arguments)[0]
 
 
-# bnext::batchnorm2d is the Function, and breaks down into bnext::batchnorm2d_forward and _backward when traced.
+# bnext::batchnorm2d is the Function; traced, it breaks down into batchnorm2d_forward and _backward.
 _library = torch.library.Library("bnext", "IMPL")
 _library.impl("batchnorm2d", BatchNorm2dFunction.apply, "CompositeImplicitAutograd")
 
@@ -56,8 +66,16 @@ def _statistic(input: Tensor) -> Tensor:
 
 @torch.library.register_fake("bnext::batchnorm2d_forward")
 def _(
-    input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
-):
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     _C.check_forward(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps
     )
@@ -65,22 +83,31 @@ def _(
 
 
 @torch.library.register_fake("bnext::batchnorm2d_statistics")
-def _(input, running_mean, running_var, training, eps):
+def _(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     _C.check_forward(input, running_mean, running_var, None, None, None, training, eps)
     return _statistic(input), _statistic(input)
 
 
 @torch.library.register_fake("bnext::batchnorm2d_backward")
-def _(grad_output, input, weight, save_mean, save_invstd, training, output_mask):
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, ...]:
     _C.check_backward(grad_output, input, weight, save_mean, save_invstd)
-    like_weight = torch.empty_like(weight) if weight is not None else _statistic(input)
-    makers = (
-        lambda: _like(input),
-        lambda: torch.empty_like(like_weight),
-        lambda: torch.empty_like(like_weight),
-        lambda: _statistic(input),
-        lambda: _statistic(input),
-    )
-    return tuple(
-        make() if wanted else None for make, wanted in zip(makers, output_mask, strict=True)
-    )
+
+    def parameter() -> Tensor:
+        return _statistic(input) if weight is None else weight.new_empty(weight.shape)
+
+    make = (lambda: _like(input), parameter, parameter, *[lambda: _statistic(input)] * 2)
+    return tuple(f() if wanted else None for f, wanted in zip(make, output_mask, strict=True))

@@ -1,4 +1,4 @@
-"""The derivative of batch norm as autograd Functions: the first in kernels, the rest in torch's ops.
+"""The derivative of batch norm as autograd Functions: first by kernels, then by torch's ops.
 
 Names are the equation's: dy, x, weight (gamma), mean, invstd, and xhat = (x - mean) * invstd.
 """
@@ -18,7 +18,7 @@ class BatchNorm2dFunction(Function):
     """``output = (x - mean) * invstd * weight + bias``. Saves x, weight and the statistics used."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         running_mean: Tensor | None,
@@ -54,7 +54,7 @@ class BatchNorm2dFunction(Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad
         mask = (needs_grad[0], needs_grad[4], needs_grad[5], False, False)
@@ -73,7 +73,7 @@ class BatchNorm2dBackwardFunction(Function):
     """The backward pass as a function of dy, x and weight, itself differentiable to any order."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         dy: Tensor,
         x: Tensor,
@@ -91,7 +91,7 @@ class BatchNorm2dBackwardFunction(Function):
         return _C.batchnorm2d_backward(dy, x, weight, mean, invstd, training, mask)[:3]
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         dy, x, weight, mean, invstd = ctx.saved_tensors

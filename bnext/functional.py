@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from bnext import _ops
-from bnext._extension import _C
 
 
 def batchnorm2d(
@@ -79,8 +78,9 @@ def batchnorm2d_backward(
 ) -> BatchNorm2dGradients:
     r"""The derivative of :func:`batchnorm2d`, for a backward pass written by hand.
 
-    With :math:`m = NHW`, :math:`r = 1/\sqrt{\mathrm{var}+\epsilon}`, :math:`\hat x = (x - \mathrm{mean})\,r`
-    and sums over N, H and W (Ioffe and Szegedy, 2015, section 3):
+    With :math:`m = NHW`, :math:`r = 1/\sqrt{\mathrm{var}+\epsilon}`,
+    :math:`\hat x = (x - \mathrm{mean})\,r`, and sums over N, H and W
+    (Ioffe and Szegedy, 2015, section 3):
 
     .. math::
         \frac{dL}{d\gamma} &= \sum dy\,\hat x, \qquad \frac{dL}{d\beta} = \sum dy \\
@@ -112,12 +112,13 @@ def batchnorm2d_backward(
     """
     if (save_mean is None) != (save_invstd is None):
         raise ValueError("save_mean and save_invstd must either both be None or neither be None")
+    kernels = _ops.kernels()
     with torch.no_grad():
         if save_mean is None or save_invstd is None:
-            save_mean, save_invstd = _C.batchnorm2d_statistics(
+            save_mean, save_invstd = kernels.batchnorm2d_statistics(
                 input, running_mean, running_var, training, eps
             )
-        gradients = _C.batchnorm2d_backward(
+        gradients = kernels.batchnorm2d_backward(
             grad_output, input, weight, save_mean, save_invstd, training, (True,) * 5
         )
     return BatchNorm2dGradients(*gradients)
@@ -145,7 +146,7 @@ def layer_gradients(
             f"not {type(layer).__name__}"
         )
     training = layer.training or layer.running_mean is None
-    running_mean, running_var = (None, None) if training else (layer.running_mean, layer.running_var)
+    running = (None, None) if training else (layer.running_mean, layer.running_var)
     return batchnorm2d_backward(
-        grad_output, input, layer.weight, running_mean, running_var, training, layer.eps
+        grad_output, input, layer.weight, *running, training=training, eps=layer.eps
     )

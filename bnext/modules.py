@@ -12,9 +12,9 @@ Module = TypeVar("Module", bound=nn.Module)
 class BatchNorm2d(nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` on bnext's kernels.
 
-    Same constructor, parameters, buffers and ``state_dict``. Input (N, C, H, W), output the same; dtypes
-    and errors as :func:`bnext.batchnorm2d`. A call that fails leaves the running statistics and
-    ``num_batches_tracked`` as they were.
+    Same constructor, parameters, buffers and ``state_dict``. Input (N, C, H, W), output the same;
+    dtypes and errors as :func:`bnext.batchnorm2d`. A call that fails leaves the running statistics
+    and ``num_batches_tracked`` as they were.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -45,18 +45,17 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 def _change_class(module: Module, old: type[nn.Module], new: type[nn.Module]) -> Module:
     for layer in module.modules():
-        # Exactly this class: a subclass may do more in its forward than batch norm.
         if type(layer) is old:
             layer.__class__ = new
     return module
 
 
 def convert(module: Module) -> Module:
-    """Make every :class:`torch.nn.BatchNorm2d` in ``module`` (or itself) a :class:`bnext.BatchNorm2d`.
+    """Make every :class:`torch.nn.BatchNorm2d` in a module a :class:`bnext.BatchNorm2d`.
 
-    In place: each layer stays the same object and only changes its class, so parameters, buffers, hooks,
-    flags, names and sharing are what they were, and optimizers keep working. Subclasses of
-    ``nn.BatchNorm2d`` are left alone.
+    In place: each layer stays the same object and only changes its class, so parameters, buffers,
+    hooks, flags, names and sharing are what they were, and optimizers keep working. Subclasses of
+    ``nn.BatchNorm2d`` are left alone: their forward may do more.
 
     Returns:
         ``module``.
@@ -65,7 +64,7 @@ def convert(module: Module) -> Module:
 
 
 def revert(module: Module) -> Module:
-    """Undo :func:`convert`: every :class:`bnext.BatchNorm2d` becomes a :class:`torch.nn.BatchNorm2d`.
+    """Undo :func:`convert`: every :class:`bnext.BatchNorm2d` becomes :class:`torch.nn.BatchNorm2d`.
 
     Returns:
         ``module``.

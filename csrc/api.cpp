@@ -174,6 +174,7 @@ at::Tensor match_walk(const at::Tensor& grad_output, const at::Tensor& input, co
 }
 
 void check_device(const at::Tensor& input) {
+  TORCH_CHECK(input.is_cpu() || input.is_cuda(), "input should be on a cpu or cuda device, not on ", input.device());
 #ifndef BNEXT_WITH_CUDA
   TORCH_CHECK(input.is_cpu(), "input is on ", input.device(), ", but this build of bnext holds CPU kernels only. ",
               "To have CUDA kernels, install a CUDA build of torch and a CUDA toolkit, and rebuild: ",

@@ -118,6 +118,8 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
   return to_python({dx, dweight, dbias, dmean, dvar});
 }
 
+std::string py_explain(py::handle input) { return explain(Arguments{"explain"}.tensor(input, "input")); }
+
 }  // namespace
 }  // namespace bnext
 
@@ -152,7 +154,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward));
   m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
-  m.def("explain", torch::wrap_pybind_function(bnext::explain));
+  m.def("explain", torch::wrap_pybind_function(bnext::py_explain));
   py::dict build;
   build["torch"] = TORCH_VERSION;
 #ifdef BNEXT_CUDA_ARCHS

@@ -36,10 +36,51 @@ BNEXT_INLINE To bit_cast(From from) {
 
 using Doubles = Vec<double, kDoubles>;
 using Floats = Vec<float, kDoubles>;
+using Words = Vec<uint32_t, kDoubles>;
+using Halves = Vec<uint16_t, kDoubles>;
+
+// Conversions of whole vectors. GCC does __builtin_convertvector in halves and puts them together again, which costs
+// twice the one instruction that there is.
+BNEXT_INLINE Doubles widen(Floats v) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Doubles>(_mm512_cvtps_pd(bit_cast<__m256>(v)));
+#elif BNEXT_ISA_LEVEL == 1
+  return bit_cast<Doubles>(_mm256_cvtps_pd(bit_cast<__m128>(v)));
+#else
+  return __builtin_convertvector(v, Doubles);
+#endif
+}
+BNEXT_INLINE Floats narrow(Doubles v) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Floats>(_mm512_cvtpd_ps(bit_cast<__m512d>(v)));
+#elif BNEXT_ISA_LEVEL == 1
+  return bit_cast<Floats>(_mm256_cvtpd_ps(bit_cast<__m256d>(v)));
+#else
+  return __builtin_convertvector(v, Floats);
+#endif
+}
+BNEXT_INLINE Words widen(Halves v) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#elif BNEXT_ISA_LEVEL == 1
+  return bit_cast<Words>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v))));
+#else
+  return __builtin_convertvector(v, Words);
+#endif
+}
+BNEXT_INLINE Halves narrow(Words v) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Halves>(_mm256_cvtepi32_epi16(bit_cast<__m256i>(v)));
+#elif BNEXT_ISA_LEVEL == 1
+  return bit_cast<Halves>(_mm_cvtsi128_si64(_mm_packus_epi32(bit_cast<__m128i>(v), bit_cast<__m128i>(v))));
+#else
+  return __builtin_convertvector(v, Halves);
+#endif
+}
 
 BNEXT_INLINE Floats load_floats(const float* p) { return load_raw<Floats>(p); }
 BNEXT_INLINE Floats load_floats(const BFloat16* p) {
-  return bit_cast<Floats>(__builtin_convertvector(load_raw<Vec<uint16_t, kDoubles>>(p), Vec<uint32_t, kDoubles>) << 16);
+  return bit_cast<Floats>(widen(load_raw<Halves>(p)) << 16);
 }
 BNEXT_INLINE Floats load_floats(const Float16* p) {
 #if BNEXT_ISA_LEVEL == 2
@@ -56,7 +97,7 @@ BNEXT_INLINE Floats load_floats(const Float16* p) {
 // kDoubles elements of any dtype, as doubles.
 template <typename T>
 BNEXT_INLINE Doubles load(const T* p) {
-  return __builtin_convertvector(load_floats(p), Doubles);
+  return widen(load_floats(p));
 }
 template <>
 BNEXT_INLINE Doubles load(const double* p) {
@@ -65,11 +106,10 @@ BNEXT_INLINE Doubles load(const double* p) {
 
 BNEXT_INLINE void store_floats(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 BNEXT_INLINE void store_floats(BFloat16* p, Floats v) {
-  using Bits = Vec<uint32_t, kDoubles>;
-  const Bits bits = bit_cast<Bits>(v);
-  const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Bits is_nan = bit_cast<Bits>(v != v);
-  const auto half = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), Vec<uint16_t, kDoubles>);
+  const Words bits = bit_cast<Words>(v);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words is_nan = bit_cast<Words>(v != v);
+  const Halves half = narrow((rounded & ~is_nan) | (is_nan & 0x7fc0));
   __builtin_memcpy(p, &half, sizeof half);
 }
 BNEXT_INLINE void store_floats(Float16* p, Floats v) {
@@ -87,7 +127,7 @@ BNEXT_INLINE void store_floats(Float16* p, Floats v) {
 BNEXT_INLINE void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
 template <typename T>
 BNEXT_INLINE void store(T* p, Doubles v) {
-  store_floats(p, __builtin_convertvector(v, Floats));
+  store_floats(p, narrow(v));
 }
 
 // v where lane >= first, 0 elsewhere.
