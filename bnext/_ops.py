@@ -59,9 +59,13 @@ def _like(input: Tensor) -> Tensor:
     return torch.empty_like(input, memory_format=suggest_memory_format(input))
 
 
-def _statistic(input: Tensor) -> Tensor:
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+def _per_channel(input: Tensor, wide: bool) -> Tensor:
+    dtype = torch.float64 if wide or input.dtype == torch.float64 else torch.float32
     return input.new_empty((input.shape[1],), dtype=dtype)
+
+
+def _saved(input: Tensor) -> Tensor:
+    return _per_channel(input, wide=input.device.type == "cpu")
 
 
 @torch.library.register_fake("bnext::batchnorm2d_forward")
@@ -79,7 +83,7 @@ def _(
     _C.check_forward(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps
     )
-    return _like(input), _statistic(input), _statistic(input)
+    return _like(input), _saved(input), _saved(input)
 
 
 @torch.library.register_fake("bnext::batchnorm2d_statistics")
@@ -91,7 +95,7 @@ def _(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     _C.check_forward(input, running_mean, running_var, None, None, None, training, eps)
-    return _statistic(input), _statistic(input)
+    return _saved(input), _saved(input)
 
 
 @torch.library.register_fake("bnext::batchnorm2d_backward")
@@ -106,8 +110,11 @@ def _(
 ) -> tuple[Tensor | None, ...]:
     _C.check_backward(grad_output, input, weight, save_mean, save_invstd)
 
-    def parameter() -> Tensor:
-        return _statistic(input) if weight is None else weight.new_empty(weight.shape)
+    def statistic() -> Tensor:
+        return _per_channel(input, wide=False)
 
-    make = (lambda: _like(input), parameter, parameter, *[lambda: _statistic(input)] * 2)
+    def parameter() -> Tensor:
+        return statistic() if weight is None else weight.new_empty(weight.shape)
+
+    make = (lambda: _like(input), parameter, parameter, statistic, statistic)
     return tuple(f() if wanted else None for f, wanted in zip(make, output_mask, strict=True))

@@ -120,7 +120,7 @@ def _double_backward(
     Written in differentiable operations, with the statistics computed from x again, the result can
     be differentiated as often as anybody likes.
     """
-    dtype = mean.dtype  # float32 for the 16-bit types
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     m = max(x.numel() // max(x.shape[1], 1), 1)
 
     def total(a: Tensor) -> Tensor:

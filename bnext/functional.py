@@ -100,8 +100,9 @@ def batchnorm2d_backward(
         running_mean, running_var: (C,), read in evaluation mode.
         training: whether mean and var were those of the batch.
         eps: as in the forward pass.
-        save_mean, save_invstd: (C,), both or neither: the mean and 1/sqrt(var + eps) of the forward
-            pass, where the caller has kept them. They spare one reading of ``input``.
+        save_mean, save_invstd: (C,), float64 or float32, both or neither: the mean and
+            1/sqrt(var + eps) of the forward pass, where the caller has kept them. They spare one
+            reading of ``input``.
 
     Returns:
         :class:`BatchNorm2dGradients`, all five. They are not part of the autograd graph.

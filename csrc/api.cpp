@@ -61,10 +61,14 @@ std::string python_repr(double value) {
 
 bool is_half(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
 
-// What statistics are computed and kept in.
-at::ScalarType statistics_type(const at::Tensor& input) {
+// dL/dmean and dL/dvar, and dL/dweight and dL/dbias without a weight.
+at::ScalarType gradient_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+// The saved mean and invstd: what kernels compute in. float64 for every dtype on a CPU, where a float32 mean would lose
+// what the kernels won: at mean / std of 10^4 it is wrong by 10^-4 std.
+at::ScalarType saved_type(const at::Tensor& input) { return input.is_cpu() ? at::kDouble : gradient_type(input); }
 
 DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
@@ -97,7 +101,22 @@ void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& 
               t.device());
 }
 
-void check_per_channel(const char* name, const OptionalTensor& tensor, const at::Tensor& input) {
+void check_channels(const char* name, const at::Tensor& t, const at::Tensor& input) {
+  const c10::SymInt channels = input.sym_size(1);
+  TORCH_CHECK(t.dim() == 1 || t.sym_numel() != channels, name, " should contain ", channels,
+              " elements in one dimension, not a tensor of shape ", t.sym_sizes());
+  TORCH_CHECK(t.sym_numel() == channels, name, " should contain ", channels, " elements not ", t.sym_numel());
+}
+
+void check_saved(const char* name, const at::Tensor& t, const at::Tensor& input) {
+  check_same_device(name, t, input);
+  const at::ScalarType type = t.scalar_type();
+  TORCH_CHECK(type == at::kDouble || type == at::kFloat || type == input.scalar_type(), name,
+              " should have dtype torch.float64 or torch.float32, not ", python_name(type));
+  check_channels(name, t, input);
+}
+
+void check_parameter(const char* name, const OptionalTensor& tensor, const at::Tensor& input) {
   if (!given(tensor)) return;
   const at::Tensor& t = *tensor;
   check_same_device(name, t, input);
@@ -105,10 +124,7 @@ void check_per_channel(const char* name, const OptionalTensor& tensor, const at:
   const bool half = is_half(input_type);
   TORCH_CHECK(type == input_type || (half && type == at::kFloat), name, " should have dtype ", python_name(input_type),
               half ? ", the dtype of input, or torch.float32, not " : ", the dtype of input, not ", python_name(type));
-  const c10::SymInt channels = input.sym_size(1);
-  TORCH_CHECK(t.dim() == 1 || t.sym_numel() != channels, name, " should contain ", channels,
-              " elements in one dimension, not a tensor of shape ", t.sym_sizes());
-  TORCH_CHECK(t.sym_numel() == channels, name, " should contain ", channels, " elements not ", t.sym_numel());
+  check_channels(name, t, input);
 }
 
 // What training writes to must be one number in memory for each channel.
@@ -132,8 +148,8 @@ void check_statistics_arguments(const at::Tensor& input, const OptionalTensor& r
   } else {
     TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", python_repr(eps));
   }
-  check_per_channel("running_mean", running_mean, input);
-  check_per_channel("running_var", running_var, input);
+  check_parameter("running_mean", running_mean, input);
+  check_parameter("running_var", running_var, input);
 }
 
 // ---- from tensors to problems ----------------------------------------------------------------------------------
@@ -153,7 +169,7 @@ ChannelVector vector_of(const OptionalTensor& t) { return given(t) ? vector_of(*
 std::array<int64_t, 4> sizes_of(const at::Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
 
 at::Tensor empty_statistic(const at::Tensor& input) {
-  return at::empty({input.size(1)}, input.options().dtype(statistics_type(input)));
+  return at::empty({input.size(1)}, input.options().dtype(saved_type(input)));
 }
 
 at::Tensor empty_activation(const at::Tensor& input) { return at::empty_like(input, input.suggest_memory_format()); }
@@ -207,8 +223,8 @@ void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, 
                    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
                    bool training, double eps) {
   check_statistics_arguments(input, running_mean, running_var, training, eps);
-  check_per_channel("weight", weight, input);
-  check_per_channel("bias", bias, input);
+  check_parameter("weight", weight, input);
+  check_parameter("bias", bias, input);
   if (!training) return;
   check_writable("running_mean", running_mean);
   check_writable("running_var", running_var);
@@ -230,9 +246,9 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input, cons
               python_name(input.scalar_type()), ", the dtype of input, not ", python_name(grad_output.scalar_type()));
   TORCH_CHECK(grad_output.layout() == at::kStrided, "grad_output should be a dense tensor, not one of layout ",
               grad_output.layout());
-  check_per_channel("weight", weight, input);
-  check_per_channel("save_mean", save_mean, input);
-  check_per_channel("save_invstd", save_invstd, input);
+  check_parameter("weight", weight, input);
+  check_saved("save_mean", save_mean, input);
+  check_saved("save_invstd", save_invstd, input);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
@@ -246,7 +262,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
 
   at::Tensor output = empty_activation(input);
   if (input.numel() == 0) {  // no statistics: none are updated
-    const auto options = input.options().dtype(statistics_type(input));
+    const auto options = input.options().dtype(saved_type(input));
     return {output, at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
   }
   at::Tensor mean = empty_statistic(input), invstd = empty_statistic(input);
@@ -283,7 +299,7 @@ std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& inpu
   check_statistics_arguments(input, running_mean, running_var, training, eps);
   check_device(input);
   if (input.numel() == 0) {
-    const auto options = input.options().dtype(statistics_type(input));
+    const auto options = input.options().dtype(saved_type(input));
     return {at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
   }
   at::Tensor mean = empty_statistic(input), invstd = empty_statistic(input);
@@ -307,7 +323,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
   check_backward(grad_output, input, weight, save_mean, save_invstd);
   check_device(input);
 
-  const auto statistics = input.options().dtype(statistics_type(input));
+  const auto statistics = input.options().dtype(gradient_type(input));
   const auto parameters = given(weight) ? weight->options() : statistics;
   at::Tensor dx, dweight, dbias, dmean, dvar;
   auto allocate = [&](at::Tensor& t, bool wanted, const at::TensorOptions& options) {

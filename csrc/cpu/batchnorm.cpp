@@ -104,6 +104,7 @@ void forward(const ForwardProblem& problem) {
   const KernelTable& table = kernel_table(current_isa(), g);
   const View x_wide = fold_view(problem.x, p.fold()), y_wide = fold_view(problem.y, p.fold());
   const double m = static_cast<double>(g.num_positions());
+  const bool stream = p.output_bytes() >= kStreamBytes;
 
   Coefficients<3> coefficients(p);
   auto set_coefficients = [&](int64_t c, double mean, double invstd) {
@@ -114,7 +115,7 @@ void forward(const ForwardProblem& problem) {
   };
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold > 1 ? x_wide : problem.x, fold > 1 ? y_wide : problem.y, block, coefficients[0],
-                    coefficients[1], coefficients[2]);
+                    coefficients[1], coefficients[2], stream);
   };
   const bool has_output = problem.y.data != nullptr;
 
@@ -169,6 +170,7 @@ void backward(const BackwardProblem& problem) {
   const View x_wide = fold_view(problem.x, p.fold()), dy_wide = fold_view(problem.dy, p.fold()),
              dx_wide = fold_view(problem.dx, p.fold());
   const double m = static_cast<double>(g.num_positions());
+  const bool stream = p.output_bytes() >= kStreamBytes;
   const bool has_dx = problem.dx.data != nullptr;
   const bool needs_sum_dy_xmu =
       (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
@@ -184,11 +186,11 @@ void backward(const BackwardProblem& problem) {
   }
 
   // Eval goes block by block whatever the shape, so it keeps the sums of every block.
-  ChannelSums<3> sums(p, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
+  ChannelSums<2> sums(p, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
     const View& dy = fold > 1 ? dy_wide : problem.dy;
     if (needs_sum_dy_xmu) {
-      table.backward_sums(part, fold > 1 ? x_wide : problem.x, dy, block, mean[0], out, out + stride, out + 2 * stride);
+      table.backward_sums(part, fold > 1 ? x_wide : problem.x, dy, block, mean[0], out, out + stride);
     } else {  // only sum(dy): x is not read
       table.moments(part, dy, block, mean[0], out, out + stride);
     }
@@ -196,10 +198,7 @@ void backward(const BackwardProblem& problem) {
   auto finish = [&](int64_t c, int) {
     const double weight = load_channel(problem.weight, c, 1), invstd = load_channel(problem.invstd, c, 1);
     const double sum_dy = sums.total(0)[c];
-    // The mean was rounded when it was saved. In training it is the batch mean, so sum(x - mean) / m is what rounding
-    // took from it, and putting that back keeps the gradient right at large mean / std.
-    const double lost = problem.training && needs_sum_dy_xmu ? sums.total(2)[c] / m : 0;
-    const double sum_dy_xmu = sums.total(1)[c] - lost * sum_dy;
+    const double sum_dy_xmu = sums.total(1)[c];
     store_channel(problem.dbias, c, sum_dy);
     store_channel(problem.dweight, c, sum_dy_xmu * invstd);
     store_channel(problem.dvar, c, -0.5 * weight * invstd * invstd * invstd * sum_dy_xmu);
@@ -208,14 +207,14 @@ void backward(const BackwardProblem& problem) {
     if (!problem.training) return;
     const double scale_dy = weight * invstd;
     const double scale_x = -scale_dy * invstd * invstd * sum_dy_xmu / m;
-    coefficients.set(c, {mean[0][c] + lost, scale_dy, scale_x, -scale_dy * sum_dy / m});
+    coefficients.set(c, {mean[0][c], scale_dy, scale_x, -scale_dy * sum_dy / m});
   };
 
   if (problem.training) {
     auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
       table.backward_apply(part, fold > 1 ? x_wide : problem.x, fold > 1 ? dy_wide : problem.dy,
                            fold > 1 ? dx_wide : problem.dx, block, coefficients[0], coefficients[1], coefficients[2],
-                           coefficients[3]);
+                           coefficients[3], stream);
     };
     reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
     return;
@@ -224,7 +223,7 @@ void backward(const BackwardProblem& problem) {
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold > 1 ? dy_wide : problem.dy, fold > 1 ? dx_wide : problem.dx, block, coefficients[0],
-                    coefficients[1], coefficients[2]);
+                    coefficients[1], coefficients[2], stream);
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
     if (needs_sums) sums.add_block(block, sums.partial(chunk), reduce);

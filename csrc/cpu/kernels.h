@@ -25,15 +25,15 @@ struct Block {
 struct KernelTable {
   // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
   void (*moments)(const Geometry&, const View& x, Block, const double* pivot, double* s1, double* s2);
-  // y = (x - mean) * scale + shift
+  // y = (x - mean) * scale + shift; `stream` stores around the caches where it can
   void (*normalize)(const Geometry&, const View& x, const View& y, Block, const double* mean, const double* scale,
-                    const double* shift);
-  // sum_dy += sum(dy), sum_dy_xmu += sum(dy * (x - mean)), sum_xmu += sum(x - mean)
+                    const double* shift, bool stream);
+  // sum_dy += sum(dy), sum_dy_xmu += sum(dy * (x - mean))
   void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const double* mean, double* sum_dy,
-                        double* sum_dy_xmu, double* sum_xmu);
+                        double* sum_dy_xmu);
   // dx = scale_dy * dy + scale_x * (x - mean) + shift
   void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, const double* mean,
-                         const double* scale_dy, const double* scale_x, const double* shift);
+                         const double* scale_dy, const double* scale_x, const double* shift, bool stream);
 };
 
 const KernelTable& kernel_table(Isa isa, const Geometry& geometry);

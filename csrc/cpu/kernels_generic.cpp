@@ -1,4 +1,8 @@
 // The inner loops for any processor: the compiler's baseline for the target.
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 #include <cstdint>
 #include <type_traits>
 

@@ -92,11 +92,11 @@ void moments_planes(const Geometry& g, const View& x, Block block, const double*
 
 template <typename T>
 void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Block block, const double* mean,
-                          double* sum_dy, double* sum_dy_xmu, double* sum_xmu) {
+                          double* sum_dy, double* sum_dy_xmu) {
   for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
     const double mu = mean[c];
-    Doubles a_dy[kUnroll] = {}, a_dy_xmu[kUnroll] = {}, a_xmu[kUnroll] = {};
-    double t_dy = 0, t_dy_xmu = 0, t_xmu = 0;
+    Doubles a_dy[kUnroll] = {}, a_dy_xmu[kUnroll] = {};
+    double t_dy = 0, t_dy_xmu = 0;
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset_x, int64_t offset_dy, int64_t length) __attribute__((always_inline)) {
@@ -108,29 +108,35 @@ void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Bloc
                 Doubles xmu = load(px + i) - mu;
                 Doubles d = load(pdy + i);
                 if (first > 0) {
+                  // Both: 0 * inf of the other lane would be a NaN.
                   xmu = keep_from(xmu, first);
                   d = keep_from(d, first);
                 }
                 a_dy[u] += d;
                 a_dy_xmu[u] += d * xmu;
-                a_xmu[u] += xmu;
               },
               [&](int64_t i) {
                 const double xmu = load_one(px + i) - mu;
                 const double d = load_one(pdy + i);
                 t_dy += d;
                 t_dy_xmu += d * xmu;
-                t_xmu += xmu;
               });
         },
         x, dy);
     sum_dy[c] += sum_accumulators(a_dy) + t_dy;
     sum_dy_xmu[c] += sum_accumulators(a_dy_xmu) + t_dy_xmu;
-    sum_xmu[c] += sum_accumulators(a_xmu) + t_xmu;
   }
 }
 
+// Elements to do one by one before p is aligned for a streamed store.
 template <typename T>
+BNEXT_INLINE int64_t head_length(const T* p, int64_t length) {
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) % kStoreBytes<T>);
+  const int64_t head = (kStoreBytes<T> - past) % kStoreBytes<T> / static_cast<int64_t>(sizeof(T));
+  return head < length ? head : length;
+}
+
+template <bool kStream, typename T>
 void normalize_planes(const Geometry& g, const View& x, const View& y, Block block, const double* mean,
                       const double* scale, const double* shift) {
   for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
@@ -140,15 +146,19 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
         [&](int64_t offset_x, int64_t offset_y, int64_t length) __attribute__((always_inline)) {
           const T* px = at<T>(x, c * x.stride_c + offset_x);
           T* py = at_mutable<T>(y, c * y.stride_c + offset_y);
+          auto scalar = [&](int64_t i)
+                            __attribute__((always_inline)) { store_one(py + i, (load_one(px + i) - mu) * a + b); };
           int64_t i = 0;
-          for (; i + kDoubles <= length; i += kDoubles) store(py + i, (load(px + i) - mu) * a + b);
-          for (; i < length; ++i) store_one(py + i, (load_one(px + i) - mu) * a + b);
+          for (const int64_t head = kStream ? head_length(py, length) : 0; i < head; ++i) scalar(i);
+          for (; i + kDoubles <= length; i += kDoubles) store<kStream>(py + i, (load(px + i) - mu) * a + b);
+          for (; i < length; ++i) scalar(i);
         },
         x, y);
   }
+  if constexpr (kStream) finish_stream();
 }
 
-template <typename T>
+template <bool kStream, typename T>
 void backward_apply_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                            const double* mean, const double* scale_dy, const double* scale_x, const double* shift) {
   for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
@@ -159,14 +169,19 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
           const T* px = at<T>(x, c * x.stride_c + offset_x);
           const T* pdy = at<T>(dy, c * dy.stride_c + offset_dy);
           T* pdx = at_mutable<T>(dx, c * dx.stride_c + offset_dx);
+          auto scalar = [&](int64_t i) __attribute__((always_inline)) {
+            store_one(pdx + i, load_one(pdy + i) * a + ((load_one(px + i) - mu) * b + k));
+          };
           int64_t i = 0;
+          for (const int64_t head = kStream ? head_length(pdx, length) : 0; i < head; ++i) scalar(i);
           for (; i + kDoubles <= length; i += kDoubles) {
-            store(pdx + i, load(pdy + i) * a + ((load(px + i) - mu) * b + k));
+            store<kStream>(pdx + i, load(pdy + i) * a + ((load(px + i) - mu) * b + k));
           }
-          for (; i < length; ++i) store_one(pdx + i, load_one(pdy + i) * a + ((load_one(px + i) - mu) * b + k));
+          for (; i < length; ++i) scalar(i);
         },
         x, dy, dx);
   }
+  if constexpr (kStream) finish_stream();
 }
 
 // Rows. A pass over kRowsPerPass rows loads and stores the per-channel numbers once, not kRowsPerPass times.
@@ -197,8 +212,8 @@ void moments_rows(const Geometry& g, const View& x, Block block, const double* p
               a1 += d;
               a2 += d * d;
             }
-            store(s1 + c, a1);
-            store(s2 + c, a2);
+            store<false>(s1 + c, a1);
+            store<false>(s2 + c, a2);
           }
           for (; c < block.channel_end; ++c) {
             for (int r = 0; r < rows.value; ++r) {
@@ -214,7 +229,7 @@ void moments_rows(const Geometry& g, const View& x, Block block, const double* p
 
 template <typename T>
 void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const double* mean,
-                        double* sum_dy, double* sum_dy_xmu, double* sum_xmu) {
+                        double* sum_dy, double* sum_dy_xmu) {
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_dy, int64_t length) __attribute__((always_inline)) {
@@ -226,18 +241,15 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
             const Doubles mu = load(mean + c);
             Doubles a_dy = load(sum_dy + c);
             Doubles a_dy_xmu = load(sum_dy_xmu + c);
-            Doubles a_xmu = load(sum_xmu + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
               const Doubles xmu = load(px + r * x.stride[2] + c) - mu;
               const Doubles d = load(pdy + r * dy.stride[2] + c);
               a_dy += d;
               a_dy_xmu += d * xmu;
-              a_xmu += xmu;
             }
-            store(sum_dy + c, a_dy);
-            store(sum_dy_xmu + c, a_dy_xmu);
-            store(sum_xmu + c, a_xmu);
+            store<false>(sum_dy + c, a_dy);
+            store<false>(sum_dy_xmu + c, a_dy_xmu);
           }
           for (; c < block.channel_end; ++c) {
             for (int r = 0; r < rows.value; ++r) {
@@ -245,7 +257,6 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
               const double d = load_one(pdy + r * dy.stride[2] + c);
               sum_dy[c] += d;
               sum_dy_xmu[c] += d * xmu;
-              sum_xmu[c] += xmu;
             }
           }
         });
@@ -253,7 +264,7 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
       x, dy);
 }
 
-template <typename T>
+template <bool kStream, typename T>
 void normalize_rows(const Geometry& g, const View& x, const View& y, Block block, const double* mean,
                     const double* scale, const double* shift) {
   for_each_run(
@@ -267,7 +278,7 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
             const Doubles mu = load(mean + c), a = load(scale + c), b = load(shift + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
-              store(py + r * y.stride[2] + c, (load(px + r * x.stride[2] + c) - mu) * a + b);
+              store<kStream>(py + r * y.stride[2] + c, (load(px + r * x.stride[2] + c) - mu) * a + b);
             }
           }
           for (; c < block.channel_end; ++c) {
@@ -278,9 +289,10 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
         });
       },
       x, y);
+  if constexpr (kStream) finish_stream();
 }
 
-template <typename T>
+template <bool kStream, typename T>
 void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                          const double* mean, const double* scale_dy, const double* scale_x, const double* shift) {
   for_each_run(
@@ -295,8 +307,8 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
             const Doubles mu = load(mean + c), a = load(scale_dy + c), b = load(scale_x + c), k = load(shift + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
-              store(pdx + r * dx.stride[2] + c,
-                    load(pdy + r * dy.stride[2] + c) * a + ((load(px + r * x.stride[2] + c) - mu) * b + k));
+              store<kStream>(pdx + r * dx.stride[2] + c,
+                             load(pdy + r * dy.stride[2] + c) * a + ((load(px + r * x.stride[2] + c) - mu) * b + k));
             }
           }
           for (; c < block.channel_end; ++c) {
@@ -309,14 +321,42 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
         });
       },
       x, dy, dx);
+  if constexpr (kStream) finish_stream();
+}
+
+// Where every row of a view is aligned for streamed stores.
+template <typename T>
+bool has_aligned_rows(const View& view) {
+  bool aligned = reinterpret_cast<uintptr_t>(view.data) % kStoreBytes<T> == 0;
+  for (int64_t stride : view.stride)
+    aligned = aligned && stride * static_cast<int64_t>(sizeof(T)) % kStoreBytes<T> == 0;
+  return aligned;
+}
+
+template <typename T>
+void normalize(const Geometry& g, const View& x, const View& y, Block block, const double* mean, const double* scale,
+               const double* shift, bool stream) {
+  const bool planes = g.walk == Walk::kPlanes;
+  stream = stream && (planes || has_aligned_rows<T>(y));
+  auto* kernel = planes ? (stream ? normalize_planes<true, T> : normalize_planes<false, T>)
+                        : (stream ? normalize_rows<true, T> : normalize_rows<false, T>);
+  kernel(g, x, y, block, mean, scale, shift);
+}
+
+template <typename T>
+void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block, const double* mean,
+                    const double* scale_dy, const double* scale_x, const double* shift, bool stream) {
+  const bool planes = g.walk == Walk::kPlanes;
+  stream = stream && (planes || has_aligned_rows<T>(dx));
+  auto* kernel = planes ? (stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)
+                        : (stream ? backward_apply_rows<true, T> : backward_apply_rows<false, T>);
+  kernel(g, x, dy, dx, block, mean, scale_dy, scale_x, shift);
 }
 
 template <typename T>
 const KernelTable& table_of(Walk walk) {
-  static constexpr KernelTable planes = {moments_planes<T>, normalize_planes<T>, backward_sums_planes<T>,
-                                         backward_apply_planes<T>};
-  static constexpr KernelTable rows = {moments_rows<T>, normalize_rows<T>, backward_sums_rows<T>,
-                                       backward_apply_rows<T>};
+  static constexpr KernelTable planes = {moments_planes<T>, normalize<T>, backward_sums_planes<T>, backward_apply<T>};
+  static constexpr KernelTable rows = {moments_rows<T>, normalize<T>, backward_sums_rows<T>, backward_apply<T>};
   return walk == Walk::kPlanes ? planes : rows;
 }
 

@@ -23,6 +23,10 @@ constexpr int64_t kMinRows = 64;
 // Vectors need a multiple of this many channels (floats in 64 bytes), and want a few vectors in a row.
 constexpr int64_t kLaneChannels = 16, kWideRow = 64, kMaxWideRow = 2048;
 
+// Output size from which stores go around the caches. Nobody will find such an output in a cache anyway, and a plain
+// store reads the line that it is about to overwrite.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
+
 class Partition {
  public:
   Partition(const Geometry& geometry, std::initializer_list<const View*> views) : geometry_(geometry) {
@@ -48,6 +52,7 @@ class Partition {
 
   const Geometry& geometry() const { return geometry_; }
   int64_t num_channels() const { return geometry_.num_channels; }
+  int64_t output_bytes() const { return num_channels() * geometry_.num_positions() * dtype_bytes(geometry_.dtype); }
   int64_t num_chunks() const { return num_chunks_; }
   int64_t fold() const { return fold_; }
   bool channel_by_channel() const { return channel_by_channel_; }

@@ -79,9 +79,7 @@ BNEXT_INLINE Halves narrow(Words v) {
 }
 
 BNEXT_INLINE Floats load_floats(const float* p) { return load_raw<Floats>(p); }
-BNEXT_INLINE Floats load_floats(const BFloat16* p) {
-  return bit_cast<Floats>(widen(load_raw<Halves>(p)) << 16);
-}
+BNEXT_INLINE Floats load_floats(const BFloat16* p) { return bit_cast<Floats>(widen(load_raw<Halves>(p)) << 16); }
 BNEXT_INLINE Floats load_floats(const Float16* p) {
 #if BNEXT_ISA_LEVEL == 2
   return bit_cast<Floats>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
@@ -104,30 +102,68 @@ BNEXT_INLINE Doubles load(const double* p) {
   return load_raw<Doubles>(p);
 }
 
-BNEXT_INLINE void store_floats(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
-BNEXT_INLINE void store_floats(BFloat16* p, Floats v) {
-  const Words bits = bit_cast<Words>(v);
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const Words is_nan = bit_cast<Words>(v != v);
-  const Halves half = narrow((rounded & ~is_nan) | (is_nan & 0x7fc0));
-  __builtin_memcpy(p, &half, sizeof half);
-}
-BNEXT_INLINE void store_floats(Float16* p, Floats v) {
+// to<T>(v): the bits of v as elements of dtype T.
+template <typename T>
+BNEXT_INLINE auto to(Doubles v) {
+  if constexpr (std::is_same_v<T, double>) {
+    return v;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return narrow(v);
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    const Floats floats = narrow(v);
+    const Words bits = bit_cast<Words>(floats);
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words is_nan = bit_cast<Words>(floats != floats);
+    return narrow((rounded & ~is_nan) | (is_nan & 0x7fc0));
+  } else {
 #if BNEXT_ISA_LEVEL == 2
-  const __m128i half = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __builtin_memcpy(p, &half, sizeof half);
+    return _mm256_cvtps_ph(bit_cast<__m256>(narrow(v)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif BNEXT_ISA_LEVEL == 1
-  const __m128i half = _mm_cvtps_ph(bit_cast<__m128>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), half);
+    const __m128i half = _mm_cvtps_ph(bit_cast<__m128>(narrow(v)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return bit_cast<Halves>(_mm_cvtsi128_si64(half));
 #else
-  for (int i = 0; i < kDoubles; ++i) p[i] = to_float16(v[i]);
+    const Floats floats = narrow(v);
+    Halves half;
+    for (int i = 0; i < kDoubles; ++i) half[i] = to_float16(floats[i]).bits;
+    return half;
 #endif
+  }
 }
 
-BNEXT_INLINE void store(double* p, Doubles v) { __builtin_memcpy(p, &v, sizeof v); }
 template <typename T>
+constexpr int64_t kStoreBytes = sizeof(to<T>(Doubles()));
+
+// Stores v as elements of T. kStream goes around the caches, and needs an address aligned to kStoreBytes<T>.
+template <bool kStream, typename T>
 BNEXT_INLINE void store(T* p, Doubles v) {
-  store_floats(p, narrow(v));
+  const auto bits = to<T>(v);
+#if defined(__x86_64__)
+  if constexpr (kStream) {
+#if BNEXT_ISA_LEVEL == 2
+    if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
+#endif
+#if BNEXT_ISA_LEVEL >= 1
+    if constexpr (sizeof bits == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(bits));
+#endif
+    if constexpr (sizeof bits == 8) return _mm_stream_si64(reinterpret_cast<long long*>(p), bit_cast<long long>(bits));
+    struct Parts {
+      __m128i part[(sizeof bits + 15) / 16];
+    };
+    if constexpr (sizeof bits % 16 == 0) {
+      const Parts parts = bit_cast<Parts>(bits);
+      for (size_t i = 0; i < sizeof bits / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts.part[i]);
+    }
+    return;
+  }
+#endif
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+
+// Streamed stores are in order with later ones only after this.
+BNEXT_INLINE void finish_stream() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 // v where lane >= first, 0 elsewhere.

@@ -44,7 +44,7 @@ void moments(const Geometry& g, const View& x, Block block, const double* pivot,
 
 template <typename T>
 void normalize(const Geometry& g, const View& x, const View& y, Block block, const double* mean, const double* scale,
-               const double* shift) {
+               const double* shift, bool) {
   for_each_element<T>(
       g, block, [&](int64_t c, const T* px, T* py) { store_one(py, (load_one(px) - mean[c]) * scale[c] + shift[c]); },
       x, y);
@@ -52,21 +52,20 @@ void normalize(const Geometry& g, const View& x, const View& y, Block block, con
 
 template <typename T>
 void backward_sums(const Geometry& g, const View& x, const View& dy, Block block, const double* mean, double* sum_dy,
-                   double* sum_dy_xmu, double* sum_xmu) {
+                   double* sum_dy_xmu) {
   for_each_element<T>(
       g, block,
       [&](int64_t c, const T* px, const T* pdy) {
         const double xmu = load_one(px) - mean[c], d = load_one(pdy);
         sum_dy[c] += d;
         sum_dy_xmu[c] += d * xmu;
-        sum_xmu[c] += xmu;
       },
       x, dy);
 }
 
 template <typename T>
 void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block, const double* mean,
-                    const double* scale_dy, const double* scale_x, const double* shift) {
+                    const double* scale_dy, const double* scale_x, const double* shift, bool) {
   for_each_element<T>(
       g, block,
       [&](int64_t c, const T* px, const T* pdy, T* pdx) {
