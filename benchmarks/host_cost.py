@@ -1,0 +1,212 @@
+"""What one eager call costs on the host: the tensor is so small that its arithmetic hardly counts.
+
+Owns the comparison with F.batch_norm and nn.BatchNorm2d on the CPU; says nothing about kernels.
+Run it with `python -m benchmarks.host_cost`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import grad
+
+import bnext
+
+SHAPE = (2, 4, 2, 2)
+# Rounds that are not counted: caches, the allocator and the processor's clock settle.
+WARMUP = 3
+FORWARD, BACKWARD, BOTH, INFERENCE = "forward", "backward", "forward + backward", "inference"
+
+
+class Subject(NamedTuple):
+    """One way to call batch-norm: training and inference forward, and what is differentiated."""
+
+    train: Callable[[Tensor], Tensor]
+    infer: Callable[[Tensor], Tensor]
+    x: Tensor
+    wanted: tuple[Tensor, ...]
+    dy: Tensor
+
+
+class Row(NamedTuple):
+    """The microseconds per call of both sides, round by round."""
+
+    interface: str
+    part: str
+    torch_us: list[float]
+    bnext_us: list[float]
+
+    def ratios(self) -> list[float]:
+        """Return bnext's time over torch's, each pair from one round."""
+        return [b / a for a, b in zip(self.torch_us, self.bnext_us, strict=True)]
+
+
+def make_functional(batch_norm: Callable[..., Tensor]) -> Subject:
+    """Call a function with running statistics, weight and bias."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    weight, bias = (torch.randn(SHAPE[1], requires_grad=True) for _ in range(2))
+    mean, var = torch.zeros(SHAPE[1]), torch.ones(SHAPE[1])
+
+    def train(x: Tensor) -> Tensor:
+        return batch_norm(x, mean, var, weight, bias, True, 0.1, 1e-5)
+
+    def infer(x: Tensor) -> Tensor:
+        return batch_norm(x, mean, var, weight, bias, False, 0.1, 1e-5)
+
+    return Subject(train, infer, x, (x, weight, bias), dy)
+
+
+def make_module(module: type[nn.BatchNorm2d]) -> Subject:
+    """Call a layer in training mode, and another one in eval mode."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE)
+    layer, frozen = module(SHAPE[1]).train(), module(SHAPE[1]).eval()
+    return Subject(layer, frozen, x, (x, *layer.parameters()), dy)
+
+
+def check_agreement(ours: Subject, theirs: Subject) -> None:
+    """Refuse to time results that differ: a wrong call gets no time."""
+    results = []
+    for subject in (theirs, ours):
+        y = subject.train(subject.x)
+        gradients = grad(y, subject.wanted, subject.dy)
+        with torch.no_grad():
+            results.append([y, *gradients, subject.infer(subject.x)])
+    for a, b in zip(*results, strict=True):
+        # A sanity check, not a test of precision: eight values per channel, all near 1.
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
+
+
+def time_part(subject: Subject, part: str, calls: int) -> float:
+    """Return the microseconds per call of one part."""
+    train, infer, x, wanted, dy = subject
+    outputs = [train(x) for _ in range(calls)] if part == BACKWARD else []
+    # The processor's time of this process, all its threads: what other processes take of a shared
+    # machine is not in it. Nothing here waits, so on a quiet machine it is the wall time.
+    clock = time.process_time
+    if part == FORWARD:
+        start = clock()
+        for _ in range(calls):
+            train(x)
+        stop = clock()
+    elif part == BACKWARD:
+        start = clock()
+        for y in outputs:
+            grad(y, wanted, dy)
+        stop = clock()
+    elif part == BOTH:
+        start = clock()
+        for _ in range(calls):
+            grad(train(x), wanted, dy)
+        stop = clock()
+    else:
+        with torch.no_grad():
+            start = clock()
+            for _ in range(calls):
+                infer(x)
+            stop = clock()
+    return 1e6 * (stop - start) / calls
+
+
+def measure(interface: str, theirs: Subject, ours: Subject, rounds: int, calls: int) -> list[Row]:
+    """Time both sides in turn, pair by pair; who goes first alternates."""
+    check_agreement(ours, theirs)
+    rows = [Row(interface, part, [], []) for part in (FORWARD, BACKWARD, BOTH, INFERENCE)]
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for index in range(WARMUP + rounds):
+            for row in rows:
+                sides = [(theirs, row.torch_us), (ours, row.bnext_us)]
+                for subject, times in sides if index % 2 else sides[::-1]:
+                    microseconds = time_part(subject, row.part, calls)
+                    if index >= WARMUP:
+                        times.append(microseconds)
+    finally:
+        if collecting:
+            gc.enable()
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print microseconds and ratios, a line for each row."""
+    print(f"{'':<12}{'part':<20}{'torch, us':>11}{'bnext, us':>11}{'bnext / torch (p20-p80)':>28}")
+    interface = ""
+    for row in rows:
+        label = "" if row.interface == interface else row.interface
+        interface = row.interface
+        low, *_, high = statistics.quantiles(row.ratios(), n=5)
+        ratio = f"{statistics.median(row.ratios()):.2f} ({low:.2f}-{high:.2f})"
+        sides = [statistics.median(side) for side in (row.torch_us, row.bnext_us)]
+        print(f"{label:<12}{row.part:<20}{sides[0]:>11.1f}{sides[1]:>11.1f}{ratio:>28}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=100, help="rounds to time (default 100)")
+    parser.add_argument("--calls", type=int, default=100, help="calls a round (default 100)")
+    parser.add_argument(
+        "--max-ratio",
+        type=float,
+        help=f"fail when the median ratio of a '{BOTH}' row is above this",
+    )
+    args = parser.parse_args()
+    if args.rounds < 2 or args.calls < 1:
+        parser.error("--rounds must be at least 2 and --calls at least 1")
+    return args
+
+
+def main() -> int:
+    """Measure and print; return 1 only when --max-ratio is given and exceeded."""
+    args = parse_arguments()
+    # One thread: a pool of threads would add its own wake-up time to both sides.
+    torch.set_num_threads(1)
+    print(
+        f"bnext {bnext.__version__}, torch {torch.__version__}: eager calls on a float32 tensor"
+        f" {list(SHAPE)}, 1 thread.\nMicroseconds of processor time per call, medians of"
+        f" {args.rounds} rounds of {args.calls} calls;\nboth sides in turn, ratios by round.\n"
+    )
+    rows = measure(
+        "functional",
+        make_functional(F.batch_norm),
+        make_functional(bnext.batchnorm2d),
+        args.rounds,
+        args.calls,
+    )
+    rows += measure(
+        "module",
+        make_module(nn.BatchNorm2d),
+        make_module(bnext.BatchNorm2d),
+        args.rounds,
+        args.calls,
+    )
+    print_table(rows)
+    print(
+        "\nforward builds the autograd graph; backward is torch.autograd.grad for input, weight\n"
+        "and bias; inference is a call in eval mode under no_grad. What autograd itself takes is\n"
+        "in backward and forward + backward, on both sides."
+    )
+    if args.max_ratio is None:
+        return 0
+    failed = False
+    for row in rows:
+        ratio = statistics.median(row.ratios())
+        if row.part == BOTH and not ratio <= args.max_ratio:
+            print(f"FAILED: {row.interface}, {BOTH}: ratio {ratio:.2f} > {args.max_ratio:g}")
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
