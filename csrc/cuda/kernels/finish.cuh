@@ -1,0 +1,146 @@
+// From the partial sums of a channel to its results and to the coefficients of the apply pass. All of it in float64: it
+// is little work, and what it rounds every element would inherit.
+#pragma once
+
+#include "../device/math.cuh"
+#include "../device/reduce.cuh"
+#include "streaming_args.h"
+
+namespace bnext::cuda {
+
+// A channel's sums. Statistics: mean and sum of squares around it. Backward: sum_dy, sum_dy_xmu, sum_xmu.
+struct ChannelTotals {
+  double value[kNumSums];
+};
+
+// Calls f(pointer to the partial sums) for this thread's share of channel c: wide channels c, c + num_channels, and so on,
+// each with all its splits.
+template <typename F>
+__device__ inline void for_each_partial(const StreamingArgs& args, int64_t c, F f) {
+  for (int64_t wide = c; wide < args.wide_channels; wide += args.num_channels) {
+    const double* of_channel = args.partials + wide * args.num_splits;
+    for (int64_t split = threadIdx.x; split < args.num_splits; split += blockDim.x) f(of_channel + split);
+  }
+}
+
+// Adds up the partial sums of channel c, the whole block together; every thread gets the totals.
+__device__ inline ChannelTotals merge_partials(const StreamingArgs& args, int64_t c, double* scratch) {
+  const int64_t stride = args.wide_channels * args.num_splits;  // from one of the sums to the next
+  ChannelTotals totals;
+  double sum[kNumSums] = {0, 0, 0};
+  if (args.backward) {
+    for_each_partial(args, c, [&](const double* p) {
+#pragma unroll
+      for (int k = 0; k < kNumSums; ++k) sum[k] += p[k * stride];
+    });
+#pragma unroll
+    for (int k = 0; k < kNumSums; ++k) totals.value[k] = block_sum(sum[k], scratch);
+    return totals;
+  }
+  // Chan: first the mean of all, then every part's squares moved to it. No difference of large numbers anywhere.
+  for_each_partial(args, c, [&](const double* p) { sum[0] += p[0] * p[stride]; });
+  const double mean = block_sum(sum[0], scratch) / args.num_positions;
+  for_each_partial(args, c, [&](const double* p) {
+    const double distance = p[stride] - mean;
+    sum[1] += p[2 * stride] + p[0] * distance * distance;
+  });
+  totals.value[0] = mean;
+  totals.value[1] = block_sum(sum[1], scratch);
+  totals.value[2] = 0;
+  return totals;
+}
+
+// y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes from
+// the mean to make it `centre` goes into the shift.
+template <typename Acc>
+__device__ inline Coefficients<Acc> normalize_coefficients(const StreamingArgs& args, int64_t c, double mean,
+                                                           double invstd) {
+  const double scale = load_channel(args.weight, c, 1) * invstd;
+  const Acc centre = static_cast<Acc>(mean);
+  const double shift = load_channel(args.bias, c, 0) - scale * (mean - centre);
+  return {Acc(0), static_cast<Acc>(scale), centre, static_cast<Acc>(shift)};
+}
+
+template <typename Acc>
+__device__ inline Coefficients<Acc> finish_forward(const StreamingArgs& args, int64_t c, const ChannelTotals& totals,
+                                                   bool write) {
+  const double mean = totals.value[0], var = totals.value[1] / args.num_positions;
+  const double invstd = 1 / square_root(var + args.eps);
+  if (write) {
+    store_channel(args.mean, c, mean);
+    store_channel(args.invstd, c, invstd);
+    if (args.running_mean.data != nullptr) {
+      // The reduce kernel has counted this batch already.
+      const double momentum = args.cumulative && args.num_batches_tracked != nullptr
+                                  ? 1.0 / static_cast<double>(*args.num_batches_tracked)
+                                  : args.momentum;
+      const double unbiased = var * (args.num_positions / (args.num_positions - 1));
+      const double old_mean = load_channel(args.running_mean, c, 0), old_var = load_channel(args.running_var, c, 1);
+      store_channel(args.running_mean, c, momentum * mean + (1 - momentum) * old_mean);
+      store_channel(args.running_var, c, momentum * unbiased + (1 - momentum) * old_var);
+    }
+  }
+  return normalize_coefficients<Acc>(args, c, mean, invstd);
+}
+
+// dx = scale_dy * dy + (scale_x * (x - centre) + shift).
+template <typename Acc>
+__device__ inline Coefficients<Acc> finish_backward(const StreamingArgs& args, int64_t c, const ChannelTotals& totals,
+                                                    bool write) {
+  const double m = args.num_positions;
+  const double invstd = load_channel(args.invstd, c, 1);
+  const double scale = load_channel(args.weight, c, 1) * invstd;
+  const double sum_dy = totals.value[0];
+  // The mean was rounded when it was saved. In training it is the batch mean, so sum(x - mean) / m is what rounding took
+  // from it; in eval it is a constant.
+  const double lost = args.training ? totals.value[2] / m : 0;
+  const double sum_dy_xmu = totals.value[1] - lost * sum_dy;
+  if (write) {
+    store_channel(args.dbias, c, sum_dy);
+    store_channel(args.dweight, c, sum_dy_xmu * invstd);
+    store_channel(args.dvar, c, -0.5 * scale * invstd * invstd * sum_dy_xmu);
+    // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
+    store_channel(args.dmean, c, -scale * sum_dy);
+  }
+  const double scale_x = -scale * invstd * invstd * sum_dy_xmu / m;
+  return {static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(load_channel(args.mean, c, 0)),
+          static_cast<Acc>(-scale * sum_dy / m - scale_x * lost)};
+}
+
+template <typename Acc>
+__device__ inline Coefficients<Acc> finish_channel(const StreamingArgs& args, int64_t c, const ChannelTotals& totals,
+                                                   bool write) {
+  return args.backward ? finish_backward<Acc>(args, c, totals, write) : finish_forward<Acc>(args, c, totals, write);
+}
+
+// Eval: everything follows from vectors. In Acc, because every thread does it, and float64 is slow on some devices.
+template <typename Acc>
+__device__ inline Coefficients<Acc> constant_coefficients(const StreamingArgs& args, int64_t c, bool write) {
+  const Acc weight = static_cast<Acc>(load_channel(args.weight, c, 1));
+  if (args.backward) return {weight * static_cast<Acc>(load_channel(args.invstd, c, 1)), Acc(0), Acc(0), Acc(0)};
+  const Acc mean = static_cast<Acc>(load_channel(args.running_mean, c, 0));
+  const Acc var = static_cast<Acc>(load_channel(args.running_var, c, 1));
+  const Acc invstd = Acc(1) / square_root(var + static_cast<Acc>(args.eps));
+  if (write) {
+    store_channel(args.mean, c, mean);
+    store_channel(args.invstd, c, invstd);
+  }
+  return {Acc(0), weight * invstd, mean, static_cast<Acc>(load_channel(args.bias, c, 0))};
+}
+
+// One block for each channel. Without a second bound ptxas aims at 32 registers on some architectures, and spills.
+template <typename Acc>
+__global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const StreamingArgs args) {
+  const int64_t c = blockIdx.x;
+  auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
+  if (args.source == Source::kConstants) {
+    if (threadIdx.x == 0) constant_coefficients<Acc>(args, c, true);
+    return;
+  }
+  const ChannelTotals totals = merge_partials(args, c, reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x != 0) return;
+  const Coefficients<Acc> coefficients = finish_channel<Acc>(args, c, totals, true);
+  if (stored != nullptr) stored[c] = coefficients;
+}
+
+}  // namespace bnext::cuda

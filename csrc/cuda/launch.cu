@@ -1,0 +1,152 @@
+// Fills in the kernels' arguments, picks the template instance, launches. Choices are plan.cpp's.
+#include "launch.h"
+
+#include "kernels/streaming.cuh"
+
+namespace bnext::cuda {
+namespace {
+
+// What both passes have in common.
+StreamingArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
+  StreamingArgs args{};
+  for (int d = 0; d < 3; ++d) {
+    args.size[d] = plan.size[d];
+    args.step[d] = plan.step[d];
+  }
+  args.num_items = plan.num_items;
+  args.chunk = plan.chunk;
+  args.num_splits = plan.num_splits;
+  args.plane_size = g.size[2];
+  args.num_channels = g.num_channels;
+  args.wide_channels = plan.wide_channels;
+  args.num_slabs = plan.num_slabs;
+  args.block_packs = plan.block_packs;
+  args.block_rows = plan.block_rows;
+  args.num_positions = static_cast<double>(g.num_positions());
+  if (plan.reduce) args.partials = static_cast<double*>(workspace);
+  if (plan.finish && plan.apply) args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
+  return args;
+}
+
+// The view as the plan sees it: a folded row is `fold` rows long.
+View plan_view(const View& view, const Plan& plan) {
+  View folded = view;
+  folded.stride[2] *= plan.fold;
+  return view.data == nullptr ? View{} : folded;
+}
+
+struct Stages {
+  StreamingArgs reduce, finish, apply;
+};
+
+template <typename Kernel>
+cudaError_t launch_kernel(Kernel* kernel, int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
+                          const StreamingArgs& args) {
+  BNEXT_LAUNCH(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
+               stream, args);
+  return cudaGetLastError();
+}
+
+template <typename T, int kVec, bool kRows>
+cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stream) {
+  const bool forward = plan.pass == Pass::kForward;
+  cudaError_t error = cudaSuccess;
+  if (plan.reduce) {
+    const bool writes_dx = stages.reduce.view[2].data != nullptr;
+    auto* kernel = forward     ? &streaming_statistics_kernel<T, kVec, kRows>
+                   : writes_dx ? &streaming_backward_reduce_kernel<T, kVec, kRows, true>
+                               : &streaming_backward_reduce_kernel<T, kVec, kRows, false>;
+    error = launch_kernel(kernel, plan.num_blocks, plan.threads, plan.reduce_shared_bytes, stream, stages.reduce);
+  }
+  if (plan.finish && error == cudaSuccess) {
+    error = launch_kernel(&finish_kernel<accumulate_t<T>>, stages.finish.num_channels, plan.finish_threads,
+                          plan.finish_shared_bytes, stream, stages.finish);
+  }
+  if (plan.apply && error == cudaSuccess) {
+    error = launch_kernel(&streaming_apply_kernel<T, kVec, kRows>, plan.num_blocks, plan.threads,
+                          plan.apply_shared_bytes, stream, stages.apply);
+  }
+  return error;
+}
+
+template <typename T>
+cudaError_t run_dtype(const Stages& stages, const Plan& plan, cudaStream_t stream) {
+  constexpr int kVec = kPackBytes / sizeof(T);
+  if (plan.walk == Walk::kRows) {
+    return plan.vec > 1 ? run_stages<T, kVec, true>(stages, plan, stream)
+                        : run_stages<T, 1, true>(stages, plan, stream);
+  }
+  return plan.vec > 1 ? run_stages<T, kVec, false>(stages, plan, stream)
+                      : run_stages<T, 1, false>(stages, plan, stream);
+}
+
+cudaError_t run_plan(const Stages& stages, const Plan& plan, cudaStream_t stream) {
+  if (!plan.error.empty()) return cudaErrorInvalidConfiguration;
+  switch (plan.dtype) {
+    case DType::kFloat64:
+      return run_dtype<double>(stages, plan, stream);
+    case DType::kFloat32:
+      return run_dtype<float>(stages, plan, stream);
+    case DType::kBFloat16:
+      return run_dtype<BFloat16>(stages, plan, stream);
+    case DType::kFloat16:
+      return run_dtype<Float16>(stages, plan, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+// The same for all stages but for the tensors and where apply has its coefficients from.
+Stages make_stages(const StreamingArgs& args, const Plan& plan) {
+  Stages stages{args, args, args};
+  if (plan.reduce) {
+    stages.apply.source = plan.fused ? Source::kPartials : Source::kFinished;
+    stages.finish.source = Source::kPartials;
+  }
+  return stages;
+}
+
+}  // namespace
+
+cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream) {
+  StreamingArgs args = common_args(problem.geometry, plan, workspace);
+  args.training = problem.training;
+  args.cumulative = problem.cumulative;
+  args.momentum = problem.momentum;
+  args.eps = problem.eps;
+  args.weight = problem.weight;
+  args.bias = problem.bias;
+  args.mean = problem.mean;
+  args.invstd = problem.invstd;
+  args.running_mean = problem.running_mean;
+  args.running_var = problem.running_var;
+  args.num_batches_tracked = problem.training ? problem.num_batches_tracked : nullptr;
+  Stages stages = make_stages(args, plan);
+  stages.reduce.view[0] = plan_view(problem.x, plan);
+  stages.apply.view[0] = plan_view(problem.y, plan);
+  stages.apply.view[1] = plan_view(problem.x, plan);
+  return run_plan(stages, plan, stream);
+}
+
+cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream) {
+  StreamingArgs args = common_args(problem.geometry, plan, workspace);
+  args.backward = true;
+  args.training = problem.training;
+  args.weight = problem.weight;
+  args.mean = problem.mean;
+  args.invstd = problem.invstd;
+  args.dweight = problem.dweight;
+  args.dbias = problem.dbias;
+  args.dmean = problem.dmean;
+  args.dvar = problem.dvar;
+  Stages stages = make_stages(args, plan);
+  const View x = plan_view(problem.x, plan), dy = plan_view(problem.dy, plan), dx = plan_view(problem.dx, plan);
+  stages.reduce.view[0] = dy;
+  if (make_request(problem).reads_x) stages.reduce.view[1] = x;
+  if (!plan.apply) stages.reduce.view[2] = dx;  // eval, in one pass
+  stages.apply.view[0] = dx;
+  if (problem.training) stages.apply.view[1] = x;
+  stages.apply.view[2] = dy;
+  return run_plan(stages, plan, stream);
+}
+
+}  // namespace bnext::cuda

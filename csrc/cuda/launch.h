@@ -1,0 +1,13 @@
+// From a problem and its plan to kernels on a stream. Plain pointers: no torch. Never waits for the device.
+#pragma once
+
+#include "device/portability.cuh"
+#include "plan.h"
+
+namespace bnext::cuda {
+
+// `workspace` holds plan.workspace_bytes, 16-byte aligned, until the stream has passed this point.
+cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream);
+cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream);
+
+}  // namespace bnext::cuda

@@ -1,0 +1,265 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <numeric>
+#include <tuple>
+
+#include "kernels/streaming_args.h"
+
+namespace bnext::cuda {
+namespace {
+
+constexpr int64_t kPackBytes = 16;
+constexpr int kMinThreads = 64;
+// Contiguous bytes of a row that a block reads: a whole cache line and no more, because a block leaves 24 bytes of partial
+// sums for each channel, which should be little beside the rows that it has read for them.
+constexpr int64_t kRowBytes = 128;
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+bool begins_aligned(const View& view) {
+  return view.data == nullptr || reinterpret_cast<uintptr_t>(view.data) % kPackBytes == 0;
+}
+
+// Every row, or every plane, begins at a multiple of 16 bytes.
+bool stays_aligned(const Geometry& g, const View& view) {
+  if (view.data == nullptr) return true;
+  const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
+  bool aligned = begins_aligned(view);
+  const bool rows = g.walk == Walk::kRows;
+  for (int d = 0; d < (rows ? 3 : 2); ++d) aligned = aligned && (g.size[d] == 1 || view.stride[d] % vec == 0);
+  return aligned && (rows || g.num_channels == 1 || view.stride_c % vec == 0);
+}
+
+// Rows lie one behind the other.
+bool rows_follow(const Geometry& g, const View& view) {
+  if (view.data == nullptr) return true;
+  return begins_aligned(view) && g.size[0] == 1 && g.size[1] == 1 &&
+         (g.size[2] == 1 || view.stride[2] == g.num_channels);
+}
+
+void describe_views(Request& request, std::initializer_list<const View*> views) {
+  request.aligned = request.dense_rows = true;
+  for (const View* view : views) {
+    request.aligned = request.aligned && stays_aligned(request.geometry, *view);
+    request.dense_rows = request.dense_rows && rows_follow(request.geometry, *view);
+  }
+}
+
+// Which kernels run and what they move.
+void plan_stages(const Request& r, Plan& plan) {
+  const bool one_pass = r.pass == Pass::kBackward && !r.training;  // eval: dx does not wait for the sums
+  plan.reduce = r.pass == Pass::kForward ? r.training : r.sums;
+  plan.apply = r.output && !(one_pass && plan.reduce);
+  // Eval without y still has to write mean and invstd.
+  const bool finish_wanted = plan.reduce || (r.pass == Pass::kForward && !r.output);
+  plan.fused = plan.reduce && plan.apply;  // unless there are too many splits
+  plan.finish = finish_wanted && !plan.fused;
+  const bool backward = r.pass == Pass::kBackward;
+  if (plan.reduce) {
+    plan.tensors_read += backward ? 1 + r.reads_x : 1;
+    plan.tensors_written += one_pass && r.output;
+  }
+  if (plan.apply) {
+    plan.tensors_read += backward && r.training ? 2 : 1;
+    plan.tensors_written += 1;
+  }
+}
+
+// How many blocks share a channel: enough to fill the device, each with at least a batch, none with too many.
+void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns, int64_t parallel_items, Plan& plan) {
+  const int64_t resident = int64_t{device.num_sms} * std::max(1, device.threads_per_sm / plan.threads);
+  const int64_t wanted = ceil_div(static_cast<int64_t>(limits.waves * resident), columns);
+  const int64_t batch = parallel_items * kUnroll;
+  int64_t splits = std::min(wanted, ceil_div(plan.num_items, batch));
+  splits = std::max(splits, ceil_div(plan.num_items, batch * limits.batches));
+  // Whole steps of the block; only the last block may have fewer.
+  plan.chunk = ceil_div(ceil_div(plan.num_items, splits), parallel_items) * parallel_items;
+  plan.num_splits = ceil_div(plan.num_items, plan.chunk);
+  plan.num_blocks = columns * plan.num_splits;
+  plan.step[2] = parallel_items % plan.size[2];
+  plan.step[1] = parallel_items / plan.size[2] % plan.size[1];
+  plan.step[0] = parallel_items / plan.size[2] / plan.size[1];
+}
+
+// The fewest threads that still take all items in one batch, within the limits.
+template <typename Fits>
+int choose_threads(const Limits& limits, Fits fits) {
+  int threads = std::min(limits.threads, kMaxThreads);
+  while (threads > kMinThreads && fits(threads / 2)) threads /= 2;
+  return threads;
+}
+
+void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
+  const Geometry& g = r.geometry;
+  plan.vec = g.unit_stride ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
+  // A plane that begins inside a pack may touch one pack more.
+  const int64_t inner = g.size[2] + (r.aligned ? 0 : plan.vec - 1);
+  plan.size[0] = g.size[0];
+  plan.size[1] = g.size[1];
+  plan.size[2] = ceil_div(inner, plan.vec);
+  plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
+  plan.threads = choose_threads(limits, [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
+  plan.wide_channels = g.num_channels;
+  split_items(device, limits, g.num_channels, plan.threads, plan);
+  plan.reduce_shared_bytes = planes_reduce_shared(plan.threads, acc_bytes(g.dtype));
+}
+
+void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
+  const Geometry& g = r.geometry;
+  const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
+  for (int d = 0; d < 3; ++d) plan.size[d] = g.size[d];
+  if (g.unit_stride) {
+    const int64_t fold = vec / std::gcd(vec, g.num_channels);
+    if (fold == 1 && r.aligned) {
+      plan.vec = static_cast<int>(vec);
+    } else if (r.dense_rows && g.size[2] % fold == 0) {
+      plan.vec = static_cast<int>(vec);
+      plan.fold = fold;
+      plan.size[2] /= fold;
+    }
+  }
+  plan.wide_channels = g.num_channels * plan.fold;
+  plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
+  const int64_t packs = plan.wide_channels / plan.vec;
+  const int64_t row_packs = std::min(packs, kRowBytes / (plan.vec * dtype_bytes(g.dtype)));
+  auto packs_for = [&](int threads) { return std::min<int64_t>(row_packs, threads / plan.vec); };
+  plan.threads = choose_threads(limits, [&](int threads) {
+    return packs_for(threads) == packs_for(2 * threads) && plan.num_items <= threads / packs_for(threads) * kUnroll;
+  });
+  plan.num_slabs = ceil_div(packs, packs_for(plan.threads));
+  plan.block_packs = static_cast<int>(ceil_div(packs, plan.num_slabs));  // slabs of about the same width
+  plan.block_rows = plan.threads / plan.block_packs;
+  split_items(device, limits, plan.num_slabs, plan.block_rows, plan);
+  const int64_t columns = int64_t{plan.block_packs} * plan.vec;
+  plan.reduce_shared_bytes = rows_reduce_shared(plan.threads, plan.block_rows, columns, acc_bytes(g.dtype));
+  plan.fused = false;  // a block has hundreds of channels: to add up the partial sums once is cheaper
+}
+
+std::string with_unit(double bytes) {
+  const char* unit = "B";
+  for (const char* larger : {"kB", "MB", "GB", "TB"}) {
+    if (bytes < 1000) break;
+    bytes /= 1000;
+    unit = larger;
+  }
+  char text[32];
+  std::snprintf(text, sizeof text, "%.4g %s", bytes, unit);
+  return text;
+}
+
+}  // namespace
+
+Request make_request(const ForwardProblem& problem) {
+  Request request;
+  request.geometry = problem.geometry;
+  request.pass = Pass::kForward;
+  request.training = request.sums = problem.training;
+  request.output = problem.y.data != nullptr;
+  describe_views(request, {&problem.x, &problem.y});
+  return request;
+}
+
+Request make_request(const BackwardProblem& problem) {
+  Request request;
+  request.geometry = problem.geometry;
+  request.pass = Pass::kBackward;
+  request.training = problem.training;
+  request.output = problem.dx.data != nullptr;
+  request.reads_x =
+      (request.output && request.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
+  request.sums = request.reads_x || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
+  describe_views(request, {&problem.x, &problem.dy, &problem.dx});
+  return request;
+}
+
+Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits) {
+  Plan plan;
+  plan.dtype = r.geometry.dtype;
+  plan.walk = r.geometry.walk;
+  plan.pass = r.pass;
+  plan_stages(r, plan);
+  const bool fusible = plan.fused;
+  if (plan.walk == Walk::kPlanes) {
+    plan_planes(r, device, limits, plan);
+  } else {
+    plan_rows(r, device, limits, plan);
+  }
+  plan.fused = plan.fused && plan.num_splits <= limits.fused_splits;
+  plan.finish = plan.finish || (fusible && !plan.fused);
+
+  while (plan.finish_threads < plan.num_splits && plan.finish_threads < kMaxThreads) plan.finish_threads *= 2;
+  plan.finish_shared_bytes = finish_shared(plan.finish_threads);
+  plan.apply_shared_bytes = plan.fused ? finish_shared(plan.threads) : 0;
+  if (plan.reduce) {
+    const int64_t partial_bytes = kNumSums * plan.wide_channels * plan.num_splits * 8;
+    plan.coefficient_offset = ceil_div(partial_bytes, kPackBytes) * kPackBytes;
+  }
+  plan.workspace_bytes = plan.coefficient_offset;
+  if (plan.finish && plan.apply) plan.workspace_bytes += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+
+  const int64_t tensor_bytes = r.geometry.num_channels * r.geometry.num_positions() * dtype_bytes(plan.dtype);
+  plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * tensor_bytes;
+  if (plan.num_blocks > kMaxBlocks || (plan.finish && r.geometry.num_channels > kMaxBlocks)) {
+    plan.error = "it needs more than 2^31 - 1 blocks";
+  } else if (std::max({plan.reduce_shared_bytes, plan.apply_shared_bytes, plan.finish_shared_bytes}) >
+             device.shared_bytes_per_block) {
+    plan.error = "a block needs more shared memory than the device has";
+  }
+  return plan;
+}
+
+bool operator==(const Plan& a, const Plan& b) {
+  auto fields = [](const Plan& p) {
+    const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,
+                                 p.num_splits, p.wide_channels, p.num_slabs, p.block_packs, p.block_rows, p.num_blocks);
+    const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.finish_threads, p.reduce_shared_bytes,
+                                 p.apply_shared_bytes, p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
+                                 p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
+    return std::tuple_cat(choice, stages);
+  };
+  return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
+}
+
+std::string to_string(const Plan& plan) {
+  std::string text = family_name(plan.family);
+  text += plan.pass == Pass::kForward ? " forward, " : " backward, ";
+  text += plan.walk == Walk::kPlanes ? "planes of " : "rows of ";
+  text += std::string(dtype_name(plan.dtype)) + " in " + (plan.vec > 1 ? "packs of 16 bytes" : "single elements");
+  if (plan.fold > 1) text += ", " + std::to_string(plan.fold) + " rows as one";
+  text += ":";
+  const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
+  const char* separator = "";
+  if (plan.reduce) {
+    text += " reduce" + grid + " (" + std::to_string(plan.num_splits) + " blocks per channel)";
+    separator = ",";
+  }
+  if (plan.finish) {
+    text += separator + std::string(" finish (") + std::to_string(plan.finish_threads) + " threads per channel)";
+    separator = ",";
+  }
+  if (plan.apply) text += separator + std::string(plan.fused ? " finish and apply" : " apply") + grid;
+  if (!plan.reduce && !plan.finish && !plan.apply) text += " nothing";
+  text += "; moves " + std::to_string(plan.tensors_read + plan.tensors_written) + " tensors, " +
+          with_unit(static_cast<double>(plan.bytes_moved)) + ", workspace " +
+          with_unit(static_cast<double>(plan.workspace_bytes));
+  if (!plan.error.empty()) text += "; cannot run: " + plan.error;
+  return text;
+}
+
+const char* family_name(Family family) { return family == Family::kAuto ? "auto" : "streaming"; }
+
+bool parse_family(const std::string& name, Family* family) {
+  for (Family known : {Family::kAuto, Family::kStreaming}) {
+    if (name != family_name(known)) continue;
+    *family = known;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,89 @@
+// Chooses how a pass runs on a device: kernel family, blocks, threads, packs, workspace. A pure function of the request
+// and the device, comparable and printable. Plain C++: no CUDA, no torch, no tensors.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../problem.h"
+
+namespace bnext::cuda {
+
+struct DeviceInfo {
+  int arch = 90;  // 10 * major + minor
+  int num_sms = 132;
+  int threads_per_sm = 2048;
+  int64_t shared_bytes_per_block = 48 << 10;  // without opting in to more
+  int64_t l2_bytes = 50 << 20;
+};
+
+// kAuto leaves the choice to make_plan.
+enum class Family : uint8_t { kAuto, kStreaming };
+
+enum class Pass : uint8_t { kForward, kBackward };
+
+// All that a plan depends on.
+struct Request {
+  Geometry geometry;
+  Pass pass = Pass::kForward;
+  bool training = true;
+  bool output = true;   // y or dx is wanted
+  bool sums = true;     // sums over the positions are needed
+  bool reads_x = true;  // the reduction reads x. Backward: not when only sum(dy) is needed
+  // Every plane (row) of every tensor begins at a multiple of 16 bytes.
+  bool aligned = true;
+  // Rows follow each other without a gap, and the first begins at a multiple of 16 bytes.
+  bool dense_rows = true;
+};
+
+Request make_request(const ForwardProblem& problem);
+Request make_request(const BackwardProblem& problem);
+
+// Upper bounds that a caller may lower: tests run small blocks, benchmarks try others.
+struct Limits {
+  Family family = Family::kAuto;
+  int threads = 256;  // in a block: a power of two from 64 to 256
+  int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
+                      // the sums in float32, and with it their error
+  int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
+  // Blocks to fill the device with, as a share of the threads it can hold. Half: registers allow no more than that.
+  double waves = 0.5;
+};
+
+struct Plan {
+  Family family = Family::kStreaming;
+  Walk walk = Walk::kPlanes;
+  DType dtype = DType::kFloat32;
+  Pass pass = Pass::kForward;
+  int vec = 1;       // elements in one access: 16 bytes of them, or one
+  int64_t fold = 1;  // rows taken as one, where a row does not fill packs
+  int threads = 0;
+  int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in StreamingArgs
+  int64_t num_items = 0, chunk = 0, num_splits = 1;
+  int64_t wide_channels = 0, num_slabs = 1;
+  int block_packs = 1, block_rows = 1;
+  int64_t num_blocks = 0;  // of the reduce and of the apply kernel
+  // Which kernels run, in this order. `fused`: apply does what finish would have done.
+  bool reduce = false, finish = false, apply = false, fused = false;
+  int finish_threads = 32;
+  int64_t reduce_shared_bytes = 0, apply_shared_bytes = 0, finish_shared_bytes = 0;
+  int64_t coefficient_offset = 0, workspace_bytes = 0;
+  int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
+  int64_t bytes_moved = 0;
+  // Not empty: the pass cannot run, and why.
+  std::string error;
+};
+
+bool operator==(const Plan& a, const Plan& b);
+inline bool operator!=(const Plan& a, const Plan& b) { return !(a == b); }
+
+Plan make_plan(const Request& request, const DeviceInfo& device, const Limits& limits = {});
+
+// One line for people: what runs, and how many bytes it moves.
+std::string to_string(const Plan& plan);
+
+const char* family_name(Family family);
+// False when no family has this name.
+bool parse_family(const std::string& name, Family* family);
+
+}  // namespace bnext::cuda

@@ -1,0 +1,149 @@
+// What tests call through ctypes: one batch-norm pass on the shim, from a plain description of its tensors. The structs
+// are mirrored in library.py.
+#include <cstdio>
+#include <cstdlib>
+#include <new>
+
+#include "cuda/launch.h"
+#include "layout.h"
+#include "simt.h"
+
+namespace {
+
+using namespace bnext;
+
+struct Tensor {
+  void* data;
+  int64_t stride[4];
+  void* storage;  // all memory that a kernel may touch for this tensor
+  int64_t storage_bytes;
+};
+
+struct Vector {
+  void* data;
+  int64_t stride;
+  int64_t dtype;
+};
+
+struct Call {
+  int64_t size[4];
+  int64_t dtype, backward, training, cumulative;
+  double momentum, eps;
+  Tensor x, dy, out;
+  Vector weight, bias, mean, invstd, running_mean, running_var, dweight, dbias, dmean, dvar;
+  int64_t* num_batches_tracked;
+  // the device, and limits of the plan
+  int64_t num_sms, threads_per_sm, threads, batches, fused_splits;
+  double waves;
+  int64_t seed;
+  char skipped_barrier[64];
+  // results
+  int64_t bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits;
+  char plan[512], error[256];
+};
+
+ChannelVector channel_vector(const Vector& v) { return {v.data, v.stride, static_cast<DType>(v.dtype)}; }
+
+TensorLayout layout(const Tensor& t) { return {t.data, {t.stride[0], t.stride[1], t.stride[2], t.stride[3]}}; }
+
+// Workspace as an allocator would give it: aligned, full of old data (NaN here), and with something behind it.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(new (std::align_val_t{256}) unsigned char[bytes + kGuard]) {
+    std::memset(data_, 0xff, bytes + kGuard);
+  }
+  ~Workspace() { operator delete[](data_, std::align_val_t{256}); }
+  void* data() { return data_; }
+  bool overrun() const {
+    for (int64_t i = bytes_; i < bytes_ + kGuard; ++i) {
+      if (data_[i] != 0xff) return true;
+    }
+    return false;
+  }
+
+ private:
+  static constexpr int64_t kGuard = 4096;
+  int64_t bytes_;
+  unsigned char* data_;
+};
+
+template <typename Problem>
+void run(Call& call, const Problem& problem) {
+  cuda::DeviceInfo device;
+  device.num_sms = static_cast<int>(call.num_sms);
+  device.threads_per_sm = static_cast<int>(call.threads_per_sm);
+  cuda::Limits limits;
+  limits.threads = static_cast<int>(call.threads);
+  limits.batches = static_cast<int>(call.batches);
+  limits.fused_splits = static_cast<int>(call.fused_splits);
+  limits.waves = call.waves;
+  const cuda::Plan plan = cuda::make_plan(cuda::make_request(problem), device, limits);
+  std::snprintf(call.plan, sizeof call.plan, "%s", cuda::to_string(plan).c_str());
+
+  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barrier});
+  for (const Tensor* t : {&call.x, &call.dy}) {
+    if (t->data != nullptr) simt::allow_load(t->storage, t->storage_bytes);
+  }
+  if (call.out.data != nullptr) simt::allow_store(call.out.storage, call.out.storage_bytes);
+  Workspace workspace(plan.workspace_bytes);
+  const cudaError_t error = cuda::launch(problem, plan, workspace.data(), nullptr);
+  const char* message = workspace.overrun() ? "a kernel wrote beyond the workspace" : simt::error().c_str();
+  if (error != cudaSuccess && *message == '\0') message = "launch returned an error";
+  std::snprintf(call.error, sizeof call.error, "%s", message);
+  call.bytes_loaded = simt::bytes_loaded();
+  call.bytes_stored = simt::bytes_stored();
+  call.planned_bytes = plan.bytes_moved;
+  call.fused = plan.fused;
+  call.vec = plan.vec;
+  call.fold = plan.fold;
+  call.num_splits = plan.num_splits;
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t simt_call_bytes() { return sizeof(Call); }
+
+void simt_run(Call* call) {
+  const std::array<int64_t, 4> size = {call->size[0], call->size[1], call->size[2], call->size[3]};
+  const DType dtype = static_cast<DType>(call->dtype);
+  if (call->backward == 0) {
+    ForwardProblem p;
+    const Tensor& y = call->out.data != nullptr ? call->out : call->x;
+    p.geometry = make_geometry(size, dtype, {layout(call->x), layout(y)}, {&p.x, &p.y});
+    if (call->out.data == nullptr) p.y.data = nullptr;
+    p.weight = channel_vector(call->weight);
+    p.bias = channel_vector(call->bias);
+    p.running_mean = channel_vector(call->running_mean);
+    p.running_var = channel_vector(call->running_var);
+    p.mean = channel_vector(call->mean);
+    p.invstd = channel_vector(call->invstd);
+    p.num_batches_tracked = call->num_batches_tracked;
+    p.training = call->training != 0;
+    p.cumulative = call->cumulative != 0;
+    p.momentum = call->momentum;
+    p.eps = call->eps;
+    run(*call, p);
+    return;
+  }
+  BackwardProblem p;
+  const Tensor& dx = call->out.data != nullptr ? call->out : call->x;
+  p.geometry = make_geometry(size, dtype, {layout(call->x), layout(call->dy), layout(dx)}, {&p.x, &p.dy, &p.dx});
+  if (call->out.data == nullptr) p.dx.data = nullptr;
+  p.weight = channel_vector(call->weight);
+  p.mean = channel_vector(call->mean);
+  p.invstd = channel_vector(call->invstd);
+  p.dweight = channel_vector(call->dweight);
+  p.dbias = channel_vector(call->dbias);
+  p.dmean = channel_vector(call->dmean);
+  p.dvar = channel_vector(call->dvar);
+  p.training = call->training != 0;
+  run(*call, p);
+}
+
+int64_t simt_num_barriers() { return static_cast<int64_t>(simt::barriers().size()); }
+
+const char* simt_barrier(int64_t i) { return simt::barriers()[i].c_str(); }
+
+}  // extern "C"

@@ -1,0 +1,293 @@
+"""Compiles the SIMT shim and the plan library, and runs batch norm on them through ctypes.
+
+The structs mirror those of driver.cpp and plan_driver.cpp.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the order of DType
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
+# A checked longjmp refuses to leave a fiber's stack.
+FLAGS += ["-U_FORTIFY_SOURCE", "-DBNEXT_SIMT", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/simt"]
+PLAN_SOURCES = ("tests/simt/plan_driver.cpp", "csrc/cuda/plan.cpp", "csrc/layout.cpp")
+SIMT_SOURCES = (
+    *("tests/simt/driver.cpp", "tests/simt/faults.cpp", "tests/simt/simt.cpp"),
+    *("csrc/cuda/launch.cu", "csrc/cuda/plan.cpp", "csrc/layout.cpp"),
+)
+MESSAGE_BYTES = 512
+
+
+@cache
+def compiler() -> list[str] | None:
+    """The C++ compiler as a command line, or None where there is none."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return command if shutil.which(command[0]) else None
+
+
+def compile_library(name: str, sources: tuple[str, ...]) -> ctypes.CDLL:
+    """A shared library from `sources`, compiled again only when a source has changed."""
+    command = compiler()
+    assert command is not None
+    depends = [ROOT / s for s in sources]
+    depends += [path for ext in ("h", "cuh") for path in ROOT.glob(f"csrc/**/*.{ext}")]
+    depends += ROOT.glob("tests/simt/*.h")
+    state = hashlib.sha256(repr((command, FLAGS)).encode())
+    for path in sorted(depends):
+        state.update(path.read_bytes())
+    folder = ROOT / "build" / "simt"
+    target = folder / f"{name}-{state.hexdigest()[:16]}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+        files = [str(ROOT / s) for s in sources]
+        run = subprocess.run(
+            [*command, *FLAGS, "-x", "c++", *files, "-o", str(unfinished)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        for old in folder.glob(f"{name}-*.so"):
+            old.unlink(missing_ok=True)
+        unfinished.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+class TensorStruct(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("stride", ctypes.c_int64 * 4),
+        ("storage", ctypes.c_void_p),
+        ("storage_bytes", ctypes.c_int64),
+    )
+
+
+class VectorStruct(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("stride", ctypes.c_int64), ("dtype", ctypes.c_int64))
+
+
+TENSORS = ("x", "dy", "out")
+VECTORS = (
+    *("weight", "bias", "mean", "invstd", "running_mean", "running_var"),
+    *("dweight", "dbias", "dmean", "dvar"),
+)
+LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
+RESULTS = ("bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold", "num_splits")
+
+
+class Call(ctypes.Structure):
+    _fields_ = (
+        ("size", ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in ("dtype", "backward", "training", "cumulative")),
+        *((name, ctypes.c_double) for name in ("momentum", "eps")),
+        *((name, TensorStruct) for name in TENSORS),
+        *((name, VectorStruct) for name in VECTORS),
+        ("num_batches_tracked", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in LIMITS),
+        ("waves", ctypes.c_double),
+        ("seed", ctypes.c_int64),
+        ("skipped_barrier", ctypes.c_char * 64),
+        *((name, ctypes.c_int64) for name in RESULTS),
+        ("plan", ctypes.c_char * MESSAGE_BYTES),
+        ("error", ctypes.c_char * 256),
+    )
+
+
+class Machine(NamedTuple):
+    """A device small enough for a CPU, and limits that make small tensors take every path."""
+
+    num_sms: int = 4
+    threads_per_sm: int = 128
+    threads: int = 64
+    batches: int = 2
+    fused_splits: int = 64
+    waves: float = 1.0
+
+
+class Schedule(NamedTuple):
+    seed: int = 0
+    skipped_barrier: str = ""
+
+
+class ShimError(Exception):
+    """What the shim caught a kernel at."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    lib = compile_library("simt", SIMT_SOURCES)
+    lib.simt_call_bytes.restype = ctypes.c_int64
+    lib.simt_num_barriers.restype = ctypes.c_int64
+    lib.simt_barrier.restype = ctypes.c_char_p
+    lib.simt_barrier.argtypes = (ctypes.c_int64,)
+    lib.simt_run.restype = lib.simt_fault.restype = None
+    lib.simt_fault.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
+    assert lib.simt_call_bytes() == ctypes.sizeof(Call)
+    return lib
+
+
+def barriers() -> list[str]:
+    """Barriers that kernels have reached so far, as "file.cuh:line"."""
+    lib = library()
+    return [lib.simt_barrier(i).decode() for i in range(lib.simt_num_barriers())]
+
+
+def fault(which: int, seed: int) -> str:
+    """What the shim says of kernel `which` of faults.cpp."""
+    error = ctypes.create_string_buffer(256)
+    library().simt_fault(which, seed, error, len(error))
+    return error.value.decode()
+
+
+def tensor_struct(t: Tensor | None) -> TensorStruct:
+    if t is None:
+        return TensorStruct()
+    storage = t.untyped_storage()
+    strides = (ctypes.c_int64 * 4)(*t.stride())
+    return TensorStruct(t.data_ptr(), strides, storage.data_ptr(), storage.nbytes())
+
+
+def vector_struct(t: Tensor | None) -> VectorStruct:
+    return (
+        VectorStruct()
+        if t is None
+        else VectorStruct(t.data_ptr(), t.stride(0), DTYPES.index(t.dtype))
+    )
+
+
+def run(
+    x: Tensor,
+    dy: Tensor | None,
+    out: Tensor | None,
+    vectors: dict[str, Tensor | None],
+    *,
+    training: bool,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    machine: Machine | None = None,
+    schedule: Schedule | None = None,
+) -> Call:
+    """One pass: forward without `dy`, backward with it. Raises ShimError; returns the results."""
+    call = Call()
+    call.size = (ctypes.c_int64 * 4)(*x.shape)
+    call.dtype = DTYPES.index(x.dtype)
+    call.backward, call.training, call.cumulative = dy is not None, training, momentum is None
+    call.momentum, call.eps = momentum or 0.0, eps
+    call.x, call.dy, call.out = tensor_struct(x), tensor_struct(dy), tensor_struct(out)
+    for name in VECTORS:
+        setattr(call, name, vector_struct(vectors.get(name)))
+    if num_batches_tracked is not None:
+        call.num_batches_tracked = num_batches_tracked.data_ptr()
+    for name, value in (machine or Machine())._asdict().items():
+        setattr(call, name, value)
+    schedule = schedule or Schedule()
+    call.seed, call.skipped_barrier = schedule.seed, schedule.skipped_barrier.encode()
+    library().simt_run(ctypes.byref(call))
+    if call.error:
+        raise ShimError(f"{call.error.decode()}; {call.plan.decode()}")
+    return call
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype, stride: tuple[int, ...]) -> Tensor:
+    """An output full of NaN, with these strides."""
+    t = torch.empty_strided(shape, stride, dtype=dtype)
+    storage = t.untyped_storage()
+    ctypes.memset(storage.data_ptr(), 0xFF, storage.nbytes())
+    return t
+
+
+class Forward(NamedTuple):
+    output: Tensor | None
+    mean: Tensor
+    invstd: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor
+    call: Call
+
+
+def forward(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    *,
+    momentum: float | None = 0.1,
+    want_output: bool = True,
+    machine: Machine | None = None,
+    schedule: Schedule | None = None,
+) -> Forward:
+    """As csrc/api.cpp calls the kernels. The running statistics given are left alone."""
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    channels = x.shape[1]
+    out = guarded(x.shape, x.dtype, torch.empty_like(x).stride()) if want_output else None
+    mean, invstd = (guarded((channels,), statistics, (1,)) for _ in range(2))
+    stats = [None if t is None else t.clone() for t in (running_mean, running_var)]
+    tracked = torch.tensor(2)
+    vectors = {"running_mean": stats[0], "running_var": stats[1], "weight": weight, "bias": bias}
+    call = run(
+        x,
+        None,
+        out,
+        vectors | {"mean": mean, "invstd": invstd},
+        training=training,
+        momentum=momentum,
+        num_batches_tracked=tracked if training else None,
+        machine=machine,
+        schedule=schedule,
+    )
+    return Forward(out, mean, invstd, stats[0], stats[1], tracked, call)
+
+
+class Backward(NamedTuple):
+    input: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    call: Call
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None = None,
+    training: bool = True,
+    *,
+    want: tuple[bool, bool, bool, bool, bool] = (True,) * 5,
+    machine: Machine | None = None,
+    schedule: Schedule | None = None,
+) -> Backward:
+    """dx, dweight, dbias, dmean, dvar: those that are wanted."""
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    parameters = statistics if weight is None else weight.dtype
+    channels = x.shape[1]
+    out = guarded(x.shape, x.dtype, torch.empty_like(x).stride()) if want[0] else None
+    kinds = (parameters, parameters, statistics, statistics)
+    sums = [
+        guarded((channels,), kind, (1,)) if wanted else None
+        for kind, wanted in zip(kinds, want[1:], strict=True)
+    ]
+    vectors = {"weight": weight, "mean": mean, "invstd": invstd}
+    vectors |= dict(zip(("dweight", "dbias", "dmean", "dvar"), sums, strict=True))
+    call = run(x, dy, out, vectors, training=training, machine=machine, schedule=schedule)
+    return Backward(out, *sums, call)

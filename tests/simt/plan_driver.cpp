@@ -1,0 +1,102 @@
+// make_plan for tests, through ctypes. The structs are mirrored in tests/test_cuda_plan.py.
+#include <cstdio>
+#include <cstdlib>
+
+#include "cuda/kernels/streaming_args.h"
+#include "cuda/plan.h"
+#include "layout.h"
+
+namespace {
+
+using namespace bnext;
+using namespace bnext::cuda;
+
+struct Query {
+  int64_t size[4], stride[4];
+  int64_t dtype, backward, training, output, reads_x, sums, misaligned;
+  int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
+  // results
+  int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
+  int64_t num_blocks, reduce, finish, apply, fused, finish_threads, reduce_shared_bytes, apply_shared_bytes;
+  int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
+  int64_t steps_add_up;
+  char text[512];
+};
+
+}  // namespace
+
+extern "C" {
+
+int64_t plan_query_bytes() { return sizeof(Query); }
+int64_t plan_unroll() { return kUnroll; }
+int64_t plan_batches() { return Limits{}.batches; }
+
+void plan_run(Query* q) {
+  View x;
+  // Never read: only its alignment counts.
+  void* data = reinterpret_cast<void*>(static_cast<uintptr_t>(q->misaligned != 0 ? 256 + 8 : 256));
+  Request r;
+  r.geometry = make_geometry({q->size[0], q->size[1], q->size[2], q->size[3]}, static_cast<DType>(q->dtype),
+                             {{data, {q->stride[0], q->stride[1], q->stride[2], q->stride[3]}}}, {&x});
+  if (q->backward != 0) {
+    BackwardProblem p;
+    p.geometry = r.geometry;
+    p.x = p.dy = x;
+    p.training = q->training != 0;
+    if (q->output != 0) p.dx = x;
+    if (q->reads_x != 0) p.dweight.data = data;
+    if (q->sums != 0) p.dbias.data = data;
+    r = make_request(p);
+  } else {
+    ForwardProblem p;
+    p.geometry = r.geometry;
+    p.x = x;
+    p.training = q->training != 0;
+    if (q->output != 0) p.y = x;
+    r = make_request(p);
+  }
+  const DeviceInfo device{static_cast<int>(q->arch), static_cast<int>(q->num_sms), static_cast<int>(q->threads_per_sm),
+                          q->shared_bytes_per_block, q->l2_bytes};
+  const Plan p = make_plan(r, device);
+  q->walk = static_cast<int64_t>(p.walk);
+  q->vec = p.vec;
+  q->fold = p.fold;
+  q->threads = p.threads;
+  q->num_items = p.num_items;
+  q->chunk = p.chunk;
+  q->num_splits = p.num_splits;
+  q->wide_channels = p.wide_channels;
+  q->num_slabs = p.num_slabs;
+  q->block_packs = p.block_packs;
+  q->block_rows = p.block_rows;
+  q->num_blocks = p.num_blocks;
+  q->reduce = p.reduce;
+  q->finish = p.finish;
+  q->apply = p.apply;
+  q->fused = p.fused;
+  q->finish_threads = p.finish_threads;
+  q->reduce_shared_bytes = p.reduce_shared_bytes;
+  q->apply_shared_bytes = p.apply_shared_bytes;
+  q->finish_shared_bytes = p.finish_shared_bytes;
+  q->coefficient_offset = p.coefficient_offset;
+  q->workspace_bytes = p.workspace_bytes;
+  q->bytes_moved = p.bytes_moved;
+  q->has_error = !p.error.empty();
+  q->acc_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
+  Plan other = make_plan(r, device);
+  q->same_again = p == other;
+  other.threads += 1;
+  q->same_again = q->same_again != 0 && p != other;
+  // The digits of a step are those of the distance between two items of a thread.
+  const int64_t distance = p.walk == Walk::kRows ? p.block_rows : p.threads;
+  q->steps_add_up = (p.step[0] * p.size[1] + p.step[1]) * p.size[2] + p.step[2] == distance && p.step[1] < p.size[1] &&
+                    p.step[2] < p.size[2];
+  std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
+}
+
+int64_t plan_knows_family(const char* name) {
+  Family family;
+  return parse_family(name, &family) && std::string(family_name(family)) == name;
+}
+
+}  // extern "C"

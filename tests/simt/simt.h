@@ -1,0 +1,89 @@
+// A GPU for kernels that are compiled by g++: one fiber per thread, run one at a time in a random order that a seed
+// decides. Included by csrc/cuda/device/portability.cuh in place of the CUDA runtime.
+//
+// It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned pack;
+// a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size. Shared
+// memory starts as NaN, so a value read before it is written shows in the result, and so does a missing barrier, since
+// some seeds run the reader first.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
+#define gridDim (simt::grid_size())
+#define __syncthreads() simt::barrier(__FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, distance) simt::shuffle_xor(mask, value, distance, __LINE__)
+#define BNEXT_LAUNCH(kernel, grid, block, shared_bytes, stream, args) \
+  simt::launch(kernel, grid, block, shared_bytes, stream, args)
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+using cudaStream_t = void*;
+cudaError_t cudaGetLastError();
+
+namespace simt {
+
+struct Index {
+  unsigned x;
+};
+Index thread_index();
+Index block_index();
+Index block_size();
+Index grid_size();
+
+void barrier(const char* file, int line);
+unsigned char* shared_memory();
+
+// Leaves `bits` for the other lanes, waits for all of them, returns what lane ^ distance has left.
+uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line);
+
+template <typename T>
+T shuffle_xor(unsigned mask, T value, int distance, int line) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  bits = exchange(mask, bits, distance, line);
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Return their argument, or end the launch with an error.
+const void* check_load(const void* from, size_t bytes);
+void* check_store(void* to, size_t bytes);
+
+void run_grid(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel);
+
+template <typename Args>
+void launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t shared_bytes, cudaStream_t, const Args& args) {
+  run_grid(grid, block, shared_bytes, [=] { kernel(args); });
+}
+
+// ---- for the driver ----------------------------------------------------------------------------------------------
+
+struct Session {
+  uint64_t seed = 0;
+  std::string skipped_barrier;  // "file.cuh:line": as if this one had been deleted
+};
+
+// Forgets memory, counts and errors of the session before.
+void begin(const Session& session);
+// Bytes that kernels may load, or store to, each of them once.
+void allow_load(const void* data, size_t bytes);
+void allow_store(const void* data, size_t bytes);
+
+const std::string& error();
+int64_t bytes_loaded();
+int64_t bytes_stored();
+// Barriers that some thread has reached since the library was loaded, each as "file.cuh:line".
+const std::vector<std::string>& barriers();
+
+}  // namespace simt
