@@ -9,6 +9,7 @@
 #include <charconv>
 
 #include "cpu/batchnorm.h"
+#include "cpu/memory.h"
 #ifdef BNEXT_WITH_CUDA
 #include "cuda/batchnorm.h"
 #endif
@@ -172,7 +173,11 @@ at::Tensor empty_statistic(const at::Tensor& input) {
   return at::empty({input.size(1)}, input.options().dtype(saved_type(input)));
 }
 
-at::Tensor empty_activation(const at::Tensor& input) { return at::empty_like(input, input.suggest_memory_format()); }
+at::Tensor empty_activation(const at::Tensor& input) {
+  at::Tensor output = at::empty_like(input, input.suggest_memory_format());
+  if (output.is_cpu()) cpu::advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
+  return output;
+}
 
 // grad_output may come in any strides. Where it and input have one walk in common it is read in place; otherwise it is
 // copied into the memory format of input, if input itself is dense: one more pass in order beats reading one of the two

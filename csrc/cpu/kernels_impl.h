@@ -187,11 +187,21 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
 // Rows. A pass over kRowsPerPass rows loads and stores the per-channel numbers once, not kRowsPerPass times.
 constexpr int kRowsPerPass = 8;
 
-// Calls pass(row, std::integral_constant<int, rows>) over [0, length).
-template <typename Pass>
+// A pass reads its rows side by side, which the processor's own prefetcher does not follow. Asking for the next pass's
+// rows took the backward pass of (32, 256, 28, 28) in channels_last from 0.55 to 1.02 of the speed of PyTorch's.
+template <typename T>
+BNEXT_INLINE void prefetch_next_pass(const T* p, const View& view) {
+  __builtin_prefetch(p + kRowsPerPass * view.stride[2]);
+}
+
+// Calls pass(row, std::integral_constant<int, rows>) over [0, length). Streamed stores want one row after the other: a
+// line of memory has to be complete before the processor's few buffers for such stores are needed for the next ones.
+template <bool kStream = false, typename Pass>
 BNEXT_INLINE void for_each_pass(int64_t length, Pass pass) {
   int64_t r = 0;
-  for (; r + kRowsPerPass <= length; r += kRowsPerPass) pass(r, std::integral_constant<int, kRowsPerPass>());
+  if constexpr (!kStream) {
+    for (; r + kRowsPerPass <= length; r += kRowsPerPass) pass(r, std::integral_constant<int, kRowsPerPass>());
+  }
   for (; r < length; ++r) pass(r, std::integral_constant<int, 1>());
 }
 
@@ -208,6 +218,7 @@ void moments_rows(const Geometry& g, const View& x, Block block, const double* p
             Doubles a1 = load(s1 + c), a2 = load(s2 + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
+              prefetch_next_pass(px + r * x.stride[2] + c, x);
               const Doubles d = load(px + r * x.stride[2] + c) - p;
               a1 += d;
               a2 += d * d;
@@ -243,6 +254,8 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
             Doubles a_dy_xmu = load(sum_dy_xmu + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
+              prefetch_next_pass(px + r * x.stride[2] + c, x);
+              prefetch_next_pass(pdy + r * dy.stride[2] + c, dy);
               const Doubles xmu = load(px + r * x.stride[2] + c) - mu;
               const Doubles d = load(pdy + r * dy.stride[2] + c);
               a_dy += d;
@@ -270,7 +283,7 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_y, int64_t length) __attribute__((always_inline)) {
-        for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+        for_each_pass<kStream>(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
           const T* px = at<T>(x, offset_x + row * x.stride[2]);
           T* py = at_mutable<T>(y, offset_y + row * y.stride[2]);
           int64_t c = block.channel_begin;
@@ -278,6 +291,7 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
             const Doubles mu = load(mean + c), a = load(scale + c), b = load(shift + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
+              prefetch_next_pass(px + r * x.stride[2] + c, x);
               store<kStream>(py + r * y.stride[2] + c, (load(px + r * x.stride[2] + c) - mu) * a + b);
             }
           }
@@ -298,7 +312,7 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length) __attribute__((always_inline)) {
-        for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+        for_each_pass<kStream>(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
           const T* px = at<T>(x, offset_x + row * x.stride[2]);
           const T* pdy = at<T>(dy, offset_dy + row * dy.stride[2]);
           T* pdx = at_mutable<T>(dx, offset_dx + row * dx.stride[2]);
@@ -307,6 +321,8 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
             const Doubles mu = load(mean + c), a = load(scale_dy + c), b = load(scale_x + c), k = load(shift + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
+              prefetch_next_pass(px + r * x.stride[2] + c, x);
+              prefetch_next_pass(pdy + r * dy.stride[2] + c, dy);
               store<kStream>(pdx + r * dx.stride[2] + c,
                              load(pdy + r * dy.stride[2] + c) * a + ((load(px + r * x.stride[2] + c) - mu) * b + k));
             }
