@@ -1,0 +1,75 @@
+"""Every instruction set that this processor has computes the same; BNEXT_CPU_ISA forces one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+ISAS = ("generic", "avx2", "avx512")
+
+# Planes and rows, whole vectors and odd lengths, runs shorter than a vector, folded rows, slices.
+PROGRAM = """
+import sys, torch, bnext
+
+torch.manual_seed(0)
+results = []
+shapes = [(2, 3, 5, 7), (3, 16, 7, 7), (2, 17, 12, 12), (4, 6, 33, 35), (9, 40, 1, 1), (2, 4, 3, 1)]
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for shape in shapes:
+        for layout in ("nchw", "channels_last", "sliced"):
+            x, dy = torch.randn(2, *shape, dtype=torch.float64).mul(2).add(1).to(dtype)
+            if layout == "channels_last":
+                x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+            elif layout == "sliced":
+                x = torch.cat([x, x], 1)[:, ::2]
+            weight, bias = torch.randn(2, shape[1]).to(dtype)
+            results.append(bnext.batchnorm2d(x, None, None, weight, bias, training=True))
+            for training in (True, False):
+                running = (None, None) if training else (bias, weight.abs())
+                results += bnext.batchnorm2d_backward(dy, x, weight, *running, training=training)
+torch.save([r.contiguous() for r in results], sys.argv[1])
+"""
+
+
+def run(isa: str, path: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "BNEXT_CPU_ISA": isa}
+    command = [sys.executable, "-c", PROGRAM, str(path)]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def generic(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    path = tmp_path_factory.mktemp("isa") / "generic.pt"
+    done = run("generic", path)
+    assert done.returncode == 0, done.stderr
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+def test_same_results(isa: str, generic: list[torch.Tensor], tmp_path: Path) -> None:
+    done = run(isa, tmp_path / "results.pt")
+    if "this processor or build has only" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    for ours, reference in zip(torch.load(tmp_path / "results.pt"), generic, strict=True):
+        # All arithmetic is float64 and differs in the order of sums only, so at most the last bit
+        # of a narrower type changes. float64 results keep what cancels in sums of a few thousand
+        # terms: some tens of roundings of the largest value.
+        wide = ours.dtype == torch.float64
+        bits = torch.finfo(ours.dtype).eps
+        largest = reference.double().abs().max().item()
+        torch.testing.assert_close(
+            ours, reference, rtol=bits, atol=64 * bits * largest if wide else bits * 1e-3 * largest
+        )
+
+
+def test_unknown_is_refused(tmp_path: Path) -> None:
+    done = run("sse9", tmp_path / "results.pt")
+    assert done.returncode != 0
+    assert "BNEXT_CPU_ISA should be generic, avx2 or avx512, not sse9" in done.stderr
