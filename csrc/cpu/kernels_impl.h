@@ -128,6 +128,37 @@ void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Bloc
   }
 }
 
+// (x - mean) * scale + shift in what T's elementwise loops compute in.
+template <typename V>
+struct Affine;
+template <>
+struct Affine<Doubles> {
+  Doubles mean, scale, shift;
+  BNEXT_INLINE Affine(double m, double a, double b) : mean(Doubles{} + m), scale(Doubles{} + a), shift(Doubles{} + b) {}
+  BNEXT_INLINE Affine(const double* m, const double* a, const double* b)
+      : mean(load(m)), scale(load(a)), shift(load(b)) {}
+  static BNEXT_INLINE Doubles splat(double value) { return Doubles{} + value; }
+  static BNEXT_INLINE Doubles channels(const double* p) { return load(p); }
+  BNEXT_INLINE Doubles operator()(Doubles x) const { return (x - mean) * scale + shift; }
+};
+template <>
+struct Affine<WideFloats> {
+  WideFloats mean, scale, shift;
+  // What rounding takes from the mean goes into the shift.
+  BNEXT_INLINE Affine(double m, double a, double b)
+      : mean(splat(m)), scale(splat(a)), shift(splat(b + (static_cast<double>(static_cast<float>(m)) - m) * a)) {}
+  BNEXT_INLINE Affine(const double* m, const double* a, const double* b) : mean(channels(m)), scale(channels(a)) {
+    auto corrected = [&](int at) __attribute__((always_inline)) {
+      const Doubles exact = load(m + at);
+      return load(b + at) + (widen(narrow(exact)) - exact) * load(a + at);
+    };
+    shift = narrow(corrected(0), corrected(kDoubles));
+  }
+  static BNEXT_INLINE WideFloats splat(double value) { return WideFloats{} + static_cast<float>(value); }
+  static BNEXT_INLINE WideFloats channels(const double* p) { return narrow(load(p), load(p + kDoubles)); }
+  BNEXT_INLINE WideFloats operator()(WideFloats x) const { return (x - mean) * scale + shift; }
+};
+
 // Elements to do one by one before p is aligned for a streamed store.
 template <typename T>
 BNEXT_INLINE int64_t head_length(const T* p, int64_t length) {
@@ -141,6 +172,7 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
                       const double* scale, const double* shift) {
   for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
     const double mu = mean[c], a = scale[c], b = shift[c];
+    const Affine<Elementwise<T>> f(mu, a, b);
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset_x, int64_t offset_y, int64_t length) __attribute__((always_inline)) {
@@ -150,7 +182,7 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
                             __attribute__((always_inline)) { store_one(py + i, (load_one(px + i) - mu) * a + b); };
           int64_t i = 0;
           for (const int64_t head = kStream ? head_length(py, length) : 0; i < head; ++i) scalar(i);
-          for (; i + kDoubles <= length; i += kDoubles) store<kStream>(py + i, (load(px + i) - mu) * a + b);
+          for (; i + kStoreLanes<T> <= length; i += kStoreLanes<T>) store<kStream>(py + i, f(load_element(px + i)));
           for (; i < length; ++i) scalar(i);
         },
         x, y);
@@ -163,6 +195,8 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
                            const double* mean, const double* scale_dy, const double* scale_x, const double* shift) {
   for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
     const double mu = mean[c], a = scale_dy[c], b = scale_x[c], k = shift[c];
+    const Affine<Elementwise<T>> f(mu, b, k);
+    const auto va = f.splat(a);
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length) __attribute__((always_inline)) {
@@ -174,8 +208,8 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
           };
           int64_t i = 0;
           for (const int64_t head = kStream ? head_length(pdx, length) : 0; i < head; ++i) scalar(i);
-          for (; i + kDoubles <= length; i += kDoubles) {
-            store<kStream>(pdx + i, load(pdy + i) * a + ((load(px + i) - mu) * b + k));
+          for (; i + kStoreLanes<T> <= length; i += kStoreLanes<T>) {
+            store<kStream>(pdx + i, load_element(pdy + i) * va + f(load_element(px + i)));
           }
           for (; i < length; ++i) scalar(i);
         },
@@ -287,12 +321,12 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
           const T* px = at<T>(x, offset_x + row * x.stride[2]);
           T* py = at_mutable<T>(y, offset_y + row * y.stride[2]);
           int64_t c = block.channel_begin;
-          for (; c + kDoubles <= block.channel_end; c += kDoubles) {
-            const Doubles mu = load(mean + c), a = load(scale + c), b = load(shift + c);
+          for (; c + kStoreLanes<T> <= block.channel_end; c += kStoreLanes<T>) {
+            const Affine<Elementwise<T>> f(mean + c, scale + c, shift + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
               prefetch_next_pass(px + r * x.stride[2] + c, x);
-              store<kStream>(py + r * y.stride[2] + c, (load(px + r * x.stride[2] + c) - mu) * a + b);
+              store<kStream>(py + r * y.stride[2] + c, f(load_element(px + r * x.stride[2] + c)));
             }
           }
           for (; c < block.channel_end; ++c) {
@@ -317,14 +351,15 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
           const T* pdy = at<T>(dy, offset_dy + row * dy.stride[2]);
           T* pdx = at_mutable<T>(dx, offset_dx + row * dx.stride[2]);
           int64_t c = block.channel_begin;
-          for (; c + kDoubles <= block.channel_end; c += kDoubles) {
-            const Doubles mu = load(mean + c), a = load(scale_dy + c), b = load(scale_x + c), k = load(shift + c);
+          for (; c + kStoreLanes<T> <= block.channel_end; c += kStoreLanes<T>) {
+            const Affine<Elementwise<T>> f(mean + c, scale_x + c, shift + c);
+            const auto a = f.channels(scale_dy + c);
 #pragma GCC unroll 8
             for (int r = 0; r < rows.value; ++r) {
               prefetch_next_pass(px + r * x.stride[2] + c, x);
               prefetch_next_pass(pdy + r * dy.stride[2] + c, dy);
               store<kStream>(pdx + r * dx.stride[2] + c,
-                             load(pdy + r * dy.stride[2] + c) * a + ((load(px + r * x.stride[2] + c) - mu) * b + k));
+                             load_element(pdy + r * dy.stride[2] + c) * a + f(load_element(px + r * x.stride[2] + c)));
             }
           }
           for (; c < block.channel_end; ++c) {

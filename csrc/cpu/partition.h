@@ -15,7 +15,7 @@ namespace bnext::cpu {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements below which waking other threads costs more than it gains.
-constexpr int64_t kSerialElements = 16384;
+constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.
 constexpr int64_t kBlockElements = 8192;
 // Rows in a block of NHWC: a block leaves 2 or 3 float64 sums for each channel, which should stay small beside the data.
