@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BNEXT_CUDA ?= auto
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 export BNEXT_CUDA
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport MAKEFLAGS MFLAGS # else ninja looks for the job server of make -j, and complains that it finds none
@@ -12,7 +13,7 @@ unexport MAKEFLAGS MFLAGS # else ninja looks for the job server of make -j, and 
 PY := $(VENV)/bin/python
 # Folders count as well: adding or removing a file changes its folder.
 SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
 CREATED := $(VENV)/.stamp-created
 PACKAGES := $(VENV)/.stamp-packages
 BUILT := $(VENV)/.stamp-built-$(BNEXT_CUDA)
@@ -28,7 +29,7 @@ fail = printf '\nbnext: %s\n' "$(1)" >&2; exit 1
 help: ## this list
 	@echo "Targets (make demo and make test set up all they need):"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1@/p' $(firstword $(MAKEFILE_LIST)) | awk -F@ '{printf "%-14s %s\n", $$1, $$2}'
-	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) BNEXT_CUDA=$(BNEXT_CUDA) (or 0, 1) PYTEST_ARGS='-k name' MAX_JOBS=number"
+	@echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) BNEXT_CUDA=$(BNEXT_CUDA) (or 0, 1) PYTEST_ARGS='-k name' BENCH_ARGS='--quick' MAX_JOBS=number"
 
 demo: $(INSTALLED) ## train a small model with nn.BatchNorm2d and with bnext, side by side
 	$(call say,running examples/train_digits.py)
@@ -40,7 +41,9 @@ test: $(INSTALLED) ## run the tests
 
 build: $(INSTALLED) ## compile the extension and install the package, editable, into $(VENV)
 
-bench: $(INSTALLED) ## measure what one call costs on the host
+bench: $(INSTALLED) ## measure bnext against PyTorch's kernels, inductor and, on a GPU, cuDNN; BENCH_ARGS=--quick
+	$(call say,python -m benchmarks $(BENCH_ARGS))
+	@$(PY) -m benchmarks $(BENCH_ARGS)
 	$(call say,measuring what one call costs on the host)
 	@$(PY) -m benchmarks.host_cost
 

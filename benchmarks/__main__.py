@@ -1,0 +1,205 @@
+"""``python -m benchmarks``: bnext beside what a user would take instead, and beside the floor.
+
+python -m benchmarks [--suite ...] [--output FILE]   measure; see --help
+python -m benchmarks network                         whole training steps of two networks
+python -m benchmarks plot FILE                       figures from a result file
+python -m benchmarks compare OLD NEW                 fail if bnext has become slower
+python -m benchmarks.host_cost                       what one call costs on the host
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, or it talks into the table
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.providers import PROVIDERS
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a measurement."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--suite", nargs="+", choices=shapes.SUITES, help="default: all that the device can hold")
+    add("--shape", nargs="+", type=shapes.parse_shape, metavar="N,C,H,W", help="instead of suites")
+    add("--batch", nargs="+", type=int, help="of the suite resnet50; default 32, on CUDA 32 256")
+    add("--direction", nargs="+", choices=shapes.DIRECTIONS, help="default: all but inference")
+    add(
+        "--dtype", nargs="+", choices=shapes.DTYPES, help="default float32; on CUDA all but float64"
+    )
+    add("--layout", nargs="+", choices=shapes.LAYOUTS, help="default nchw; on CUDA both")
+    add("--level", nargs="+", choices=shapes.LEVELS, help="default: call; on CUDA op, and call "
+        "for the suite tiny. See providers.py")  # fmt: skip
+    add("--cache", nargs="+", choices=("cold", "warm"), default=["cold"], help="default: cold, "
+        "where the shape is not too small for it")  # fmt: skip
+    add("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
+    add("--seconds", type=float, help="for each line of the table; default 1, on CUDA 0.2")
+    add("--threads", type=int, help="of the CPU")
+    add("--quick", action="store_true", help="few shapes, short: one or two minutes")
+    add("--output", type=Path, metavar="FILE", help="write environment and rows as JSON")
+    arguments = parser.parse_args(argv)
+    fill_defaults(arguments, parser)
+    return arguments
+
+
+def fill_defaults(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """What was not said, by device and --quick."""
+    a = arguments
+    if a.device is None:
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif a.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here, or torch was built without CUDA")
+    cuda = a.device == "cuda"
+    a.dtype = a.dtype or (
+        ["float32", "bfloat16", "float16"] if cuda and not a.quick else ["float32"]
+    )
+    a.layout = a.layout or (["nchw", "channels_last"] if cuda and not a.quick else ["nchw"])
+    a.level = a.level or (["op"] if cuda else ["call"])
+    a.batch = a.batch or ([32, 256] if cuda else [32])
+    directions = ["forward", "backward", "step"]
+    a.direction = a.direction or (directions if a.quick else [*directions, "derivative"])
+    a.seconds = a.seconds or (0.1 if a.quick else 0.2 if cuda else 1.0)
+    if a.shape:
+        a.suites = {"custom": a.shape}
+        return
+    source = shapes.QUICK if a.quick else shapes.SUITES
+    names = a.suite or [name for name in source if cuda or name != "huge"]
+    if "huge" in names and not cuda:
+        parser.error("the suite huge is for a GPU")
+    a.suites = {
+        name: [s for s in source.get(name, ()) if name != "resnet50" or s.N in a.batch]
+        for name in names
+    }
+
+
+def lines_above_a_bar(total: int) -> tuple[Any, Any, Any]:
+    """Functions to print a line, to advance the progress bar and to close it."""
+    try:
+        from tqdm import tqdm
+    except ImportError:  # plain lines do as well
+        return lambda line: print(line, flush=True), lambda text: None, lambda: None
+    bar = tqdm(total=total, unit="case", file=sys.stderr, disable=None, leave=False)
+
+    def say(line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    def advance(text: str) -> None:
+        bar.update()
+        bar.set_postfix_str(text)
+
+    return say, advance, bar.close
+
+
+def measure(arguments: argparse.Namespace, providers: Sequence[Any] | None = None) -> list[Any]:
+    """Run the table and print it; the rows as dicts."""
+    from benchmarks import report, results
+    from benchmarks.runner import Benchmark
+
+    a = arguments
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    cases = list(
+        shapes.make_cases(a.suites, a.direction, a.dtype, a.layout, a.level, a.cache, a.device)
+    )
+    # bnext goes along also where it was not asked for: ratios need it.
+    names = dict.fromkeys(("bnext", *a.providers))
+    providers = providers or [PROVIDERS[name]() for name in names]
+    environment = results.environment(a.device)
+    say, advance, close = lines_above_a_bar(len(cases))
+    say(report.describe(environment))
+    busy = results.other_work()
+    if busy and a.device == "cpu":
+        say(f"Other programs keep {busy:.1f} processors busy: what follows is not worth keeping.")
+    # Who can run nothing here has no column, but rows, and a reason below the table.
+    able = [p.name for p in providers if not all(p.why_not(case) for case in cases)]
+    table = report.Table(able, say)
+    benchmark = Benchmark(providers, a.seconds, min_rounds=5 if a.quick else 7)
+    rows = []
+    try:
+        for case, found in benchmark.run(cases):
+            table.add(case, found)
+            rows += [asdict(row) for row in found]
+            advance(f"{case.suite} {case.shape} {case.direction}")
+    finally:  # an interrupted run keeps what it has
+        close()
+        table.end()
+        if a.output and rows:
+            results.save(a.output, environment, rows)
+            print(f"\n{len(rows)} rows in {a.output}")
+    print(f"\n{report.summary(rows)}")
+    print("\nRatios are medians of round by round, peer over bnext: above 1 bnext is faster.")
+    if a.device == "cpu":
+        print("Times of a CPU hold for this run only; compare ratios and shares of the floor.")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = argv[0] if argv else ""
+    if command == "plot":
+        from benchmarks.plots import main as plot
+
+        return plot(argv[1:])
+    if command == "network":
+        from benchmarks.training_steps import main as network
+
+        return network(argv[1:])
+    if command == "compare":
+        return compare(argv[1:])
+    if command == "summary":
+        return summarize(argv[1:])
+    rows = measure(parse(argv))
+    wrong = [r for r in rows if r["provider"] == "bnext" and (r["note"] or "").startswith("wrong")]
+    return 1 if wrong else 0
+
+
+def summarize(argv: Sequence[str]) -> int:
+    """What a run said at its end, from its file."""
+    from benchmarks import report, results
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks summary")
+    parser.add_argument("file", type=Path)
+    environment, rows = results.load(parser.parse_args(argv).file)
+    print(f"{report.describe(environment)}\n")
+    if any("network" in row for row in rows):
+        from benchmarks.training_steps import Step, show
+
+        show([Step(**row) for row in rows])
+    else:
+        print(report.summary(rows))
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """0 without a regression, 1 with one."""
+    from benchmarks import results
+
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks compare", description=results.compare.__doc__
+    )
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--threshold", type=float, default=0.1, help="default 0.1: 10 %%")
+    a = parser.parse_args(argv)
+    good = results.compare(results.load(a.old), results.load(a.new), a.threshold)
+    print("no regression" if good else "regression")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

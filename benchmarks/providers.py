@@ -1,0 +1,329 @@
+"""Who takes part: bnext, what a user would take instead, and the floors.
+
+Like is compared with like, by the case's level:
+
+`call`  What a user writes, with autograd recording and Python included. bnext.batchnorm2d against
+        F.batch_norm (on CUDA `torch.native_batch_norm` and `torch.cudnn_batch_norm`, the two
+        differentiable operators between which F.batch_norm chooses), and torch.compile of it.
+        backward is torch.autograd.grad through the graph of that very call.
+`op`    The raw operators below autograd, called through torch.ops: bnext::batchnorm2d_forward and
+        _backward against aten::native_batch_norm[_backward] and aten::cudnn_batch_norm[_backward].
+        On CUDA they are replayed from a graph, where the host's work is gone; a provider without
+        raw operators is captured through its public call, which leaves the same: its kernels. On a
+        CPU such a provider has no place at this level.
+
+Direction `derivative` is the backward pass as a function of (dy, x, weight) that keeps nothing from
+a forward pass and computes the statistics itself: bnext.batchnorm2d_backward against the formula
+written in PyTorch operations, the compiled formula, and native's operators one after the other.
+
+All get the same tensors in the same layout. What is compiled or planned is so before the clock
+starts. The floors are plain PyTorch operations on the same tensors that move as many bytes as batch
+norm must.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bnext
+from benchmarks.checks import EPS, MOMENTUM, Tensors
+from benchmarks.shapes import FLOORS, Case
+
+Results = dict[str, Tensor]
+Call = Callable[[], Any]
+aten = torch.ops.aten
+
+RESULTS = {
+    "forward": ("output",),
+    "inference": ("output",),
+    "backward": ("dx", "dweight", "dbias"),
+    "step": ("dx", "dweight", "dbias"),
+    "derivative": ("dx", "dweight", "dbias", "dmean", "dvar"),
+}
+
+
+def no_derivative_alone(provider: str) -> str:
+    return f"{provider} has no derivative without a forward pass"
+
+
+class Provider:
+    """One contestant. A subclass says how it is called; `prepare` makes a case's call of that."""
+
+    name = ""
+    has_ops = False  # raw operators below autograd
+    rounds_often = False  # computes op by op in the tensors' own dtype
+
+    def why_not(self, case: Case) -> str | None:
+        """The reason why this provider cannot run the case, if there is one."""
+        if case.level == "op" and not self.has_ops and case.device == "cpu":
+            return "no operator below autograd"
+        return None
+
+    def reset(self) -> None:
+        """The next case has another shape: drop what was made for this one."""
+
+    def apply(self, t: Tensors, training: bool) -> Tensor:
+        """The public call."""
+        raise NotImplementedError
+
+    def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
+        """The raw operator: the output, and what `op_backward` wants to be `saved`."""
+        raise NotImplementedError
+
+    def op_backward(self, t: Tensors, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
+        raise NotImplementedError
+
+    def prepare(self, case: Case, t: Tensors) -> Call:
+        """All that precedes a measurement. The result is called for one."""
+        make = self._op if case.level == "op" and self.has_ops else self._call
+        return make(case.direction, t)
+
+    def _call(self, direction: str, t: Tensors) -> Call:
+        wanted = (t.x, t.weight, t.bias)
+        if direction == "forward":
+            return lambda: self.apply(t, True)
+        if direction == "backward":
+            edge = torch.autograd.graph.get_gradient_edge(self.apply(t, True))
+            return lambda: torch.autograd.grad((edge,), wanted, t.dy, retain_graph=True)
+        if direction == "step":
+            return lambda: torch.autograd.grad(self.apply(t, True), wanted, t.dy)
+        detached = Tensors(*(a.detach() for a in t))
+
+        def without_grad() -> Any:
+            with torch.no_grad():
+                if direction == "derivative":
+                    return self.derivative(detached)
+                return self.apply(detached, False)
+
+        return without_grad
+
+    def _op(self, direction: str, t: Tensors) -> Call:
+        t = Tensors(*(a.detach() for a in t))
+        if direction in ("forward", "inference"):
+            return lambda: self.op_forward(t, direction == "forward")
+        if direction == "backward":
+            saved = self.op_forward(t, True)[1:]
+            return lambda: self.op_backward(t, saved)
+        if direction == "step":
+            return lambda: self.op_backward(t, self.op_forward(t, True)[1:])
+        return lambda: self.derivative(t)
+
+    def run_once(self, case: Case, t: Tensors) -> Results:
+        """The results of one call by their names, running statistics included."""
+        found = self.prepare(case, t)()
+        found = (found,) if isinstance(found, Tensor) else tuple(found)
+        results = dict(zip(RESULTS[case.direction], found, strict=False))
+        if case.direction in ("forward", "step"):
+            results.update(running_mean=t.running_mean, running_var=t.running_var)
+        return results
+
+
+class Bnext(Provider):
+    name = "bnext"
+    has_ops = True
+
+    def apply(self, t: Tensors, training: bool) -> Tensor:
+        return bnext.batchnorm2d(
+            t.x, t.running_mean, t.running_var, t.weight, t.bias, training, MOMENTUM, EPS
+        )
+
+    def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
+        return torch.ops.bnext.batchnorm2d_forward(
+            t.x, t.running_mean, t.running_var, None, t.weight, t.bias, training, MOMENTUM, EPS
+        )
+
+    def op_backward(self, t: Tensors, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        mask = (True, True, True, False, False)  # what autograd asks for
+        return torch.ops.bnext.batchnorm2d_backward(t.dy, t.x, t.weight, *saved, True, mask)
+
+    def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
+        return bnext.batchnorm2d_backward(t.dy, t.x, t.weight, training=True, eps=EPS)
+
+
+class Native(Provider):
+    """PyTorch's own kernels."""
+
+    name = "native"
+    has_ops = True
+
+    def apply(self, t: Tensors, training: bool) -> Tensor:
+        if t.x.is_cuda:  # where F.batch_norm would take cuDNN
+            return torch.native_batch_norm(
+                t.x, t.weight, t.bias, t.running_mean, t.running_var, training, MOMENTUM, EPS
+            )[0]
+        return F.batch_norm(
+            t.x, t.running_mean, t.running_var, t.weight, t.bias, training, MOMENTUM, EPS
+        )
+
+    def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
+        return aten.native_batch_norm(
+            t.x, t.weight, t.bias, t.running_mean, t.running_var, training, MOMENTUM, EPS
+        )
+
+    def op_backward(self, t: Tensors, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return aten.native_batch_norm_backward(
+            t.dy, t.x, t.weight, None, None, *saved, True, EPS, (True, True, True)
+        )
+
+    def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
+        # Given running statistics, because without them it refuses 16-bit inputs on a CPU.
+        mean, var = aten.batch_norm_update_stats(t.x, t.running_mean, t.running_var, MOMENTUM)
+        return self.op_backward(t, (mean, (var + EPS).rsqrt()))
+
+
+class Cudnn(Provider):
+    """cuDNN through PyTorch."""
+
+    name = "cudnn"
+    has_ops = True
+
+    def why_not(self, case: Case) -> str | None:
+        if case.device != "cuda":
+            return "cuDNN runs on CUDA only"
+        if case.shape.numel > 2**31 - 1:
+            return "more than 2**31 - 1 elements"
+        return no_derivative_alone("cuDNN") if case.direction == "derivative" else None
+
+    def apply(self, t: Tensors, training: bool) -> Tensor:
+        return torch.cudnn_batch_norm(
+            t.x, t.weight, t.bias, t.running_mean, t.running_var, training, MOMENTUM, EPS
+        )[0]
+
+    def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
+        return aten.cudnn_batch_norm(
+            t.x, t.weight, t.bias, t.running_mean, t.running_var, training, MOMENTUM, EPS
+        )
+
+    def op_backward(self, t: Tensors, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        mean, invstd, reserve = saved
+        return aten.cudnn_batch_norm_backward(
+            t.x, t.dy, t.weight, None, None, mean, invstd, EPS, reserve
+        )
+
+
+def formula(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The derivative as the formula in the README says it, one PyTorch operation at a time."""
+    dims = (0, 2, 3)
+    m = x.shape[0] * x.shape[2] * x.shape[3]
+    gamma = weight.view(1, -1, 1, 1)
+    mean = x.mean(dims, keepdim=True)
+    var = x.var(dims, unbiased=False, keepdim=True)
+    std = torch.sqrt(var + EPS)
+    xhat = (x - mean) / std
+    dxhat = dy * gamma
+    dvar = (-0.5 * dxhat * (x - mean)).sum(dims, keepdim=True) * (var + EPS) ** -1.5
+    dmean = (-1.0 / std * dxhat).sum(dims, keepdim=True)
+    dmean = dmean + dvar * (-2.0 * (x - mean)).sum(dims, keepdim=True) / m
+    dx = dxhat / std + 2.0 * dvar * (x - mean) / m + dmean / m
+    return dx, (dy * xhat).sum(dims), dy.sum(dims), dmean.flatten(), dvar.flatten()
+
+
+class Formula(Provider):
+    name = "formula"
+    rounds_often = True
+
+    def why_not(self, case: Case) -> str | None:
+        if case.direction != "derivative":
+            return "only a derivative: see direction derivative"
+        return None
+
+    def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
+        return formula(t.dy, t.x, t.weight)
+
+
+class Inductor(Provider):
+    """torch.compile of F.batch_norm, and of the formula; one compilation for each shape."""
+
+    name = "inductor"
+    # A compiled formula keeps the roundings of what it fuses, or not: both are right.
+    rounds_often = True
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def why_not(self, case: Case) -> str | None:
+        if sys.platform == "win32":
+            return "needs a compiler that was not looked for here"
+        return None if case.direction == "derivative" else super().why_not(case)
+
+    def reset(self) -> None:
+        # Else every call would look through the guards of all shapes before.
+        torch._dynamo.reset()
+        # The measured backward runs often on one graph, which the reuse of its buffers forbids. Of
+        # batch norm only (C,) tensors are concerned.
+        torch._functorch.config.donated_buffer = False
+        self.batch_norm = torch.compile(F.batch_norm, dynamic=False)
+        self.formula = torch.compile(formula, dynamic=False)
+
+    def apply(self, t: Tensors, training: bool) -> Tensor:
+        return self.batch_norm(
+            t.x, t.running_mean, t.running_var, t.weight, t.bias, training, MOMENTUM, EPS
+        )
+
+    def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
+        return self.formula(t.dy, t.x, t.weight)
+
+
+class CudnnFrontend(Provider):
+    """cuDNN's graph API through its own Python package; see cudnn_frontend.py."""
+
+    name = "cudnn-frontend"
+    has_ops = True
+
+    def __init__(self) -> None:
+        self.graphs: Any = None
+
+    def why_not(self, case: Case) -> str | None:
+        if case.device != "cuda":
+            return "cuDNN runs on CUDA only"
+        if find_spec("cudnn") is None:
+            return "not installed: pip install nvidia-cudnn-frontend"
+        if case.level == "call":
+            return "no autograd: see level op"
+        return no_derivative_alone("cuDNN") if case.direction == "derivative" else None
+
+    def reset(self) -> None:
+        self.graphs = None
+
+    def _graphs(self, t: Tensors) -> Any:
+        from benchmarks.cudnn_frontend import Graphs
+
+        if self.graphs is None or not self.graphs.fits(t):
+            self.graphs = Graphs(t, MOMENTUM, EPS)
+        return self.graphs
+
+    def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
+        graphs = self._graphs(t)
+        return graphs.forward(t) if training else graphs.inference(t)
+
+    def op_backward(self, t: Tensors, saved: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self._graphs(t).backward(t, saved)
+
+
+def floor_call(case: Case, t: Tensors) -> Call:
+    """A PyTorch operation that moves the bytes that batch norm must move."""
+    x, dy = t.x.detach(), t.dy
+    if case.direction in ("forward", "inference"):
+        return lambda: x.clone()
+    if case.direction == "step":
+        return lambda: (x.clone(), torch.add(x, dy))
+    return lambda: torch.add(x, dy)
+
+
+def floor_name(case: Case) -> str:
+    return FLOORS[case.direction]
+
+
+PROVIDERS: dict[str, type[Provider]] = {
+    kind.name: kind for kind in (Bnext, Cudnn, Native, Inductor, CudnnFrontend, Formula)
+}

@@ -1,0 +1,167 @@
+"""What is measured: shapes in suites, directions, and one Case for each line of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+class Shape(NamedTuple):
+    """A batch-norm input, and how often it occurs in the network of its suite."""
+
+    N: int
+    C: int
+    H: int
+    W: int
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.N}×{self.C}×{self.H}×{self.W}"
+
+    @property
+    def numel(self) -> int:
+        return self.N * self.C * self.H * self.W
+
+
+# (channels, side of the image, layers) of ResNet-50 at 224×224.
+_RESNET50 = (
+    (64, 112, 1),
+    (64, 56, 6),
+    (256, 56, 4),
+    (128, 56, 1),
+    (128, 28, 7),
+    (512, 28, 5),
+    (256, 28, 1),
+    (256, 14, 11),
+    (1024, 14, 7),
+    (512, 14, 1),
+    (512, 7, 5),
+    (2048, 7, 4),
+)
+SUITES: dict[str, tuple[Shape, ...]] = {
+    "resnet50": tuple(
+        Shape(batch, C, side, side, count) for batch in (32, 256) for C, side, count in _RESNET50
+    ),
+    "few-channels": (
+        Shape(20, 6, 256, 256),
+        Shape(6, 3, 400, 300),
+        Shape(64, 16, 128, 128),
+        Shape(8, 3, 512, 512),
+    ),
+    # A detector's backbone on one or two images of 800×1333.
+    "detection": (
+        Shape(2, 64, 400, 667),
+        Shape(1, 256, 200, 334),
+        Shape(2, 512, 100, 167),
+        Shape(1, 1024, 50, 84),
+        Shape(2, 2048, 25, 42),
+    ),
+    # The price of a call: hardly any arithmetic.
+    "tiny": (Shape(2, 16, 4, 4), Shape(8, 64, 8, 8), Shape(1, 256, 7, 7), Shape(64, 128, 1, 1)),
+    # More than 2**31 elements.
+    "huge": (Shape(256, 1024, 96, 96), Shape(300, 128, 256, 256), Shape(2, 64, 4160, 4160)),
+    # Planes and channels that are multiples of nothing.
+    "odd": (
+        Shape(32, 100, 7, 7),
+        Shape(16, 67, 33, 35),
+        Shape(5, 129, 31, 17),
+        Shape(8, 13, 99, 101),
+        Shape(3, 250, 13, 13),
+    ),
+}
+# One or two of each suite: what --quick runs.
+QUICK: dict[str, tuple[Shape, ...]] = {
+    "resnet50": (Shape(32, 64, 56, 56, 6), Shape(32, 256, 14, 14, 11)),
+    "few-channels": (Shape(20, 6, 256, 256),),
+    "detection": (Shape(1, 256, 200, 334),),
+    "tiny": (Shape(8, 64, 8, 8),),
+    "odd": (Shape(16, 67, 33, 35),),
+}
+
+# Bytes that must move, in units of the activation tensor: read x, write y; read x and dy, write dx.
+# `derivative` is the backward pass as a function, nothing kept from a forward pass.
+PASSES = {"forward": 2, "backward": 3, "step": 5, "derivative": 3, "inference": 2}
+DIRECTIONS = tuple(PASSES)
+# A PyTorch op that moves just these bytes.
+FLOORS = {
+    "forward": "clone",
+    "backward": "add",
+    "step": "clone+add",
+    "derivative": "add",
+    "inference": "clone",
+}
+# call: the public call as a user writes it, autograd and Python included.
+# op: the raw operators below autograd; on CUDA, kernels alone, replayed from a graph.
+LEVELS = ("call", "op")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table: every provider of it does the same work on the same data."""
+
+    suite: str
+    shape: Shape
+    dtype: str = "float32"
+    layout: str = "nchw"
+    direction: str = "backward"
+    level: str = "call"
+    cache: str = "cold"
+    device: str = "cpu"
+
+    @property
+    def tensor_bytes(self) -> int:
+        """T: the bytes of one activation tensor."""
+        return self.shape.numel * DTYPES[self.dtype].itemsize
+
+    @property
+    def bytes_min(self) -> int:
+        """The bytes that any implementation must move."""
+        return PASSES[self.direction] * self.tensor_bytes
+
+    @property
+    def data(self) -> tuple[object, ...]:
+        """Cases for which this is the same share their inputs."""
+        return (self.shape[:4], self.dtype, self.layout, self.cache, self.device)
+
+
+def parse_shape(text: str) -> Shape:
+    """``"32,64,56,56"`` as a Shape; a ValueError says what is wrong."""
+    sizes = [int(size) for size in text.split(",")]
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise ValueError(f"should be N,C,H,W, such as 32,64,56,56, not {text!r}")
+    return Shape(*sizes)
+
+
+def make_cases(
+    suites: dict[str, Sequence[Shape]],
+    directions: Sequence[str],
+    dtypes: Sequence[str],
+    layouts: Sequence[str],
+    levels: Sequence[str],
+    caches: Sequence[str],
+    device: str,
+) -> Iterator[Case]:
+    """All combinations. Those that share their inputs come one after the other."""
+    for suite, shapes in suites.items():
+        # What a tiny shape costs is the call, so it is measured as a call on every device.
+        wanted = tuple(dict.fromkeys((*levels, "call"))) if suite == "tiny" else levels
+        for dtype in dtypes:
+            for layout in layouts:
+                for shape in shapes:
+                    for cache in caches:
+                        for level in wanted:
+                            for direction in directions:
+                                yield Case(
+                                    suite, shape, dtype, layout, direction, level, cache, device
+                                )
