@@ -1,0 +1,222 @@
+"""Rounding where it is hard: far means, tiny and huge variances, long sums, and signed bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import cases
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from test_backward import check_gradients
+from test_forward import check_forward
+from torch import Tensor
+
+import bnext
+
+SHAPE = (8, 12, 15, 17)
+VARIANCES = (1e-16, 1e-8, 1.0, 1e6, 1e12)
+# |mean| / standard deviation
+DISTANCES = (0.0, 1.0, 1e2, 1e4)
+# bfloat16 holds 8 bits: beyond 100 deviations little more than a constant is left of the data.
+HALF_DISTANCES = (0.0, 1.0, 1e2)
+# The worst error that PyTorch makes on the same data, times this, is the most that bnext may make.
+TIMES_PYTORCH = 1.5
+
+
+def hard_case(
+    dtypes: str, variance: float, distance: float, mode: str = "train", layout: str = "nchw"
+) -> cases.Case:
+    """Channels of both signs at `distance` standard deviations from zero."""
+    case = cases.make_case(SHAPE, dtypes, mode=mode, spread=0.0)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(SHAPE, generator=generator, dtype=torch.float64)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(SHAPE[1] // 2).view(1, -1, 1, 1)
+    x = (noise + distance * sign) * math.sqrt(variance)
+    to_layout = cases.LAYOUTS[layout]
+    changes = {"input": to_layout(x.to(case.input.dtype))}
+    if mode == "eval":
+        changes["running_mean"] = x.mean((0, 2, 3)).to(case.running_mean.dtype)
+        changes["running_var"] = x.var((0, 2, 3)).to(case.running_var.dtype)
+    return case._replace(**changes, grad_output=to_layout(case.grad_output))
+
+
+def hard_options(dtypes: str) -> Iterator[tuple[float, float, float, str]]:
+    """(variance, distance, eps, label). A second eps where the first one hides the variance."""
+    half = dtypes.startswith("bfloat16")
+    for variance in VARIANCES:
+        for distance in HALF_DISTANCES if half else DISTANCES:
+            for eps in (1e-5, 1e-20) if variance < 1 else (1e-5,):
+                label = f"variance {variance:g}, distance {distance:g}, eps {eps:g}"
+                yield variance, distance, eps, label
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtypes", ["float64", "float32", "bfloat16-float32"])
+def test_bars(dtypes: str, mode: str, layout: str) -> None:
+    for variance, distance, eps, label in hard_options(dtypes):
+        case = hard_case(dtypes, variance, distance, mode, layout)
+        check_forward(case, label, eps=eps)
+        check_gradients(case, label, eps=eps)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed_nc"])
+@pytest.mark.parametrize("dtypes", ["float64", "float32", "bfloat16-float32", "float16-float32"])
+def test_variance(dtypes: str, layout: str) -> None:
+    """Relative error at most 1e-5, as seen through running_var with momentum 1."""
+    for variance, distance, _, label in hard_options(dtypes):
+        if dtypes.startswith("float16") and (variance not in (1.0, 1e6) or distance > 10):
+            continue  # outside the range of float16
+        x = hard_case(dtypes, variance, distance, layout=layout).input
+        mean, var = torch.zeros(2, SHAPE[1], dtype=cases.DTYPES[dtypes][1]).unbind()
+        bnext.batchnorm2d(x, mean, var, training=True, momentum=1.0)
+        m = x.numel() // SHAPE[1]
+        data = x.double()
+        exact = reference.batch_statistics(data)
+        want = exact.var.flatten() * (m / (m - 1))
+        worst = ((var.double() - want).abs() / want).max().item()
+        assert worst <= 1e-5, f"{label}: {worst:.3g}"
+        want_mean = exact.mean.flatten()
+        allowed = reference.mean_bar_of(want_mean, exact.var.flatten(), x.dtype)
+        assert ((mean.double() - want_mean).abs() <= allowed).all()
+
+
+class Errors:
+    """The worst error of a tensor against float64, relative to each channel's largest value."""
+
+    def __init__(self, want: Tensor, dtype: torch.dtype) -> None:
+        self.want = want
+        wide = want if want.dim() == 4 else want.view(1, -1, 1, 1)
+        self.scale = (
+            wide.abs().amax((0, 2, 3), keepdim=True).clamp_min(1e-300).view_as(wide[:1, :, :1, :1])
+        )
+        # Rounding the exact result: less than this is not in anybody's power.
+        rounding = reference.rounding(wide, dtype)
+        self.floor = (rounding / self.scale).max().item()
+
+    def of(self, got: Tensor) -> float:
+        error = (got.detach().double() - self.want).abs()
+        error = error if error.dim() == 4 else error.view(1, -1, 1, 1)
+        return (error / self.scale).max().item()
+
+
+def results(call: object, case: cases.Case, eps: float) -> dict[str, Tensor]:
+    """Output, gradients and running statistics by bnext or by PyTorch."""
+    x, weight, bias = (t.detach().clone().requires_grad_() for t in (case.input, *case[3:5]))
+    arguments = {**case.arguments, "weight": weight, "bias": bias}
+    y = call(x, **arguments, momentum=1.0, eps=eps)
+    gradients = torch.autograd.grad(y, (x, weight, bias), case.grad_output)
+    found = dict(zip(("dx", "dweight", "dbias"), gradients, strict=True), output=y)
+    if case.training:
+        found.update({n: arguments[n] for n in ("running_mean", "running_var")})
+    return found
+
+
+def compare_with_pytorch(case: cases.Case, eps: float, label: str) -> None:
+    backward = reference.backward(case.grad_output, case.input, **case.backward_arguments, eps=eps)
+    forward = reference.forward(case.input, **case.arguments, momentum=1.0, eps=eps)
+    want = {
+        "output": forward.output.value,
+        "dx": backward.input.value,
+        "dweight": backward.weight.value,
+        "dbias": backward.bias.value,
+    }
+    if case.training:
+        want.update(running_mean=forward.running_mean.value, running_var=forward.running_var.value)
+    ours, theirs = (results(call, case, eps) for call in (bnext.batchnorm2d, F.batch_norm))
+    for name, value in want.items():
+        errors = Errors(value, ours[name].dtype)
+        mine, yours = errors.of(ours[name]), errors.of(theirs[name])
+        allowed = max(TIMES_PYTORCH * yours, errors.floor)
+        assert mine <= allowed, f"{label}: {name} is off by {mine:.3g}, PyTorch by {yours:.3g}"
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "bfloat16-float32"])
+def test_never_worse_than_pytorch(dtypes: str, mode: str, layout: str) -> None:
+    for variance, distance, eps, label in hard_options(dtypes):
+        case = hard_case(dtypes, variance, distance, mode, layout)
+        compare_with_pytorch(case, eps, label)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "float16", "float16-float32"])
+def test_never_worse_than_pytorch_on_ordinary_data(dtypes: str, layout: str) -> None:
+    for shape in ((2, 3, 33, 35), (8, 65, 14, 15), (5, 64, 1, 1), (3, 17, 7, 7)):
+        for mode in ("train", "eval"):
+            options = {"mode": mode, "layout": layout, "grad_layout": layout}
+            case = cases.make_case(shape, dtypes, **options)
+            compare_with_pytorch(case, 1e-5, f"{shape} {mode}")
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed_hw"])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16-float32", "float16-float32"])
+def test_long_sums(dtypes: str, layout: str) -> None:
+    """A million values per channel, gradients of one sign: errors must not grow with the count."""
+    case = cases.make_case((2, 2, 1024, 512), dtypes)
+    to_layout = cases.LAYOUTS[layout]
+    case = case._replace(
+        input=to_layout(case.input), grad_output=to_layout(case.grad_output.abs() + 0.5)
+    )
+    check_forward(case, "long")
+    check_gradients(case, "long")
+
+
+@pytest.mark.parametrize("order", ["rising", "outlier first", "outlier last"])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_order_of_the_data(layout: str, order: str) -> None:
+    """Sorted data and a far outlier, for whatever value the sums are shifted by."""
+    case = cases.make_case((4, 6, 16, 16))
+    if order == "rising":
+        flat = case.input.transpose(0, 1).reshape(6, -1).sort(dim=1).values
+        x = flat.reshape(6, 4, 16, 16).transpose(0, 1)
+    else:
+        x = case.input.clone()
+        place = (0, slice(None), 0, 0) if order == "outlier first" else (3, slice(None), 15, 15)
+        x[place] = 1e6
+    case = case._replace(input=cases.LAYOUTS[layout](x.contiguous()))
+    check_forward(case, order)
+    check_gradients(case, order)
+
+
+def is_centred(samples: Tensor) -> bool:
+    """Independent samples whose mean is zero, at five standard errors."""
+    spread = samples.std() / math.sqrt(samples.numel())
+    return bool(samples.mean().abs() <= 5 * spread + 1e-300)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16-float32", "float16-float32"])
+def test_errors_have_no_preferred_sign(dtypes: str, layout: str) -> None:
+    """A small systematic error hides below a tolerance, but not in the mean of many errors.
+
+    One sample per channel: the mean error (a shift), and the mean error along the sign of the
+    result (a gain), in units of rounding. The channels' own roundings are independent.
+    """
+    options = {"layout": layout, "grad_layout": layout, "spread": 0.5}
+    case = cases.make_case((16, 512, 6, 6), dtypes, **options)
+    weight = case.weight.sign() * (case.weight.abs() + 0.1)  # no channel of rounding alone
+    case = case._replace(weight=weight)
+    forward = reference.forward(case.input, **case.arguments)
+    backward = reference.backward(case.grad_output, case.input, **case.backward_arguments)
+    y = bnext.batchnorm2d(case.input, **case.arguments)
+    gradients = bnext.batchnorm2d_backward(case.grad_output, case.input, **case.backward_arguments)
+    pairs = (
+        ("output", y, forward.output.value),
+        ("dx", gradients.input, backward.input.value),
+    )
+    for name, got, want in pairs:
+        unit = reference.ROUNDOFF[got.dtype] * want.abs().mean(reference.DIMS)
+        error = got.double() - want
+        assert is_centred(error.mean(reference.DIMS) / unit), f"{name}: shifted"
+        gain = (error * want.sign()).mean(reference.DIMS) / unit
+        assert is_centred(gain), f"{name}: scaled by {gain.mean():.3g} roundings"
+    for name in ("weight", "bias", "mean", "var"):
+        want = getattr(backward, name).value
+        error = (getattr(gradients, name).double() - want) / want.abs().clamp_min(1e-30)
+        assert is_centred(error), name
+        assert is_centred(error * want.sign()), name

@@ -1,0 +1,295 @@
+"""torch.compile in one graph; the operators by torch's own checks; fake tensors and tracers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import bnext
+
+SHAPE = (3, 5, 4, 6)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """No test sees what an earlier one compiled, and none may fall back to eager silently."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield
+    torch._dynamo.reset()
+
+
+def model_of(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
+    model.append(nn.BatchNorm2d(5, affine=False, track_running_stats=False))
+    model.append(nn.BatchNorm2d(5, momentum=None))  # nn.BatchNorm2d breaks the graph here
+    return bnext.convert(model).to(dtype)
+
+
+def train(model: Any, layers: nn.Module, steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs, gradients and buffers of a few steps, then of eval."""
+    results = []
+    for step in range(steps):
+        x = cases.random_tensor(SHAPE, dtype, step, 1.0).requires_grad_()
+        layers.zero_grad()
+        y = model(x)
+        y.square().sum().backward()
+        results += [y.detach(), x.grad, *(p.grad.clone() for p in layers.parameters())]
+        results += [b.clone() for b in layers.buffers()]
+    layers.eval()
+    x = cases.random_tensor(SHAPE, dtype, 99, 1.0).requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return [*results, y.detach(), x.grad]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_model(backend: str) -> None:
+    """One graph for training and one for eval, compiled once each, with the results of eager."""
+    eager = model_of()
+    layers = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(layers, backend=counter, fullgraph=True)
+    got, want = train(compiled, layers, 4, torch.float64), train(eager, eager, 4, torch.float64)
+    assert counter.frame_count == 2, "a step was compiled again"
+    for number, (a, b) in enumerate(zip(got, want, strict=True)):
+        torch.testing.assert_close(
+            a, b, rtol=1e-10, atol=1e-10, msg=lambda m, n=number: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("affine", cases.AFFINE)
+def test_function(affine: str, mode: str) -> None:
+    """The same kernels run: bit for bit the eager result, the gradients and the statistics too."""
+    case = cases.make_case(SHAPE, "float32", affine, mode, layout="channels_last")
+
+    def run(call: Any) -> list[Tensor | None]:
+        leaves = {
+            name: t.detach().clone().requires_grad_()
+            for name, t in (("input", case.input), ("weight", case.weight), ("bias", case.bias))
+            if t is not None
+        }
+        arguments = {**case.arguments, **leaves}
+        y = call(**arguments)
+        gradients = torch.autograd.grad(y, list(leaves.values()), case.grad_output)
+        return [y.detach(), *gradients, arguments["running_mean"], arguments["running_var"]]
+
+    compiled = torch.compile(bnext.batchnorm2d, backend="aot_eager", fullgraph=True)
+    for number, (a, b) in enumerate(zip(run(compiled), run(bnext.batchnorm2d), strict=True)):
+        assert (a is None and b is None) or torch.equal(a, b), f"result {number}"
+        assert a is None or a.stride() == b.stride(), f"result {number}"
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16-float32"])
+def test_inductor_in_half(dtypes: str) -> None:
+    case = cases.make_case(SHAPE, dtypes)
+
+    def run(call: Any) -> list[Tensor]:
+        x, weight = (t.detach().clone().requires_grad_() for t in (case.input, case.weight))
+        y = call(x, None, None, weight, case.bias, True)
+        return [y.detach(), *torch.autograd.grad(y, (x, weight), case.grad_output)]
+
+    compiled = torch.compile(bnext.batchnorm2d, backend="inductor", fullgraph=True)
+    for a, b in zip(run(compiled), run(bnext.batchnorm2d), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_derivative_by_hand_compiles() -> None:
+    case = cases.make_case(SHAPE)
+    compiled = torch.compile(bnext.batchnorm2d_backward, backend="aot_eager", fullgraph=True)
+    for training in (True, False):
+        arguments = (case.weight, case.running_mean, case.running_var, training)
+        got = compiled(case.grad_output, case.input, *arguments)
+        want = bnext.batchnorm2d_backward(case.grad_output, case.input, *arguments)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_dynamic_shapes() -> None:
+    """One graph for every batch size."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(bnext.batchnorm2d, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for n, h in ((3, 4), (5, 6), (2, 9)):
+        x = cases.random_tensor((n, 5, h, 7), torch.float32, n, 1.0)
+        got, want = compiled(x, training=True), bnext.batchnorm2d(x, training=True)
+        assert torch.equal(got, want)
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3, "a new shape was compiled again"
+
+
+def test_errors_come_through() -> None:
+    compiled = torch.compile(bnext.batchnorm2d, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="weight should contain 5 elements not 3"):
+        compiled(torch.zeros(SHAPE), weight=torch.zeros(3), training=True)
+
+
+def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
+    """Arguments of every operator, by name: affine or not, training or eval, two layouts."""
+    samples: dict[str, list[tuple[Any, ...]]] = {
+        "batchnorm2d": [],
+        "batchnorm2d_forward": [],
+        "batchnorm2d_backward": [],
+        "batchnorm2d_statistics": [],
+    }
+    for mode, affine, layout, dtypes in (
+        ("train", "affine", "nchw", "float32"),
+        ("train", "none", "channels_last", "float64"),
+        ("eval", "affine", "channels_last", "bfloat16-float32"),
+        ("no_stats", "weight", "cropped", "float32"),
+        ("eval", "bias", "transposed_hw", "float32"),
+    ):
+        case = cases.make_case(SHAPE, dtypes, affine, mode, layout=layout)
+        stats = (cases.copied(case.running_mean), cases.copied(case.running_var))
+        train = case.training
+        count = torch.tensor(3) if mode == "train" else None
+        leaves = (
+            case.input.detach().requires_grad_(),
+            None if case.weight is None else case.weight.requires_grad_(),
+            None if case.bias is None else case.bias.requires_grad_(),
+        )
+        tail = (*leaves[1:], train, 0.1, 1e-5)
+        samples["batchnorm2d"].append((leaves[0], *stats, count, *tail))
+        plain = (case.weight, case.bias, train, 0.1, 1e-5)
+        plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in plain)
+        samples["batchnorm2d_forward"].append((case.input, *stats, count, *plain))
+        samples["batchnorm2d_statistics"].append((case.input, *stats, train, 1e-5))
+        saved = torch.ops.bnext.batchnorm2d_statistics(case.input, *stats, train, 1e-5)
+        for mask in (
+            [True] * 5,
+            [True, False, True, False, False],
+            [False, True, False, True, True],
+        ):
+            dy = case.grad_output
+            weight = plain[0]
+            samples["batchnorm2d_backward"].append((dy, case.input, weight, *saved, train, mask))
+    return samples
+
+
+SAMPLES = operator_samples()
+
+
+def registered_operators() -> set[str]:
+    names = torch._C._dispatch_get_all_op_names()
+    return {n.split("::")[1].split(".")[0] for n in names if n.startswith("bnext::")}
+
+
+def test_every_operator_has_samples() -> None:
+    assert registered_operators() == set(SAMPLES)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name: str) -> None:
+    """Schema (what is mutated), autograd registration, fake kernel, and AOT dispatch."""
+    operator = getattr(torch.ops.bnext, name).default
+    for arguments in SAMPLES[name]:
+        result = torch.library.opcheck(operator, arguments, raise_exception=True)
+        assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_schemas_declare_mutation() -> None:
+    """The running statistics and the count are written to; nothing else is."""
+    for name in SAMPLES:
+        schema = getattr(torch.ops.bnext, name).default._schema
+        written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
+        expected = {"running_mean", "running_var", "num_batches_tracked"}
+        assert written == (expected if name in ("batchnorm2d", "batchnorm2d_forward") else set())
+
+
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fake_tensors(device: str, layout: str) -> None:
+    """Without data the same shape, dtype, device and strides; and no kernel runs."""
+    case = cases.make_case(SHAPE, "bfloat16-float32", layout=layout)
+    want = bnext.batchnorm2d(case.input, **case.arguments)
+    gradients = bnext.batchnorm2d_backward(case.grad_output, case.input, case.weight)
+    if device == "meta":
+        mode = torch.no_grad()
+
+        def to_fake(t: Tensor) -> Tensor:
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    else:
+        mode = FakeTensorMode()
+        to_fake = mode.from_tensor
+    inputs = [to_fake(t) for t in (case.input, *case[1:5])]
+    dy = to_fake(case.grad_output)
+    with mode:
+        got = bnext.batchnorm2d(*inputs, training=True)
+        fake_gradients = bnext.batchnorm2d_backward(dy, inputs[0], inputs[3])
+    for real, fake in zip((want, *gradients), (got, *fake_gradients), strict=True):
+        assert fake.device.type == device
+        assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_fake_kernels_refuse_what_the_real_ones_refuse() -> None:
+    with (
+        FakeTensorMode(),
+        pytest.raises(RuntimeError, match="weight should contain 4 elements not 3"),
+    ):
+        bnext.batchnorm2d(torch.zeros(2, 4, 3, 3), weight=torch.zeros(3), training=True)
+
+
+def test_make_fx_and_export() -> None:
+    """Tracers see operators of bnext, and what they trace computes the same."""
+    x = cases.random_tensor(SHAPE, torch.float32, 0, 1.0)
+    layer = bnext.BatchNorm2d(5).eval()
+    traced = torch.fx.experimental.proxy_tensor.make_fx(layer)(x)
+    assert torch.equal(traced(x), layer(x))
+    program = torch.export.export(layer, (x,))
+    assert any("bnext" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(x), layer(x))
+
+
+def test_batched_gradients() -> None:
+    """Several output gradients at once, as torch.autograd.functional.jacobian(vectorize=True)."""
+    x = cases.random_tensor((2, 2, 2, 3), torch.float64, 0, 1.0)
+    jacobian = torch.autograd.functional.jacobian
+
+    def call(t: Tensor) -> Tensor:
+        return bnext.batchnorm2d(t, training=True)
+
+    torch.testing.assert_close(jacobian(call, x, vectorize=True), jacobian(call, x))
+
+
+def test_transforms_that_are_not_supported_say_so() -> None:
+    """Forward-mode derivatives and torch.func transforms raise; they never return garbage."""
+    x = torch.randn(2, 4, 3, 3)
+
+    def call(t: Tensor) -> Tensor:
+        return bnext.batchnorm2d(t, training=True)
+
+    attempts = (
+        lambda: torch.func.vmap(call)(x.expand(3, 2, 4, 3, 3)),
+        lambda: torch.func.jvp(call, (x,), (x,)),
+        lambda: torch.func.grad(lambda t: call(t).square().sum())(x),
+    )
+    references = (
+        lambda: torch.func.vmap(lambda t: nn.functional.batch_norm(t, None, None, training=True))(
+            x.expand(3, 2, 4, 3, 3)
+        ),
+        lambda: torch.func.jvp(
+            lambda t: nn.functional.batch_norm(t, None, None, training=True), (x,), (x,)
+        ),
+        lambda: torch.func.grad(
+            lambda t: nn.functional.batch_norm(t, None, None, training=True).square().sum()
+        )(x),
+    )
+    for attempt, expected in zip(attempts, references, strict=True):
+        for context in (torch.enable_grad(), torch.no_grad()):
+            with context:
+                try:
+                    got = attempt()
+                except (RuntimeError, NotImplementedError):
+                    continue
+                torch.testing.assert_close(got, expected(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,417 @@
+"""Every refusal: its type, its exact words, and that the refused call changed nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bnext
+
+FORWARD, BACKWARD = "batchnorm2d", "batchnorm2d_backward"
+STATISTICS = ("running_mean", "running_var")
+PARAMETERS = ("weight", "bias")
+SAVED = ("save_mean", "save_invstd")
+
+
+class Row(NamedTuple):
+    """`changes` to a good call of `function`, and what it must raise."""
+
+    function: str
+    changes: dict[str, Any]
+    error: type[Exception]
+    message: str
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.zeros(shape, device="meta")
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def rows_for_input(function: str) -> list[Row]:
+    rows = []
+
+    def add(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        rows.append(Row(function, changes, error, message))
+
+    for shape in ((4,), (2, 4), (2, 4, 3), (2, 4, 3, 3, 3), ()):
+        x = zeros(*shape)
+        message = f"expected 4D input (got {len(shape)}D input)"
+        add({"input": x, "grad_output": x}, ValueError, message)
+    for dtype in (torch.int32, torch.int64, torch.bool, torch.uint8, torch.complex64):
+        x = zeros(2, 4, 3, 3, dtype=dtype)
+        message = (
+            "input should have dtype torch.float64, torch.float32, torch.bfloat16 or "
+            f"torch.float16, not {dtype}"
+        )
+        add({"input": x, "grad_output": x}, NotImplementedError, message)
+    one = zeros(1, 4, 1, 1)
+    add(
+        {"input": one, "grad_output": one, "training": True},
+        ValueError,
+        "Expected more than 1 value per channel when training, got input size "
+        "torch.Size([1, 4, 1, 1])",
+    )
+    for value, name in (([1.0], "list"), (None, "NoneType"), (1.0, "float")):
+        message = f"{function}(): argument 'input' must be Tensor, not {name}"
+        add({"input": value}, TypeError, message)
+    return rows
+
+
+def rows_for_channel_tensors(function: str, names: tuple[str, ...]) -> list[Row]:
+    rows = []
+    for name in names:
+
+        def add(value: Any, error: type[Exception], message: str, name: str = name) -> None:
+            rows.append(Row(function, {name: value}, error, message))
+
+        for size in (3, 5, 1, 0):
+            add(zeros(size), RuntimeError, f"{name} should contain 4 elements not {size}")
+        for shape in ((2, 2), (1, 4), (1, 4, 1, 1)):
+            add(
+                zeros(*shape),
+                RuntimeError,
+                f"{name} should contain 4 elements in one dimension, not a tensor of shape "
+                f"{list(shape)}",
+            )
+        for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.complex64):
+            add(
+                zeros(4, dtype=dtype),
+                RuntimeError,
+                f"{name} should have dtype torch.float32, the dtype of input, not {dtype}",
+            )
+        for half in (torch.bfloat16, torch.float16):
+            x = zeros(2, 4, 3, 3, dtype=half)
+            other = torch.float16 if half == torch.bfloat16 else torch.bfloat16
+            for dtype in (torch.float64, other, torch.int32):
+                changes = {"input": x, "grad_output": x, name: zeros(4, dtype=dtype)}
+                message = (
+                    f"{name} should have dtype {half}, the dtype of input, or torch.float32, "
+                    f"not {dtype}"
+                )
+                rows.append(Row(function, changes, RuntimeError, message))
+        add(meta(4), RuntimeError, f"{name} should be on the device of input, cpu, not on meta")
+        for value, kind in (([1.0] * 4, "list"), (1.0, "float"), ("x", "str")):
+            message = f"{function}(): argument '{name}' must be Tensor or None, not {kind}"
+            add(value, TypeError, message)
+    return rows
+
+
+def rows_for_options(function: str) -> list[Row]:
+    rows = []
+
+    def add(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+        rows.append(Row(function, changes, error, message))
+
+    for eps in (0.0, -0.0, -1.0, -1e-5, float("nan"), float("-inf")):
+        message = f"batch_norm eps must be positive during training, but got {eps}"
+        add({"training": True, "eps": eps}, ValueError, message)
+    for eps in (-1.0, -1e-5, float("nan"), float("-inf")):
+        message = f"batch_norm eps must be non-negative, but got {eps}"
+        add({"training": False, "eps": eps}, ValueError, message)
+    for name in STATISTICS:
+        for training in (True, False):
+            if training and function == BACKWARD:
+                continue  # not read there
+            add(
+                {name: None, "training": training},
+                ValueError,
+                "running_mean and running_var must either both be None or neither be None",
+            )
+    add(
+        {"running_mean": None, "running_var": None, "training": False},
+        RuntimeError,
+        "running_mean must be defined in evaluation mode",
+    )
+    for value, kind in (("yes", "str"), (None, "NoneType"), (1, "int")):
+        message = f"{function}(): argument 'training' must be bool, not {kind}"
+        add({"training": value}, TypeError, message)
+    for name in ("eps", "momentum") if function == FORWARD else ("eps",):
+        for value, kind in (("0.1", "str"), (None, "NoneType"), ([0.1], "list")):
+            message = f"{function}(): argument '{name}' must be float, not {kind}"
+            add({name: value}, TypeError, message)
+    return rows
+
+
+def rows_for_grad_output() -> list[Row]:
+    rows = []
+
+    def add(value: Any, error: type[Exception], message: str) -> None:
+        rows.append(Row(BACKWARD, {"grad_output": value}, error, message))
+
+    for shape in ((2, 4, 3, 2), (1, 4, 3, 3), (2, 4, 9), (2, 4, 3, 3, 1), (72,), ()):
+        message = f"grad_output should have the shape of input, [2, 4, 3, 3], not {list(shape)}"
+        add(zeros(*shape), RuntimeError, message)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        message = f"grad_output should have dtype torch.float32, the dtype of input, not {dtype}"
+        add(zeros(2, 4, 3, 3, dtype=dtype), RuntimeError, message)
+    message = "grad_output should be on the device of input, cpu, not on meta"
+    add(meta(2, 4, 3, 3), RuntimeError, message)
+    for value, kind in (([1.0], "list"), (None, "NoneType")):
+        message = f"batchnorm2d_backward(): argument 'grad_output' must be Tensor, not {kind}"
+        add(value, TypeError, message)
+    for given in SAVED:
+        (missing,) = set(SAVED) - {given}
+        rows.append(
+            Row(
+                BACKWARD,
+                {given: zeros(4), missing: None},
+                ValueError,
+                "save_mean and save_invstd must either both be None or neither be None",
+            )
+        )
+    return rows
+
+
+FORWARD_ROWS = [
+    *rows_for_input(FORWARD),
+    *rows_for_channel_tensors(FORWARD, STATISTICS + PARAMETERS),
+    *rows_for_options(FORWARD),
+]
+BACKWARD_ROWS = [
+    *rows_for_input(BACKWARD),
+    *rows_for_channel_tensors(BACKWARD, (*STATISTICS, "weight")),
+    *rows_for_options(BACKWARD),
+    *rows_for_grad_output(),
+]
+
+
+def good_arguments(function: str) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "input": torch.linspace(-1, 2, 72).reshape(2, 4, 3, 3),
+        "running_mean": torch.full((4,), 0.5),
+        "running_var": torch.full((4,), 2.0),
+        "weight": torch.full((4,), 3.0),
+        "training": False,
+        "eps": 1e-5,
+    }
+    if function == FORWARD:
+        return {**arguments, "bias": torch.full((4,), -1.0), "momentum": 0.1}
+    return {"grad_output": torch.linspace(2, 1, 72).reshape(2, 4, 3, 3), **arguments}
+
+
+def check_raises(function: Any, arguments: dict[str, Any], row: Row) -> None:
+    """The exact error; and every tensor keeps its values and its version."""
+    tensors = {
+        k: v for k, v in arguments.items() if isinstance(v, Tensor) and v.device.type == "cpu"
+    }
+    before = {name: (t.detach().clone(), t._version) for name, t in tensors.items()}
+    with pytest.raises(row.error) as caught:
+        function(**arguments)
+    assert str(caught.value) == row.message
+    assert type(caught.value) is row.error
+    for name, (values, version) in before.items():
+        assert torch.equal(tensors[name], values), f"{name} was changed"
+        assert tensors[name]._version == version, f"{name} was written to"
+        assert tensors[name].grad is None
+
+
+def row_id(row: Row) -> str:
+    changed = [
+        f"{name}={list(v.shape)}{v.dtype}{v.device}" if isinstance(v, Tensor) else f"{name}={v}"
+        for name, v in row.changes.items()
+        if name != "grad_output" or len(row.changes) == 1
+    ]
+    return "-".join(changed).replace("torch.", "")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("row", FORWARD_ROWS, ids=row_id)
+def test_forward(row: Row, training: bool) -> None:
+    changes = {k: v for k, v in row.changes.items() if k != "grad_output"}
+    arguments = {**good_arguments(FORWARD), "training": training, **changes}
+    check_raises(bnext.batchnorm2d, arguments, row)
+    with torch.no_grad():
+        check_raises(bnext.batchnorm2d, arguments, row)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("row", BACKWARD_ROWS, ids=row_id)
+def test_backward(row: Row, training: bool) -> None:
+    arguments = {**good_arguments(BACKWARD), "training": training, **row.changes}
+    check_raises(bnext.batchnorm2d_backward, arguments, row)
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_statistics(name: str) -> None:
+    for row in rows_for_channel_tensors(BACKWARD, (name,)):
+        value = row.changes[name]
+        if isinstance(value, Tensor) and (value.dtype != torch.float32 or len(row.changes) > 1):
+            continue  # their dtype has its own test
+        arguments = {**good_arguments(BACKWARD), "training": True}
+        arguments.update(save_mean=zeros(4), save_invstd=zeros(4) + 1)
+        arguments.update(row.changes)
+        if row.error is TypeError:
+            row = row._replace(message=row.message.replace("Tensor or None", "Tensor"))
+        check_raises(bnext.batchnorm2d_backward, arguments, row)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("name", SAVED)
+def test_saved_statistics_of_another_dtype(name: str, dtype: torch.dtype) -> None:
+    arguments = {**good_arguments(BACKWARD), "training": True}
+    arguments.update(save_mean=zeros(4), save_invstd=zeros(4) + 1)
+    arguments[name] = zeros(4, dtype=dtype)
+    with pytest.raises(RuntimeError, match=f"{name} should have dtype .*torch.float32.*{dtype}$"):
+        bnext.batchnorm2d_backward(**arguments)
+
+
+def test_one_value_per_channel_in_eval_is_fine() -> None:
+    x = zeros(1, 4, 1, 1)
+    assert bnext.batchnorm2d(x, zeros(4), zeros(4) + 1).shape == x.shape
+    got = bnext.batchnorm2d_backward(x, x, None, zeros(4), zeros(4) + 1, training=False)
+    assert got.input.shape == x.shape
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_require_grad(training: bool, name: str) -> None:
+    arguments = {**good_arguments(FORWARD), "training": training}
+    arguments[name] = arguments[name].clone().requires_grad_()
+    message = (
+        f"batchnorm2d is not differentiable with respect to argument '{name}'. "
+        "This input cannot have requires_grad True."
+    )
+    check_raises(bnext.batchnorm2d, arguments, Row(FORWARD, {}, RuntimeError, message))
+    with torch.no_grad():
+        assert not bnext.batchnorm2d(**arguments).requires_grad
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_input_on_another_device(name: str) -> None:
+    """The other way round: the input is the odd one out."""
+    arguments = {"input": meta(2, 4, 3, 3), "training": True, name: zeros(4)}
+    if name in STATISTICS:
+        arguments.update(running_mean=zeros(4), running_var=zeros(4))
+    first = "running_mean" if name in STATISTICS else name
+    message = f"{first} should be on the device of input, meta, not on cpu"
+    check_raises(bnext.batchnorm2d, arguments, Row(FORWARD, {}, RuntimeError, message))
+
+
+def test_unusual_tensors_are_refused_or_right() -> None:
+    """Never a crash, never garbage: other layouts raise; lazy zeros are zeros."""
+    x = torch.linspace(-1, 2, 72).reshape(2, 4, 3, 3)
+    for odd in (x.to_sparse(), x.to_mkldnn()):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            bnext.batchnorm2d(odd, training=True)
+    lazy = torch._efficientzerotensor((2, 4, 3, 3))
+    assert torch.equal(bnext.batchnorm2d(lazy, training=True), torch.zeros(2, 4, 3, 3))
+    assert torch.equal(bnext.batchnorm2d_backward(lazy, x).input, torch.zeros(2, 4, 3, 3))
+    with pytest.raises(RuntimeError):
+        bnext.batchnorm2d(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), training=True)
+
+
+LAYER_ROWS = [
+    (zeros(2, 4, 3), ValueError, "expected 4D input (got 3D input)"),
+    (zeros(2, 3, 3, 3), RuntimeError, "running_mean should contain 3 elements not 4"),
+    (
+        zeros(2, 4, 3, 3, dtype=torch.float64),
+        RuntimeError,
+        "running_mean should have dtype torch.float64, the dtype of input, not torch.float32",
+    ),
+    (
+        zeros(2, 4, 3, 3, dtype=torch.int32),
+        NotImplementedError,
+        "input should have dtype torch.float64, torch.float32, torch.bfloat16 or torch.float16, "
+        "not torch.int32",
+    ),
+    (
+        meta(2, 4, 3, 3),
+        RuntimeError,
+        "running_mean should be on the device of input, meta, not on cpu",
+    ),
+    ([1.0], TypeError, "batchnorm2d(): argument 'input' must be Tensor, not list"),
+]
+ONE_VALUE_ROW = (
+    zeros(1, 4, 1, 1),
+    ValueError,
+    "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])",
+)
+
+
+def filled_layer(momentum: float | None) -> nn.BatchNorm2d:
+    """A layer that has seen a batch and holds gradients."""
+    layer = bnext.BatchNorm2d(4, momentum=momentum)
+    layer(torch.linspace(-1, 2, 72).reshape(2, 4, 3, 3)).square().sum().backward()
+    return layer
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("x, error, message", [*LAYER_ROWS, ONE_VALUE_ROW])
+def test_layer(x: Any, error: type[Exception], message: str, momentum: float | None) -> None:
+    """Parameters, gradients, running statistics and the count of batches stay as they were."""
+    for training in (True, False):
+        if not training and message == ONE_VALUE_ROW[2]:
+            continue
+        layer = filled_layer(momentum).train(training)
+        tensors = {**layer.state_dict(), "weight.grad": layer.weight.grad, "b": layer.bias.grad}
+        before = {name: (t.detach().clone(), t._version) for name, t in tensors.items()}
+        with pytest.raises(error) as caught:
+            layer(x)
+        assert str(caught.value) == message
+        assert type(caught.value) is error
+        for name, (values, version) in before.items():
+            assert torch.equal(tensors[name], values), name
+            assert tensors[name]._version == version, name
+        assert layer.num_batches_tracked.item() == 1
+
+
+def test_layer_with_bad_eps() -> None:
+    layer = filled_layer(0.1)
+    layer.eps = 0.0
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(ValueError, match="batch_norm eps must be positive during training"):
+        layer(torch.zeros(2, 4, 3, 3))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_layer_gradients() -> None:
+    x = torch.linspace(-1, 2, 72).reshape(2, 4, 3, 3)
+    layer = filled_layer(0.1)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    for bad, kind in (
+        (nn.Linear(2, 2), "Linear"),
+        (nn.BatchNorm1d(4), "BatchNorm1d"),
+        (None, "NoneType"),
+    ):
+        row = Row("", {}, TypeError, "layer_gradients(): argument 'layer' must be ")
+        row = row._replace(message=f"{row.message}torch.nn.BatchNorm2d, not {kind}")
+        check_raises(bnext.layer_gradients, {"layer": bad, "input": x, "grad_output": x}, row)
+    with pytest.raises(TypeError, match="argument 'input' must be Tensor, not list"):
+        bnext.layer_gradients(layer, [1.0], x)
+    with pytest.raises(TypeError, match="argument 'grad_output' must be Tensor, not list"):
+        bnext.layer_gradients(layer, x, [1.0])
+    for training in (True, False):
+        layer.train(training)
+        arguments = {"layer": layer, "input": x, "grad_output": zeros(2, 4, 3, 2)}
+        message = "grad_output should have the shape of input, [2, 4, 3, 3], not [2, 4, 3, 2]"
+        row = Row("", {}, RuntimeError, message)
+        check_raises(bnext.layer_gradients, arguments, row)
+        for bad_input, error, message in LAYER_ROWS[:1]:
+            arguments = {"layer": layer, "input": bad_input, "grad_output": bad_input}
+            check_raises(bnext.layer_gradients, arguments, Row("", {}, error, message))
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.gpu
+def test_mixed_devices() -> None:
+    x = torch.zeros(2, 4, 3, 3, device="cuda")
+    with pytest.raises(RuntimeError) as caught:
+        bnext.batchnorm2d(x, weight=zeros(4), training=True)
+    assert str(caught.value) == "weight should be on the device of input, cuda:0, not on cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_tensor_without_cuda_kernels() -> None:
+    """Never a silent copy to the CPU."""
+    if bnext._extension._C.build["cuda_archs"]:
+        pytest.skip("this build has CUDA kernels")
+    with pytest.raises(RuntimeError, match="rebuild"):
+        bnext.batchnorm2d(torch.zeros(2, 4, 3, 3, device="cuda"), training=True)
