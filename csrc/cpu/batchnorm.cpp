@@ -128,18 +128,19 @@ void forward(const ForwardProblem& problem) {
     return;
   }
 
-  double momentum = problem.momentum;
-  if (problem.num_batches_tracked != nullptr) {
-    const int64_t count = ++*problem.num_batches_tracked;
-    if (problem.cumulative) momentum = 1.0 / static_cast<double>(count);
-  }
-
   // Shifted sums, never E[x^2] - E[x]^2. For float64 a second pass shifts by the mean itself, which the corrected
   // two-pass algorithm asks for; for the others float64 sums have bits to spare.
   const int num_passes = g.dtype == DType::kFloat64 ? 2 : 1;
   Coefficients<1> pivot(p);
   for (int64_t c = 0; c < g.num_channels; ++c) pivot.set(c, {first_element(g, problem.x, c)});
   ChannelSums<2> sums(p, p.channel_by_channel() ? 1 : p.num_chunks());
+
+  // From here on nothing fails: what belongs to the caller may be written.
+  double momentum = problem.momentum;
+  if (problem.num_batches_tracked != nullptr) {
+    const int64_t count = ++*problem.num_batches_tracked;
+    if (problem.cumulative) momentum = 1.0 / static_cast<double>(count);
+  }
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
     table.moments(part, fold > 1 ? x_wide : problem.x, block, pivot[0], out, out + stride);
   };
