@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-import types
-import unittest
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,12 +17,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import bnext
 
-if importlib.util.find_spec("expecttest") is None:
-    # torch's test helpers import it for a base class that the lists of samples do not use.
-    stand_in = types.ModuleType("expecttest")
-    stand_in.TestCase, stand_in.ACCEPT = unittest.TestCase, False  # type: ignore[attr-defined]
-    sys.modules["expecttest"] = stand_in
-
+pytest.importorskip("expecttest", reason="torch's lists of samples import it")
 common_methods = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 common_modules = pytest.importorskip("torch.testing._internal.common_modules")
 
