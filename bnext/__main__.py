@@ -36,13 +36,16 @@ def main() -> None:
     arguments = parser.parse_args()
     print(build_report())
     if arguments.explain:
-        x = torch.empty(
-            arguments.explain,
-            dtype=DTYPES[arguments.dtype],
-            device=arguments.device,
-            memory_format=LAYOUTS[arguments.layout],
-        )
-        print(explain(x))
+        try:
+            x = torch.empty(
+                arguments.explain,
+                dtype=DTYPES[arguments.dtype],
+                device=arguments.device,
+                memory_format=LAYOUTS[arguments.layout],
+            )
+            print(explain(x))
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

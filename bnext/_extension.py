@@ -1,12 +1,20 @@
 """Loads the compiled module, and says what to do when it does not load."""
 
+import importlib
+from typing import TYPE_CHECKING
+
 import torch  # the extension links against torch's libraries: they have to be there first
 
-try:
+if TYPE_CHECKING:
     from bnext import _C
+
+try:
+    _C = importlib.import_module("bnext._C")
 except ModuleNotFoundError as error:
     raise ImportError(
-        "bnext._C is not built. In the source folder run: pip install --no-build-isolation ."
+        f"bnext._C is not built in {__file__.rpartition('/')[0]}. If that is the source folder, an "
+        "installed bnext is hidden behind it: change to another folder, or build in place with "
+        "pip install --no-build-isolation --editable ."
     ) from error
 except ImportError as error:
     raise ImportError(

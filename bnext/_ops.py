@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from bnext._extension import _C
 from bnext.autograd import BatchNorm2dFunction
@@ -29,8 +30,9 @@ def batchnorm2d(
 ) -> Tensor:
     """Decide how batch norm is called.
 
-    A compiler gets one operator in its graph. Eager calls go straight to the autograd Function, or
-    past it where nobody will ask for a gradient.
+    A compiler or tracer gets one operator in its graph. Eager calls go straight to the autograd
+    Function, or past it where nobody will ask for a gradient. Tensor-like objects (proxies of
+    torch.fx, subclasses of Tensor) are asked first.
     """
     arguments = (
         input,
@@ -43,7 +45,10 @@ def batchnorm2d(
         momentum,
         eps,
     )
-    if torch.compiler.is_compiling():
+    tensors = (input, running_mean, running_var, weight, bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(batchnorm2d, tensors, *arguments)
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return torch.ops.bnext.batchnorm2d(*arguments)
     if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         return BatchNorm2dFunction.apply(*arguments)

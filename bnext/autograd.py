@@ -120,7 +120,7 @@ def _double_backward(
     Written in differentiable operations, with the statistics computed from x again, the result can
     be differentiated as often as anybody likes.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = mean.dtype  # what the first derivative was computed in
     m = max(x.numel() // max(x.shape[1], 1), 1)
 
     def total(a: Tensor) -> Tensor:
@@ -135,6 +135,7 @@ def _double_backward(
     wide_x, wide_dy = x.to(dtype), dy.to(dtype)
     if training:
         xmu = wide_x - average(wide_x)
+        xmu = xmu - average(xmu)  # what rounding left of a mean far from zero
         r = (average(xmu.square()) + eps).rsqrt()
     else:
         xmu = wide_x - per_channel(mean)

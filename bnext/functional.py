@@ -102,7 +102,7 @@ def batchnorm2d_backward(
         eps: as in the forward pass.
         save_mean, save_invstd: (C,), float64 or float32, both or neither: the mean and
             1/sqrt(var + eps) of the forward pass, where the caller has kept them. They spare one
-            reading of ``input``.
+            reading of ``input``; the running statistics and ``eps`` are then not looked at.
 
     Returns:
         :class:`BatchNorm2dGradients`, all five. They are not part of the autograd graph.

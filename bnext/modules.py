@@ -44,6 +44,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _change_class(module: Module, old: type[nn.Module], new: type[nn.Module]) -> Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"argument 'module' must be torch.nn.Module, not {type(module).__name__}")
     for layer in module.modules():
         if type(layer) is old:
             layer.__class__ = new
@@ -55,10 +57,14 @@ def convert(module: Module) -> Module:
 
     In place: each layer stays the same object and only changes its class, so parameters, buffers,
     hooks, flags, names and sharing are what they were, and optimizers keep working. Subclasses of
-    ``nn.BatchNorm2d`` are left alone: their forward may do more.
+    ``nn.BatchNorm2d`` are left alone: their forward may do more. So is a ``LazyBatchNorm2d``, which
+    becomes an ``nn.BatchNorm2d`` with its first input: convert after that.
 
     Returns:
         ``module``.
+
+    Raises:
+        TypeError: ``module`` is not a :class:`torch.nn.Module`.
     """
     return _change_class(module, nn.BatchNorm2d, BatchNorm2d)
 

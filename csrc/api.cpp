@@ -94,7 +94,6 @@ void check_input(const at::Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       type == at::kDouble || type == at::kFloat || is_half(type),
       "input should have dtype torch.float64, torch.float32, torch.bfloat16 or torch.float16, not ", python_name(type));
-  TORCH_CHECK(input.layout() == at::kStrided, "input should be a dense tensor, not one of layout ", input.layout());
 }
 
 void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& input) {
@@ -249,8 +248,6 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input, cons
               input.sym_sizes(), ", not ", grad_output.sym_sizes());
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have dtype ",
               python_name(input.scalar_type()), ", the dtype of input, not ", python_name(grad_output.scalar_type()));
-  TORCH_CHECK(grad_output.layout() == at::kStrided, "grad_output should be a dense tensor, not one of layout ",
-              grad_output.layout());
   check_parameter("weight", weight, input);
   check_saved("save_mean", save_mean, input);
   check_saved("save_invstd", save_invstd, input);

@@ -18,19 +18,14 @@ namespace bnext {
 namespace {
 
 // Argument conversion that says which argument of which function is wrong, as torch's own functions do.
-struct Arguments {
-  const char* function;
+class Arguments {
+ public:
+  explicit Arguments(const char* function_name) : function(function_name) {}
 
-  at::Tensor tensor(py::handle value, const char* name) const {
-    TORCH_CHECK_TYPE(THPVariable_Check(value.ptr()), function, "(): argument '", name, "' must be Tensor, not ",
-                     Py_TYPE(value.ptr())->tp_name);
-    return THPVariable_Unpack(value.ptr());
-  }
+  at::Tensor tensor(py::handle value, const char* name) const { return unpack(value, name, "' must be Tensor, not "); }
   OptionalTensor optional_tensor(py::handle value, const char* name) const {
     if (value.is_none()) return std::nullopt;
-    TORCH_CHECK_TYPE(THPVariable_Check(value.ptr()), function, "(): argument '", name, "' must be Tensor or None, not ",
-                     Py_TYPE(value.ptr())->tp_name);
-    return THPVariable_Unpack(value.ptr());
+    return unpack(value, name, "' must be Tensor or None, not ");
   }
   double number(py::handle value, const char* name) const {
     if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
@@ -45,6 +40,22 @@ struct Arguments {
     TORCH_CHECK_TYPE(value.ptr() == Py_False, function, "(): argument '", name, "' must be bool, not ",
                      Py_TYPE(value.ptr())->tp_name);
     return false;
+  }
+
+ private:
+  const char* function;
+
+  at::Tensor unpack(py::handle value, const char* name, const char* requirement) const {
+    TORCH_CHECK_TYPE(THPVariable_Check(value.ptr()), function, "(): argument '", name, requirement,
+                     Py_TYPE(value.ptr())->tp_name);
+    const at::Tensor& t = THPVariable_Unpack(value.ptr());
+    TORCH_CHECK_NOT_IMPLEMENTED(t.layout() == at::kStrided && !t.is_nested() && !t.is_quantized(), function,
+                                "(): argument '", name, "' must be a dense tensor, not a ",
+                                t.is_nested()      ? "nested"
+                                : t.is_quantized() ? "quantized"
+                                                   : "sparse or opaque",
+                                " one");
+    return t;
   }
 };
 

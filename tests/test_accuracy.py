@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import cases
 import pytest
@@ -220,3 +220,27 @@ def test_errors_have_no_preferred_sign(dtypes: str, layout: str) -> None:
         error = (getattr(gradients, name).double() - want) / want.abs().clamp_min(1e-30)
         assert is_centred(error), name
         assert is_centred(error * want.sign()), name
+
+
+@pytest.mark.parametrize("distance", [0.0, 1e2, 1e3])
+def test_second_order_never_worse_than_pytorch(distance: float) -> None:
+    """Gradients of <dx, v> for dy, x and weight, the mean `distance` deviations from zero."""
+    generator = torch.Generator().manual_seed(0)
+    noise, dy, v = torch.randn(3, 8, 4, 7, 9, generator=generator)
+    weight = torch.rand(4, generator=generator) + 0.5
+    leaves = (noise + distance, dy, weight)
+
+    def second_order(batch_norm: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        x, up, gamma = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+        y = batch_norm(x, None, None, gamma, None, True)
+        (dx,) = torch.autograd.grad(y, x, up, create_graph=True)
+        return [g.double() for g in torch.autograd.grad(dx, (x, up, gamma), v.to(dtype))]
+
+    exact = second_order(F.batch_norm, torch.float64)
+    ours = second_order(bnext.batchnorm2d, torch.float32)
+    theirs = second_order(F.batch_norm, torch.float32)
+    for name, right, mine, yours in zip(("x", "dy", "weight"), exact, ours, theirs, strict=True):
+        # An error within a rounding of the largest value is as good as a float32 gets.
+        floor = 2.0**-24 * right.abs().max().item()
+        error, allowed = (mine - right).abs().max().item(), (yours - right).abs().max().item()
+        assert error <= max(TIMES_PYTORCH * allowed, floor), (name, error, allowed)

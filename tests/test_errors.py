@@ -415,3 +415,22 @@ def test_cuda_tensor_without_cuda_kernels() -> None:
         pytest.skip("this build has CUDA kernels")
     with pytest.raises(RuntimeError, match="rebuild"):
         bnext.batchnorm2d(torch.zeros(2, 4, 3, 3, device="cuda"), training=True)
+
+
+@pytest.mark.parametrize("argument", ["input", "weight"])
+@pytest.mark.parametrize("kind", ["sparse", "quantized", "nested"])
+def test_not_dense(argument: str, kind: str) -> None:
+    dense = {"input": torch.randn(2, 3, 4, 4), "weight": torch.ones(3)}
+    tensor = dense[argument]
+    makers = {
+        "sparse": tensor.to_sparse,
+        "quantized": lambda: torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8),
+        "nested": lambda: torch.nested.nested_tensor(list(tensor.view(1, -1))),
+    }
+    running_mean, running_var = torch.zeros(3), torch.ones(3)
+    arguments = {**dense, argument: makers[kind]()}
+    with pytest.raises(NotImplementedError, match=f"argument '{argument}' must be a dense tensor"):
+        bnext.batchnorm2d(
+            **arguments, running_mean=running_mean, running_var=running_var, training=True
+        )
+    assert torch.equal(running_mean, torch.zeros(3)) and torch.equal(running_var, torch.ones(3))

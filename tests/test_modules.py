@@ -416,3 +416,28 @@ def test_conv_fusion_in_eval() -> None:
     x = torch.randn(2, 3, 6, 6)
     fused = torch.nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
     torch.testing.assert_close(fused(x), norm(conv(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_convert_wants_a_module() -> None:
+    with pytest.raises(TypeError, match=r"argument 'module' must be torch\.nn\.Module, not list"):
+        bnext.convert([nn.BatchNorm2d(3)])  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fx_and_jit_trace(training: bool) -> None:
+    """Both see one call of bnext, and compute what the layer computes."""
+    model = bnext.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train(training)
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    traced = torch.jit.trace(model, x)
+    assert "bnext::batchnorm2d" in str(traced.inlined_graph)
+    assert torch.equal(traced(x), expected)
+
+
+def test_tensor_subclass_is_kept() -> None:
+    class Tagged(Tensor):
+        pass
+
+    y = bnext.batchnorm2d(torch.randn(2, 3, 4, 4).as_subclass(Tagged), training=True)
+    assert type(y) is Tagged
