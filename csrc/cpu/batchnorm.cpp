@@ -102,7 +102,6 @@ void forward(const ForwardProblem& problem) {
   const Geometry& g = problem.geometry;
   const Partition p(g, {&problem.x, &problem.y});
   const KernelTable& table = kernel_table(current_isa(), g);
-  const View x_wide = fold_view(problem.x, p.fold()), y_wide = fold_view(problem.y, p.fold());
   const double m = static_cast<double>(g.num_positions());
   const bool stream = p.output_bytes() >= kStreamBytes;
 
@@ -114,7 +113,7 @@ void forward(const ForwardProblem& problem) {
     coefficients.set(c, {mean, scale, load_channel(problem.bias, c, 0)});
   };
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
-    table.normalize(part, fold > 1 ? x_wide : problem.x, fold > 1 ? y_wide : problem.y, block, coefficients[0],
+    table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients[0],
                     coefficients[1], coefficients[2], stream);
   };
   const bool has_output = problem.y.data != nullptr;
@@ -142,7 +141,7 @@ void forward(const ForwardProblem& problem) {
     if (problem.cumulative) momentum = 1.0 / static_cast<double>(count);
   }
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
-    table.moments(part, fold > 1 ? x_wide : problem.x, block, pivot[0], out, out + stride);
+    table.moments(part, fold_view(problem.x, fold), block, pivot[0], out, out + stride);
   };
   auto finish = [&](int64_t c, int pass) {
     const double shift = sums.total(0)[c] / m;
@@ -168,8 +167,6 @@ void backward(const BackwardProblem& problem) {
   const Geometry& g = problem.geometry;
   const Partition p(g, {&problem.x, &problem.dy, &problem.dx});
   const KernelTable& table = kernel_table(current_isa(), g);
-  const View x_wide = fold_view(problem.x, p.fold()), dy_wide = fold_view(problem.dy, p.fold()),
-             dx_wide = fold_view(problem.dx, p.fold());
   const double m = static_cast<double>(g.num_positions());
   const bool stream = p.output_bytes() >= kStreamBytes;
   const bool has_dx = problem.dx.data != nullptr;
@@ -189,9 +186,9 @@ void backward(const BackwardProblem& problem) {
   // Eval goes block by block whatever the shape, so it keeps the sums of every block.
   ChannelSums<2> sums(p, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
-    const View& dy = fold > 1 ? dy_wide : problem.dy;
+    const View dy = fold_view(problem.dy, fold);
     if (needs_sum_dy_xmu) {
-      table.backward_sums(part, fold > 1 ? x_wide : problem.x, dy, block, mean[0], out, out + stride);
+      table.backward_sums(part, fold_view(problem.x, fold), dy, block, mean[0], out, out + stride);
     } else {  // only sum(dy): x is not read
       table.moments(part, dy, block, mean[0], out, out + stride);
     }
@@ -213,9 +210,8 @@ void backward(const BackwardProblem& problem) {
 
   if (problem.training) {
     auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
-      table.backward_apply(part, fold > 1 ? x_wide : problem.x, fold > 1 ? dy_wide : problem.dy,
-                           fold > 1 ? dx_wide : problem.dx, block, coefficients[0], coefficients[1], coefficients[2],
-                           coefficients[3], stream);
+      table.backward_apply(part, fold_view(problem.x, fold), fold_view(problem.dy, fold), fold_view(problem.dx, fold),
+                           block, coefficients[0], coefficients[1], coefficients[2], coefficients[3], stream);
     };
     reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
     return;
@@ -223,7 +219,7 @@ void backward(const BackwardProblem& problem) {
 
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
-    table.normalize(part, fold > 1 ? dy_wide : problem.dy, fold > 1 ? dx_wide : problem.dx, block, coefficients[0],
+    table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients[0],
                     coefficients[1], coefficients[2], stream);
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {

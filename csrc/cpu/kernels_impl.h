@@ -222,7 +222,8 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
 constexpr int kRowsPerPass = 8;
 
 // A pass reads its rows side by side, which the processor's own prefetcher does not follow. Asking for the next pass's
-// rows took the backward pass of (32, 256, 28, 28) in channels_last from 0.55 to 1.02 of the speed of PyTorch's.
+// rows took the backward pass from 0.55 to 1.02 of the speed of PyTorch's, with and without this line in
+// `python -m benchmarks --shape 32,256,28,28 --layout channels_last --direction backward --level op --threads 1`.
 template <typename T>
 BNEXT_INLINE void prefetch_next_pass(const T* p, const View& view) {
   __builtin_prefetch(p + kRowsPerPass * view.stride[2]);

@@ -18,7 +18,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.
 constexpr int64_t kBlockElements = 8192;
-// Rows in a block of NHWC: a block leaves 2 or 3 float64 sums for each channel, which should stay small beside the data.
+// Rows in a block of NHWC: a block leaves 2 float64 sums for each channel, which should stay small beside the data.
 constexpr int64_t kMinRows = 64;
 // Vectors need a multiple of this many channels (floats in 64 bytes), and want a few vectors in a row.
 constexpr int64_t kLaneChannels = 16, kWideRow = 64, kMaxWideRow = 2048;
@@ -50,11 +50,9 @@ class Partition {
     channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
   }
 
-  const Geometry& geometry() const { return geometry_; }
   int64_t num_channels() const { return geometry_.num_channels; }
   int64_t output_bytes() const { return num_channels() * geometry_.num_positions() * dtype_bytes(geometry_.dtype); }
   int64_t num_chunks() const { return num_chunks_; }
-  int64_t fold() const { return fold_; }
   bool channel_by_channel() const { return channel_by_channel_; }
 
   // Length that per-channel arrays need when kernels may see folded rows.
@@ -113,7 +111,7 @@ class Partition {
   int64_t fold_ = 1;
 };
 
-// The view of the wide rows that Partition::for_each_part speaks of.
+// A view as the geometry that Partition::for_each_part hands on sees it.
 inline View fold_view(View view, int64_t fold) {
   view.stride[2] *= fold;
   return view;

@@ -7,8 +7,7 @@ constexpr int kVectorBytes = 64;
 #else
 constexpr int kVectorBytes = 32;  // without AVX the compiler splits it in two: more instructions in flight
 #endif
-constexpr int kDoubles =
-    kVectorBytes / 8;  // lanes: every loop takes this many elements at a time, whatever their dtype
+constexpr int kDoubles = kVectorBytes / 8;
 
 template <typename E, int W>
 struct VecOf {
