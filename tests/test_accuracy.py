@@ -183,10 +183,10 @@ def test_order_of_the_data(layout: str, order: str) -> None:
     check_gradients(case, order)
 
 
-def is_centred(samples: Tensor) -> bool:
+def is_centred(samples: Tensor, invisible: float = 1e-300) -> bool:
     """Independent samples whose mean is zero, at five standard errors."""
     spread = samples.std() / math.sqrt(samples.numel())
-    return bool(samples.mean().abs() <= 5 * spread + 1e-300)
+    return bool(samples.mean().abs() <= 5 * spread + invisible)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -215,11 +215,14 @@ def test_errors_have_no_preferred_sign(dtypes: str, layout: str) -> None:
         assert is_centred(error.mean(reference.DIMS) / unit), f"{name}: shifted"
         gain = (error * want.sign()).mean(reference.DIMS) / unit
         assert is_centred(gain), f"{name}: scaled by {gain.mean():.3g} roundings"
+    # float32 sums of eight positive terms are a little low; a quarter of the rounding of the
+    # float32 results (2**-24) is what may stay of it.
+    quarter = 2.0**-26
     for name in ("weight", "bias", "mean", "var"):
         want = getattr(backward, name).value
         error = (getattr(gradients, name).double() - want) / want.abs().clamp_min(1e-30)
-        assert is_centred(error), name
-        assert is_centred(error * want.sign()), name
+        assert is_centred(error, quarter), name
+        assert is_centred(error * want.sign(), quarter), name
 
 
 @pytest.mark.parametrize("distance", [0.0, 1e2, 1e3])

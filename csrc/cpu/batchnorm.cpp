@@ -42,6 +42,11 @@ void store_channel(const ChannelVector& v, int64_t c, double value) {
   }
 }
 
+// Where backward sums are centred: the mean, or what bfloat16 has next to it; see KernelTable.
+double backward_pivot(DType dtype, double mean) {
+  return dtype == DType::kBFloat16 ? to_float(to_bfloat16(static_cast<float>(mean))) : mean;
+}
+
 // The first element of a channel: near its mean on the scale of its deviation, which is all that a shifted sum needs.
 double first_element(const Geometry& g, const View& x, int64_t c) {
   const double first =
@@ -69,20 +74,23 @@ class Coefficients {
   std::vector<double> values_;
 };
 
-// Reduce, finish each channel, apply: with everything of a channel on one thread where that fills the cores, which keeps
-// the channel in cache. The apply half goes backwards, to what was read last.
+// Reduce, finish each channel, apply: with all of a few channels on one thread where that fills the cores, which keeps
+// them in cache. Tensors larger than the last cache are applied backwards, beginning with what is still in it.
 template <int kNumSums, typename Reduce, typename Finish, typename Apply>
 void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_passes, Reduce reduce, Finish finish,
                        const Apply* apply) {
   if (p.channel_by_channel()) {
-    p.parallel(p.num_channels(), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
+    p.parallel(p.num_channel_blocks(), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Block channels = p.block(i, 0);
         for (int pass = 0; pass < num_passes; ++pass) {
-          sums.reduce_channel(c, reduce);
-          finish(c, pass);
+          sums.reduce_channels(i, reduce);
+          for (int64_t c = channels.channel_begin; c < channels.channel_end; ++c) finish(c, pass);
         }
         if (apply == nullptr) continue;
-        for (int64_t chunk = p.num_chunks() - 1; chunk >= 0; --chunk) p.for_each_part(p.block(c, chunk), *apply);
+        for (int64_t k = 0; k < p.num_chunks(); ++k) {
+          p.for_each_part(p.block(i, p.stream() ? p.num_chunks() - 1 - k : k), *apply);
+        }
       }
     });
     return;
@@ -92,7 +100,7 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
     for (int64_t c = 0; c < p.num_channels(); ++c) finish(c, pass);
   }
   if (apply != nullptr) {
-    p.for_each_block(true, [&](const Block& block, int64_t) { p.for_each_part(block, *apply); });
+    p.for_each_block(p.stream(), [&](const Block& block, int64_t) { p.for_each_part(block, *apply); });
   }
 }
 
@@ -103,18 +111,19 @@ void forward(const ForwardProblem& problem) {
   const Partition p(g, {&problem.x, &problem.y});
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
-  const bool stream = p.output_bytes() >= kStreamBytes;
 
   Coefficients<3> coefficients(p);
   auto set_coefficients = [&](int64_t c, double mean, double invstd) {
     store_channel(problem.mean, c, mean);
     store_channel(problem.invstd, c, invstd);
     const double scale = load_channel(problem.weight, c, 1) * invstd;
-    coefficients.set(c, {mean, scale, load_channel(problem.bias, c, 0)});
+    // Around the mean nothing cancels. Near 0 there is little to cancel, and x - 0 is not rounded.
+    const double centre = std::abs(mean) * invstd < 1 ? 0 : mean;
+    coefficients.set(c, {centre, scale, load_channel(problem.bias, c, 0) - (mean - centre) * scale});
   };
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients[0],
-                    coefficients[1], coefficients[2], stream);
+                    coefficients[1], coefficients[2], p.stream());
   };
   const bool has_output = problem.y.data != nullptr;
 
@@ -168,16 +177,15 @@ void backward(const BackwardProblem& problem) {
   const Partition p(g, {&problem.x, &problem.dy, &problem.dx});
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
-  const bool stream = p.output_bytes() >= kStreamBytes;
   const bool has_dx = problem.dx.data != nullptr;
   const bool needs_sum_dy_xmu =
       (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
   const bool needs_sums = needs_sum_dy_xmu || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
 
-  Coefficients<1> mean(p);
+  Coefficients<1> pivot(p);
   Coefficients<4> coefficients(p);
   for (int64_t c = 0; c < g.num_channels; ++c) {
-    mean.set(c, {needs_sum_dy_xmu ? load_channel(problem.mean, c, 0) : 0.0});
+    pivot.set(c, {needs_sum_dy_xmu ? backward_pivot(g.dtype, load_channel(problem.mean, c, 0)) : 0.0});
     // Eval: mean and var are constants, dx = weight * invstd * dy.
     const double scale_dy = load_channel(problem.weight, c, 1) * load_channel(problem.invstd, c, 1);
     if (!problem.training) coefficients.set(c, {0, scale_dy, 0, 0});
@@ -188,15 +196,16 @@ void backward(const BackwardProblem& problem) {
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
     const View dy = fold_view(problem.dy, fold);
     if (needs_sum_dy_xmu) {
-      table.backward_sums(part, fold_view(problem.x, fold), dy, block, mean[0], out, out + stride);
+      table.backward_sums(part, fold_view(problem.x, fold), dy, block, pivot[0], out, out + stride);
     } else {  // only sum(dy): x is not read
-      table.moments(part, dy, block, mean[0], out, out + stride);
+      table.moments(part, dy, block, pivot[0], out, out + stride);
     }
   };
   auto finish = [&](int64_t c, int) {
     const double weight = load_channel(problem.weight, c, 1), invstd = load_channel(problem.invstd, c, 1);
     const double sum_dy = sums.total(0)[c];
-    const double sum_dy_xmu = sums.total(1)[c];
+    const double mean = load_channel(problem.mean, c, 0);
+    const double sum_dy_xmu = sums.total(1)[c] + (pivot[0][c] - mean) * sum_dy;
     store_channel(problem.dbias, c, sum_dy);
     store_channel(problem.dweight, c, sum_dy_xmu * invstd);
     store_channel(problem.dvar, c, -0.5 * weight * invstd * invstd * invstd * sum_dy_xmu);
@@ -205,13 +214,13 @@ void backward(const BackwardProblem& problem) {
     if (!problem.training) return;
     const double scale_dy = weight * invstd;
     const double scale_x = -scale_dy * invstd * invstd * sum_dy_xmu / m;
-    coefficients.set(c, {mean[0][c], scale_dy, scale_x, -scale_dy * sum_dy / m});
+    coefficients.set(c, {mean, scale_dy, scale_x, -scale_dy * sum_dy / m});
   };
 
   if (problem.training) {
     auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
       table.backward_apply(part, fold_view(problem.x, fold), fold_view(problem.dy, fold), fold_view(problem.dx, fold),
-                           block, coefficients[0], coefficients[1], coefficients[2], coefficients[3], stream);
+                           block, coefficients[0], coefficients[1], coefficients[2], coefficients[3], p.stream());
     };
     reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
     return;
@@ -220,7 +229,7 @@ void backward(const BackwardProblem& problem) {
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients[0],
-                    coefficients[1], coefficients[2], stream);
+                    coefficients[1], coefficients[2], p.stream());
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
     if (needs_sums) sums.add_block(block, sums.partial(chunk), reduce);

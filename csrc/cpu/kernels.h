@@ -13,24 +13,26 @@ const char* isa_name(Isa isa);
 // The widest instruction set that this processor has and this build holds; BNEXT_CPU_ISA=generic|avx2|avx512 forces one.
 Isa current_isa();
 
-// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry.
+// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; of planes, at most kMaxBlockChannels.
+constexpr int64_t kMaxBlockChannels = 32;
 struct Block {
   int64_t channel_begin, channel_end;
   int64_t begin, end;
 };
 
-// Per-channel arrays are indexed by channel; sums are added to. All arithmetic between a load and a store is float64,
-// but for float32 where the result has 16 bits: so a result is the nearest number of its dtype, and no other kernel is
-// closer. Sums of float32 lanes were faster, but on small tensors further off than PyTorch's.
+// Per-channel arrays are indexed by channel; sums are added to. Sums are float64, so that they are the nearest numbers of
+// their dtype, and no other kernel is closer; where tensors are in memory or in the last cache, that costs no time. Of
+// bfloat16, eight terms at a time are summed in float32 first. Its pivots have to be bfloat16 too: then x - pivot and its
+// product with dy lose next to nothing. Elementwise work is float32, for float64 float64.
 struct KernelTable {
   // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
   void (*moments)(const Geometry&, const View& x, Block, const double* pivot, double* s1, double* s2);
   // y = (x - mean) * scale + shift; `stream` stores around the caches where it can
   void (*normalize)(const Geometry&, const View& x, const View& y, Block, const double* mean, const double* scale,
                     const double* shift, bool stream);
-  // sum_dy += sum(dy), sum_dy_xmu += sum(dy * (x - mean))
-  void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const double* mean, double* sum_dy,
-                        double* sum_dy_xmu);
+  // sum_dy += sum(dy), sum_dy_xmp += sum(dy * (x - pivot))
+  void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const double* pivot, double* sum_dy,
+                        double* sum_dy_xmp);
   // dx = scale_dy * dy + scale_x * (x - mean) + shift
   void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, const double* mean,
                          const double* scale_dy, const double* scale_x, const double* shift, bool stream);

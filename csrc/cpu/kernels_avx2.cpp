@@ -3,8 +3,11 @@
 
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "half.h"
 #include "kernels.h"

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <numeric>
@@ -23,18 +24,41 @@ constexpr int64_t kMinRows = 64;
 // Vectors need a multiple of this many channels (floats in 64 bytes), and want a few vectors in a row.
 constexpr int64_t kLaneChannels = 16, kWideRow = 64, kMaxWideRow = 2048;
 
-// Output size from which stores go around the caches. Nobody will find such an output in a cache anyway, and a plain
-// store reads the line that it is about to overwrite.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
+// Planes: contiguous bytes that a block of channels should have at each step of the outer dimensions, so that memory is
+// read in runs that are worth it; and what a block may take of the processor's own cache, where its second visit should
+// find it.
+constexpr int64_t kRunBytes = int64_t{8} << 10, kMinRunBytes = int64_t{2} << 10;
+constexpr int64_t kBlockBytes = int64_t{512} << 10;
+
+// What the tensors of a pass may take together before its stores go around the caches: nobody will find such an output
+// in a cache, and a plain store reads the line that it is about to overwrite.
+inline int64_t cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    const int64_t last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    if (last_level > 0) return last_level;
+#endif
+    return int64_t{32} << 20;
+  }();
+  return bytes;
+}
 
 class Partition {
  public:
   Partition(const Geometry& geometry, std::initializer_list<const View*> views) : geometry_(geometry) {
     const int64_t channels = geometry.num_channels, positions = geometry.num_positions();
+    int64_t num_tensors = 0;
+    for (const View* view : views) num_tensors += view->data != nullptr;
+    const int64_t tensor_bytes = channels * positions * dtype_bytes(geometry.dtype);
+    stream_ = num_tensors * tensor_bytes > cache_bytes();
     serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1;
     const bool rows = geometry.walk == Walk::kRows;
-    channels_per_block_ = rows ? channels : 1;
-    chunk_ = rows ? std::max(kMinRows, kBlockElements / channels) : kBlockElements;
+    const int64_t inner = geometry.size[2];
+    if (rows) {
+      chunk_ = std::max(kMinRows, kBlockElements / channels);
+    } else {
+      chunk_ = inner < kBlockElements ? kBlockElements / inner * inner : kBlockElements;  // whole runs
+    }
     // Dense rows that do not fill vectors: `fold` of them make one row of channels * fold.
     bool dense = rows && geometry.unit_stride && geometry.size[0] == 1 && geometry.size[1] == 1;
     for (const View* view : views) dense = dense && (view->data == nullptr || view->stride[2] == channels);
@@ -45,15 +69,19 @@ class Partition {
     }
     chunk_ = ceil_div(chunk_, fold_) * fold_;
     num_chunks_ = ceil_div(positions, chunk_);
-    // Channel by channel keeps a channel in cache between its two visits; with few channels the cores would idle.
+    // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
     channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
+    channels_per_block_ = rows ? channels : choose_block_channels(threads, num_tensors);
   }
 
   int64_t num_channels() const { return geometry_.num_channels; }
-  int64_t output_bytes() const { return num_channels() * geometry_.num_positions() * dtype_bytes(geometry_.dtype); }
+  // Whether stores go around the caches.
+  bool stream() const { return stream_; }
   int64_t num_chunks() const { return num_chunks_; }
   bool channel_by_channel() const { return channel_by_channel_; }
+
+  int64_t num_channel_blocks() const { return ceil_div(num_channels(), channels_per_block_); }
 
   // Length that per-channel arrays need when kernels may see folded rows.
   int64_t wide_channels() const { return num_channels() * fold_; }
@@ -71,17 +99,17 @@ class Partition {
   // Calls f(block, chunk) for every block, last first when asked.
   template <typename F>
   void for_each_block(bool reverse, F f) const {
-    const int64_t channel_blocks = num_channels() / channels_per_block_;
-    parallel(channel_blocks * num_chunks_, [&](int64_t begin, int64_t end) {
+    parallel(num_channel_blocks() * num_chunks_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t task = reverse ? begin + end - 1 - i : i;
-        f(block(task / num_chunks_ * channels_per_block_, task % num_chunks_), task % num_chunks_);
+        f(block(task / num_chunks_, task % num_chunks_), task % num_chunks_);
       }
     });
   }
 
-  Block block(int64_t channel, int64_t chunk) const {
-    return {channel, channel + channels_per_block_, chunk * chunk_,
+  Block block(int64_t channel_block, int64_t chunk) const {
+    const int64_t channel = channel_block * channels_per_block_;
+    return {channel, std::min(channel + channels_per_block_, num_channels()), chunk * chunk_,
             std::min((chunk + 1) * chunk_, geometry_.num_positions())};
   }
 
@@ -102,9 +130,23 @@ class Partition {
   }
 
  private:
+  // Sums of a channel do not depend on the channels beside it, so this may depend on the number of threads.
+  int64_t choose_block_channels(int64_t threads, int64_t num_tensors) const {
+    const int64_t run_bytes = geometry_.size[2] * dtype_bytes(geometry_.dtype);
+    const int64_t channel_bytes = num_tensors * geometry_.num_positions() * dtype_bytes(geometry_.dtype);
+    auto too_large = [&](int64_t count) {
+      return count * run_bytes > kRunBytes || ceil_div(num_channels(), count) < 4 * threads ||
+             (count * run_bytes > kMinRunBytes && count * channel_bytes > kBlockBytes);
+    };
+    int64_t count = kMaxBlockChannels;
+    while (count > 1 && too_large(count)) count /= 2;
+    return count;
+  }
+
   Geometry geometry_;
   bool serial_ = true;
   bool channel_by_channel_ = false;
+  bool stream_ = false;
   int64_t channels_per_block_ = 1;
   int64_t chunk_ = 1;
   int64_t num_chunks_ = 0;
@@ -118,7 +160,7 @@ inline View fold_view(View view, int64_t fold) {
 }
 
 // kNumSums float64 sums per channel, indexed [sum * num_channels + channel]: totals, and the partial sums of each chunk
-// of positions or, for reduce_channel, of one chunk at a time.
+// of positions or, for reduce_channels, of one chunk at a time.
 template <int kNumSums>
 class ChannelSums {
  public:
@@ -143,15 +185,14 @@ class ChannelSums {
     });
   }
 
-  // All blocks of one channel, on this thread.
+  // All chunks of one block of channels, on this thread.
   template <typename Kernel>
-  void reduce_channel(int64_t c, Kernel kernel) {
-    const int64_t channels = partition_.num_channels();
-    for (int k = 0; k < kNumSums; ++k) total(k)[c] = 0;
+  void reduce_channels(int64_t channel_block, Kernel kernel) {
     for (int64_t chunk = 0; chunk < partition_.num_chunks(); ++chunk) {
-      for (int k = 0; k < kNumSums; ++k) partials_[k * channels + c] = 0;
-      add_block(partition_.block(c, chunk), partials_.data(), kernel);
-      for (int k = 0; k < kNumSums; ++k) total(k)[c] += partials_[k * channels + c];
+      const Block block = partition_.block(channel_block, chunk);
+      for_each(block, [&](int64_t i) { partials_[i] = 0; });
+      add_block(block, partials_.data(), kernel);
+      for_each(block, [&](int64_t i) { totals_[i] = (chunk == 0 ? 0 : totals_[i]) + partials_[i]; });
     }
   }
 
@@ -176,6 +217,14 @@ class ChannelSums {
   }
 
  private:
+  // Calls f(index) for all sums of a block's channels.
+  template <typename F>
+  void for_each(const Block& block, F f) const {
+    for (int k = 0; k < kNumSums; ++k) {
+      for (int64_t c = block.channel_begin; c < block.channel_end; ++c) f(k * partition_.num_channels() + c);
+    }
+  }
+
   const Partition& partition_;
   std::vector<double> totals_, partials_;
 };

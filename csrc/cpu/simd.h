@@ -35,7 +35,6 @@ BNEXT_INLINE To bit_cast(From from) {
 
 using Doubles = Vec<double, kDoubles>;
 using Floats = Vec<float, kDoubles>;
-using Words = Vec<uint32_t, kDoubles>;
 using Halves = Vec<uint16_t, kDoubles>;
 // Twice as many: a full vector of floats, for what writes 16-bit elements.
 using WideFloats = Vec<float, 2 * kDoubles>;
@@ -53,115 +52,235 @@ BNEXT_INLINE Doubles widen(Floats v) {
   return __builtin_convertvector(v, Doubles);
 #endif
 }
-BNEXT_INLINE Floats narrow(Doubles v) {
+// The halves of a full vector of floats.
+BNEXT_INLINE Floats low_half(WideFloats v) {
 #if BNEXT_ISA_LEVEL == 2
-  return bit_cast<Floats>(_mm512_cvtpd_ps(bit_cast<__m512d>(v)));
+  return bit_cast<Floats>(_mm512_castps512_ps256(bit_cast<__m512>(v)));
 #elif BNEXT_ISA_LEVEL == 1
-  return bit_cast<Floats>(_mm256_cvtpd_ps(bit_cast<__m256d>(v)));
+  return bit_cast<Floats>(_mm256_castps256_ps128(bit_cast<__m256>(v)));
 #else
-  return __builtin_convertvector(v, Floats);
-#endif
-}
-BNEXT_INLINE Words widen(Halves v) {
-#if BNEXT_ISA_LEVEL == 2
-  return bit_cast<Words>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
-#elif BNEXT_ISA_LEVEL == 1
-  return bit_cast<Words>(_mm_cvtepu16_epi32(_mm_cvtsi64_si128(bit_cast<int64_t>(v))));
-#else
-  return __builtin_convertvector(v, Words);
-#endif
-}
-BNEXT_INLINE WideWords widen(WideHalves v) {
-#if BNEXT_ISA_LEVEL == 2
-  return bit_cast<WideWords>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(v)));
-#elif BNEXT_ISA_LEVEL == 1
-  return bit_cast<WideWords>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
-#else
-  return __builtin_convertvector(v, WideWords);
-#endif
-}
-BNEXT_INLINE WideHalves narrow(WideWords v) {
-#if BNEXT_ISA_LEVEL == 2
-  return bit_cast<WideHalves>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(v)));
-#elif BNEXT_ISA_LEVEL == 1
-  const __m256i words = bit_cast<__m256i>(v);
-  return bit_cast<WideHalves>(_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
-#else
-  return __builtin_convertvector(v, WideHalves);
-#endif
-}
-// Two vectors of doubles make one of floats.
-BNEXT_INLINE WideFloats narrow(Doubles low, Doubles high) {
   struct Parts {
     Floats low, high;
   };
-  return bit_cast<WideFloats>(Parts{narrow(low), narrow(high)});
+  return bit_cast<Parts>(v).low;
+#endif
+}
+BNEXT_INLINE Floats high_half(WideFloats v) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Floats>(_mm512_extractf32x8_ps(bit_cast<__m512>(v), 1));
+#elif BNEXT_ISA_LEVEL == 1
+  return bit_cast<Floats>(_mm256_extractf128_ps(bit_cast<__m256>(v), 1));
+#else
+  struct Parts {
+    Floats low, high;
+  };
+  return bit_cast<Parts>(v).high;
+#endif
 }
 
-BNEXT_INLINE Floats load_floats(const float* p) { return load_raw<Floats>(p); }
-BNEXT_INLINE Floats load_floats(const BFloat16* p) { return bit_cast<Floats>(widen(load_raw<Halves>(p)) << 16); }
-BNEXT_INLINE Floats load_floats(const Float16* p) {
+// ---- how many elements of a vector there are -----------------------------------------------------------------------
+
+// All of them. Otherwise an int64_t: so many, from the first.
+struct Whole {};
+
 #if BNEXT_ISA_LEVEL == 2
-  return bit_cast<Floats>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
+BNEXT_INLINE uint32_t lane_mask(int64_t count) { return (uint32_t{1} << count) - 1; }
+#endif
+
+// R is a vector of E, or of the bits of E.
+template <typename R, typename E>
+BNEXT_INLINE R load_lanes(const E* p, Whole) {
+  return load_raw<R>(p);
+}
+// The other lanes are 0, and what lies behind the `count` elements is not read.
+template <typename R, typename E>
+BNEXT_INLINE R load_lanes(const E* p, int64_t count) {
+#if BNEXT_ISA_LEVEL == 2
+  const uint32_t mask = lane_mask(count);
+  if constexpr (sizeof(R) == 64) {
+    if constexpr (sizeof(E) == 8) return bit_cast<R>(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), p));
+    if constexpr (sizeof(E) == 4) return bit_cast<R>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), p));
+    if constexpr (sizeof(E) == 2) return bit_cast<R>(_mm512_maskz_loadu_epi16(mask, p));
+  } else if constexpr (sizeof(R) == 32) {
+    if constexpr (sizeof(E) == 4) return bit_cast<R>(_mm256_maskz_loadu_epi32(static_cast<__mmask8>(mask), p));
+    if constexpr (sizeof(E) == 2) return bit_cast<R>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
+  } else {
+    static_assert(sizeof(R) == 16 && sizeof(E) == 2);
+    return bit_cast<R>(_mm_maskz_loadu_epi16(static_cast<__mmask8>(mask), p));
+  }
+#else
+  E some[sizeof(R) / sizeof(E)] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+  return load_raw<R>(some);
+#endif
+}
+
+template <typename R, typename E>
+BNEXT_INLINE void store_lanes(E* p, R bits, Whole) {
+  __builtin_memcpy(p, &bits, sizeof bits);
+}
+template <typename R, typename E>
+BNEXT_INLINE void store_lanes(E* p, R bits, int64_t count) {
+#if BNEXT_ISA_LEVEL == 2
+  const uint32_t mask = lane_mask(count);
+  if constexpr (sizeof(R) == 64) {
+    if constexpr (sizeof(E) == 8) _mm512_mask_storeu_epi64(p, static_cast<__mmask8>(mask), bit_cast<__m512i>(bits));
+    if constexpr (sizeof(E) == 4) _mm512_mask_storeu_epi32(p, static_cast<__mmask16>(mask), bit_cast<__m512i>(bits));
+    if constexpr (sizeof(E) == 2) _mm512_mask_storeu_epi16(p, mask, bit_cast<__m512i>(bits));
+  } else {
+    static_assert(sizeof(R) == 32 && sizeof(E) == 2);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), bit_cast<__m256i>(bits));
+  }
+#else
+  E some[sizeof(R) / sizeof(E)];
+  __builtin_memcpy(some, &bits, sizeof bits);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+#endif
+}
+
+// v, with 0 in the lanes that are not there.
+template <typename V>
+BNEXT_INLINE V keep_lanes(V v, Whole) {
+  return v;
+}
+BNEXT_INLINE Doubles keep_lanes(Doubles v, int64_t count) {
+  Vec<int64_t, kDoubles> lane;
+  for (int i = 0; i < kDoubles; ++i) lane[i] = i;
+  return bit_cast<Doubles>(bit_cast<Vec<int64_t, kDoubles>>(v) & (lane < count));
+}
+BNEXT_INLINE WideFloats keep_lanes(WideFloats v, int64_t count) {
+  Vec<int32_t, 2 * kDoubles> lane;
+  for (int i = 0; i < 2 * kDoubles; ++i) lane[i] = i;
+  return bit_cast<WideFloats>(bit_cast<Vec<int32_t, 2 * kDoubles>>(v) & (lane < static_cast<int32_t>(count)));
+}
+
+// ---- elements in registers -----------------------------------------------------------------------------------------
+
+// Two bfloat16 share each 32-bit word, and a shift or a mask makes a float of one of them: so vectors of bfloat16 are
+// split into those at even and those at odd places, and cost half of what it takes to put them in order.
+struct Split {
+  WideFloats even, odd;
+
+  BNEXT_INLINE Split operator+(Split v) const { return {even + v.even, odd + v.odd}; }
+  BNEXT_INLINE Split operator-(Split v) const { return {even - v.even, odd - v.odd}; }
+  BNEXT_INLINE Split operator*(Split v) const { return {even * v.even, odd * v.odd}; }
+  BNEXT_INLINE Split& operator+=(Split v) { return *this = *this + v; }
+};
+BNEXT_INLINE Split keep_lanes(Split v, int64_t count) {
+  return {keep_lanes(v.even, (count + 1) / 2), keep_lanes(v.odd, count / 2)};
+}
+
+BNEXT_INLINE Split decode(const BFloat16*, WideWords bits) {
+  return {bit_cast<WideFloats>(bits << 16), bit_cast<WideFloats>(bits & 0xffff0000)};
+}
+BNEXT_INLINE Floats decode(const Float16*, Halves bits) {
+#if BNEXT_ISA_LEVEL == 2
+  return bit_cast<Floats>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 #elif BNEXT_ISA_LEVEL == 1
-  return bit_cast<Floats>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  return bit_cast<Floats>(_mm_cvtph_ps(_mm_cvtsi64_si128(bit_cast<int64_t>(bits))));
 #else
   Floats v;
-  for (int i = 0; i < kDoubles; ++i) v[i] = to_float(p[i]);
+  for (int i = 0; i < kDoubles; ++i) v[i] = to_float(Float16{bits[i]});
   return v;
 #endif
 }
-
-// kDoubles elements of any dtype, as doubles.
-template <typename T>
-BNEXT_INLINE Doubles load(const T* p) {
-  return widen(load_floats(p));
-}
-template <>
-BNEXT_INLINE Doubles load(const double* p) {
-  return load_raw<Doubles>(p);
-}
-
-BNEXT_INLINE WideFloats load_wide(const BFloat16* p) {
-  return bit_cast<WideFloats>(widen(load_raw<WideHalves>(p)) << 16);
-}
-BNEXT_INLINE WideFloats load_wide(const Float16* p) {
+BNEXT_INLINE WideFloats decode(const Float16*, WideHalves bits) {
 #if BNEXT_ISA_LEVEL == 2
-  return bit_cast<WideFloats>(_mm512_cvtph_ps(load_raw<__m256i>(p)));
+  return bit_cast<WideFloats>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
 #elif BNEXT_ISA_LEVEL == 1
-  return bit_cast<WideFloats>(_mm256_cvtph_ps(load_raw<__m128i>(p)));
+  return bit_cast<WideFloats>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
 #else
   WideFloats v;
-  for (int i = 0; i < 2 * kDoubles; ++i) v[i] = to_float(p[i]);
+  for (int i = 0; i < 2 * kDoubles; ++i) v[i] = to_float(Float16{bits[i]});
   return v;
 #endif
 }
 
-// What elementwise loops compute in. A 16-bit result has bits to spare in float32, and twice the lanes.
 template <typename T>
-using Elementwise = std::conditional_t<sizeof(T) == 2, WideFloats, Doubles>;
+constexpr bool kIsSplit = std::is_same_v<T, BFloat16>;
 
+// What elementwise loops compute in, one lane of it, and the bits that are loaded for it.
 template <typename T>
-BNEXT_INLINE Elementwise<T> load_element(const T* p) {
+using Value =
+    std::conditional_t<kIsSplit<T>, Split, std::conditional_t<std::is_same_v<T, double>, Doubles, WideFloats>>;
+template <typename T>
+using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <typename T>
+using Bits = std::conditional_t<kIsSplit<T>, WideWords, std::conditional_t<sizeof(T) == 2, WideHalves, Value<T>>>;
+template <typename T>
+constexpr int64_t kLanes = sizeof(Bits<T>) / sizeof(T);
+
+template <typename T, typename Count>
+BNEXT_INLINE Value<T> load_value(const T* p, Count count) {
   if constexpr (sizeof(T) == 2) {
-    return load_wide(p);
+    return decode(p, load_lanes<Bits<T>>(p, count));
   } else {
-    return load(p);
+    return load_lanes<Bits<T>>(p, count);
   }
 }
 
-// to<T>(v): the bits of v as elements of dtype T.
+// What sums are made of: float64, so that they are as good as exact. The terms of bfloat16 have few bits, and groups of
+// them are summed in float32; see Total.
 template <typename T>
-BNEXT_INLINE auto to(Elementwise<T> v) {
-  if constexpr (std::is_same_v<T, double>) {
+using Term = std::conditional_t<kIsSplit<T>, Split, Doubles>;
+template <typename T>
+using TermScalar = std::conditional_t<kIsSplit<T>, float, double>;
+template <typename T>
+constexpr int64_t kTermLanes = kIsSplit<T> ? kLanes<T> : kDoubles;
+
+template <typename T, typename Count>
+BNEXT_INLINE Term<T> load_term(const T* p, Count count) {
+  if constexpr (std::is_same_v<T, float>) {
+    return widen(load_lanes<Floats>(p, count));
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return widen(decode(p, load_lanes<Halves>(p, count)));
+  } else {
+    return load_value(p, count);
+  }
+}
+
+// Where the lanes of channel i are in an array that is loaded as Values or Terms of T.
+template <typename T>
+BNEXT_INLINE int64_t slot(int64_t i) {
+  if constexpr (kIsSplit<T>) {
+    return i / kLanes<T> * kLanes<T> + i % 2 * (kLanes<T> / 2) + i % kLanes<T> / 2;
+  } else {
+    return i;
+  }
+}
+
+// One number repeated.
+template <typename V, typename S>
+BNEXT_INLINE V splat(S value) {
+  if constexpr (std::is_same_v<V, Split>) {
+    return {WideFloats{} + value, WideFloats{} + value};
+  } else {
+    return V{} + value;
+  }
+}
+
+// A float64 in T's arithmetic. A NaN gets no payload, so that rounding it to 16 bits leaves a NaN.
+template <typename S>
+BNEXT_INLINE S to_scalar(double value) {
+  return value == value ? static_cast<S>(value) : std::numeric_limits<S>::quiet_NaN();
+}
+
+// ---- stores --------------------------------------------------------------------------------------------------------
+
+// To the nearest bfloat16, ties to even, in the upper half of the words. The lower half of a NaN is zero: it comes from
+// a bfloat16, from to_scalar or from the processor.
+BNEXT_INLINE WideWords round_to_upper(WideFloats v) {
+  const WideWords bits = bit_cast<WideWords>(v);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+// The bits of v as elements of dtype T.
+template <typename T>
+BNEXT_INLINE auto encode(Value<T> v) {
+  if constexpr (sizeof(T) > 2) {
     return v;
-  } else if constexpr (std::is_same_v<T, float>) {
-    return narrow(v);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    const WideWords bits = bit_cast<WideWords>(v);
-    const WideWords rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const WideWords is_nan = bit_cast<WideWords>(v != v);
-    return narrow((rounded & ~is_nan) | (is_nan & 0x7fc0));
+  } else if constexpr (kIsSplit<T>) {
+    return (round_to_upper(v.even) >> 16) | (round_to_upper(v.odd) & 0xffff0000);
   } else {
 #if BNEXT_ISA_LEVEL == 2
     return _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -176,31 +295,31 @@ BNEXT_INLINE auto to(Elementwise<T> v) {
 }
 
 template <typename T>
-constexpr int64_t kStoreBytes = sizeof(to<T>(Elementwise<T>()));
-template <typename T>
-constexpr int64_t kStoreLanes = kStoreBytes<T> / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kStoreBytes = kLanes<T> * static_cast<int64_t>(sizeof(T));
 
-// Stores v as elements of T. kStream goes around the caches, and needs an address aligned to kStoreBytes<T>.
-template <bool kStream, typename T>
-BNEXT_INLINE void store(T* p, Elementwise<T> v) {
-  const auto bits = to<T>(v);
-#if defined(__x86_64__)
-  if constexpr (kStream) {
+// Stores around the caches: p is aligned to kStoreBytes<T>.
+template <typename T>
+BNEXT_INLINE void stream_value(T* p, Value<T> v) {
+  const auto bits = encode<T>(v);
 #if BNEXT_ISA_LEVEL == 2
-    if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
+  if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
 #endif
 #if BNEXT_ISA_LEVEL >= 1
-    if constexpr (sizeof bits == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(bits));
+  if constexpr (sizeof bits == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(bits));
 #endif
-    struct Parts {
-      __m128i part[sizeof bits / 16];
-    };
-    const Parts parts = bit_cast<Parts>(bits);
-    for (size_t i = 0; i < sizeof bits / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts.part[i]);
-    return;
-  }
+#if defined(__x86_64__)
+  struct Parts {
+    __m128i part[sizeof bits / 16];
+  };
+  const Parts parts = bit_cast<Parts>(bits);
+  for (size_t i = 0; i < sizeof bits / 16; ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts.part[i]);
+#else
+  store_lanes(p, bits, Whole());
 #endif
-  __builtin_memcpy(p, &bits, sizeof bits);
+}
+template <typename T, typename Count>
+BNEXT_INLINE void store_value(T* p, Value<T> v, Count count) {
+  store_lanes(p, encode<T>(v), count);
 }
 
 // Streamed stores are in order with later ones only after this.
@@ -210,15 +329,34 @@ BNEXT_INLINE void finish_stream() {
 #endif
 }
 
-// v where lane >= first, 0 elsewhere.
-BNEXT_INLINE Doubles keep_from(Doubles v, int64_t first) {
-  Vec<int64_t, kDoubles> lane;
-  for (int i = 0; i < kDoubles; ++i) lane[i] = i;
-  return bit_cast<Doubles>(bit_cast<Vec<int64_t, kDoubles>>(v) & (lane >= first));
-}
+// ---- sums ----------------------------------------------------------------------------------------------------------
 
-BNEXT_INLINE double sum_lanes(Doubles v) {
-  double sum = 0;
-  for (int i = 0; i < kDoubles; ++i) sum += v[i];
-  return sum;
-}
+// Terms that are added up in registers before their sum goes into a Total.
+constexpr int kGroup = 8;
+
+// The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight products
+// of two bfloat16 of 16 bits each, of which next to nothing is lost.
+template <typename T>
+struct Total {
+  static constexpr int kParts = kTermLanes<T> / kDoubles;
+  Doubles part[kParts];
+
+  BNEXT_INLINE void add(Doubles v) { part[0] += v; }
+  BNEXT_INLINE void add(Split v) {
+    add_halves(v.even, 0);
+    add_halves(v.odd, 2);
+  }
+  BNEXT_INLINE double sum() const {
+    Doubles all = part[0];
+    for (int i = 1; i < kParts; ++i) all += part[i];
+    double sum = 0;
+    for (int i = 0; i < kDoubles; ++i) sum += all[i];
+    return sum;
+  }
+
+ private:
+  BNEXT_INLINE void add_halves(WideFloats v, int first) {
+    part[first] += widen(low_half(v));
+    part[first + 1] += widen(high_half(v));
+  }
+};

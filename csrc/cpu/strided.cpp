@@ -51,14 +51,14 @@ void normalize(const Geometry& g, const View& x, const View& y, Block block, con
 }
 
 template <typename T>
-void backward_sums(const Geometry& g, const View& x, const View& dy, Block block, const double* mean, double* sum_dy,
-                   double* sum_dy_xmu) {
+void backward_sums(const Geometry& g, const View& x, const View& dy, Block block, const double* pivot, double* sum_dy,
+                   double* sum_dy_xmp) {
   for_each_element<T>(
       g, block,
       [&](int64_t c, const T* px, const T* pdy) {
-        const double xmu = load_one(px) - mean[c], d = load_one(pdy);
+        const double xmp = load_one(px) - pivot[c], d = load_one(pdy);
         sum_dy[c] += d;
-        sum_dy_xmu[c] += d * xmu;
+        sum_dy_xmp[c] += d * xmp;
       },
       x, dy);
 }
