@@ -2,21 +2,29 @@
 // rows at once, and of them a few vectors of channels whose numbers stay in registers.
 // Part of kernels_impl.h; no include guard on purpose.
 
-constexpr int kRowsPerPass = kGroup;
 // Vectors of channels in registers: two sums and a pivot, or four coefficients, for each. A Split is two.
 template <typename T>
 constexpr int kColumns = (BNEXT_ISA_LEVEL == 2 ? 4 : 2) / (kIsSplit<T> ? 2 : 1);
 // Channels at a time whose numbers are laid out for vector loads: 10 KB of coefficients in float32.
 constexpr int64_t kTileChannels = 512;
 
-// A pass reads its rows side by side, which the processor's own prefetcher follows badly where rows are short. Sums of
-// 25088 x 256 float32 without and with asking for the next pass's rows: 5.4 and 3.4 ns for 16 elements.
-constexpr int64_t kPrefetchRowBytes = 2048;
+// Rows of one pass: the more, the less often the numbers of the channels are loaded; but rows side by side are as many
+// streams for the processor to fetch ahead, and it does so badly when they are long. Backward sums of 6272 x 512 and of
+// 6272 x 1024 float32 with passes of 8 rows: 3.7 and 5.8 ns for 16 elements; as here: 2.3 and 3.3.
+constexpr int64_t kPassBytes = int64_t{8} << 10;
 
 template <typename T>
-BNEXT_INLINE int64_t next_rows(const Geometry& g, const View& view) {
-  const bool wanted = g.num_channels * static_cast<int64_t>(sizeof(T)) <= kPrefetchRowBytes;
-  return wanted ? kRowsPerPass * view.stride[2] : 0;
+BNEXT_INLINE int rows_per_pass(const Geometry& g) {
+  const int64_t rows = kPassBytes / (g.num_channels * static_cast<int64_t>(sizeof(T)));
+  return rows >= kGroup ? kGroup : rows <= 2 ? 2 : static_cast<int>(rows);
+}
+
+// The same for sums, whose chains are no longer than a pass. Few rows of bfloat16 go one by one: what rounding takes from
+// a float32 sum of eight terms shows when there are not many more.
+constexpr int64_t kFewPositions = 64;
+template <typename T>
+BNEXT_INLINE int rows_per_sum(const Geometry& g) {
+  return kIsSplit<T> && g.num_positions() <= kFewPositions ? 1 : rows_per_pass<T>(g);
 }
 
 // Calls f(first_channel, width) for each tile of the block.
@@ -27,21 +35,10 @@ BNEXT_INLINE void for_each_tile(const Block& block, F f) {
   }
 }
 
-// Calls pass(row, rows) over [0, length), `rows` being a constant for full passes.
+// Calls pass(row, rows) over [0, length).
 template <typename Pass>
-BNEXT_INLINE void for_each_pass(int64_t length, Pass pass) {
-  int64_t r = 0;
-  for (; r + kRowsPerPass <= length; r += kRowsPerPass) pass(r, std::integral_constant<int, kRowsPerPass>());
-  if (r < length) pass(r, static_cast<int>(length - r));
-}
-
-// The same for sums. Few rows of bfloat16 go one by one: what rounding takes from a float32 sum of eight terms shows
-// when there are not many more.
-constexpr int64_t kFewPositions = 64;
-template <typename T, typename Pass>
-BNEXT_INLINE void for_each_sum_pass(const Geometry& g, int64_t length, Pass pass) {
-  if (!kIsSplit<T> || g.num_positions() > kFewPositions) return for_each_pass(length, pass);
-  for (int64_t r = 0; r < length; ++r) pass(r, 1);
+BNEXT_INLINE void for_each_pass(int64_t length, int step, Pass pass) {
+  for (int64_t r = 0; r < length; r += step) pass(r, r + step < length ? step : static_cast<int>(length - r));
 }
 
 // Calls f(i, vectors, count) over [0, width): kColumns whole vectors at a time, then single ones, then a partial one.
@@ -79,13 +76,13 @@ struct TileSums {
 template <typename T>
 void moments_rows(const Geometry& g, const View& x, Block block, const double* pivot, double* s1, double* s2) {
   constexpr int64_t lanes = kTermLanes<T>;
-  const int64_t ahead = next_rows<T>(g, x);
+  const int step = rows_per_sum<T>(g);
   for_each_tile(block, [&](int64_t begin, int64_t width) __attribute__((always_inline)) {
     TileSums<T> tile(pivot + begin, width);
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset, int64_t length) __attribute__((always_inline)) {
-          for_each_sum_pass<T>(g, length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
             const T* first = at<T>(x, offset + row * x.stride[2] + begin);
             for_each_column<T, lanes>(width, [&](int64_t i, auto vectors, auto count) __attribute__((always_inline)) {
               constexpr int kVectors = decltype(vectors)::value;
@@ -94,7 +91,7 @@ void moments_rows(const Geometry& g, const View& x, Block block, const double* p
               for (int v = 0; v < kVectors; ++v) p[v] = load_raw<Term<T>>(tile.pivot + i + v * lanes);
               for (int r = 0; r < rows; ++r) {
                 const T* px = first + r * x.stride[2] + i;
-                if (ahead != 0) prefetch_run(px + ahead, kVectors * lanes);
+                prefetch_run(px + step * x.stride[2], kVectors * lanes);
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
                   const Term<T> d = load_term(px + v * lanes, count) - p[v];
@@ -119,13 +116,13 @@ template <typename T>
 void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const double* pivot,
                         double* sum_dy, double* sum_dy_xmp) {
   constexpr int64_t lanes = kTermLanes<T>;
-  const int64_t ahead_x = next_rows<T>(g, x), ahead_dy = next_rows<T>(g, dy);
+  const int step = rows_per_sum<T>(g);
   for_each_tile(block, [&](int64_t begin, int64_t width) __attribute__((always_inline)) {
     TileSums<T> tile(pivot + begin, width);
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset_x, int64_t offset_dy, int64_t length) __attribute__((always_inline)) {
-          for_each_sum_pass<T>(g, length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
             const T* first_x = at<T>(x, offset_x + row * x.stride[2] + begin);
             const T* first_dy = at<T>(dy, offset_dy + row * dy.stride[2] + begin);
             for_each_column<T, lanes>(width, [&](int64_t i, auto vectors, auto count) __attribute__((always_inline)) {
@@ -136,8 +133,8 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
               for (int r = 0; r < rows; ++r) {
                 const T* px = first_x + r * x.stride[2] + i;
                 const T* pdy = first_dy + r * dy.stride[2] + i;
-                if (ahead_x != 0) prefetch_run(px + ahead_x, kVectors * lanes);
-                if (ahead_dy != 0) prefetch_run(pdy + ahead_dy, kVectors * lanes);
+                prefetch_run(px + step * x.stride[2], kVectors * lanes);
+                prefetch_run(pdy + step * dy.stride[2], kVectors * lanes);
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) {
                   const Term<T> d = load_term(pdy + v * lanes, count);
@@ -195,7 +192,7 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset_x, int64_t offset_y, int64_t length) __attribute__((always_inline)) {
-          for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          for_each_pass(length, rows_per_pass<T>(g), [&](int64_t row, int rows) __attribute__((always_inline)) {
             const T* first_x = at<T>(x, offset_x + row * x.stride[2] + begin);
             T* first_y = at_mutable<T>(y, offset_y + row * y.stride[2] + begin);
             for_each_column<T, lanes>(width, [&](int64_t i, auto vectors, auto count) __attribute__((always_inline)) {
@@ -230,7 +227,7 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
     for_each_run(
         g, block.begin, block.end,
         [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length) __attribute__((always_inline)) {
-          for_each_pass(length, [&](int64_t row, auto rows) __attribute__((always_inline)) {
+          for_each_pass(length, rows_per_pass<T>(g), [&](int64_t row, int rows) __attribute__((always_inline)) {
             const T* first_x = at<T>(x, offset_x + row * x.stride[2] + begin);
             const T* first_dy = at<T>(dy, offset_dy + row * dy.stride[2] + begin);
             T* first_dx = at_mutable<T>(dx, offset_dx + row * dx.stride[2] + begin);
