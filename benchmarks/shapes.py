@@ -55,6 +55,7 @@ SUITES: dict[str, tuple[Shape, ...]] = {
     ),
     "few-channels": (
         Shape(20, 6, 256, 256),
+        Shape(24, 6, 160, 96),
         Shape(6, 3, 400, 300),
         Shape(64, 16, 128, 128),
         Shape(8, 3, 512, 512),
@@ -75,6 +76,7 @@ SUITES: dict[str, tuple[Shape, ...]] = {
     "odd": (
         Shape(32, 100, 7, 7),
         Shape(16, 67, 33, 35),
+        Shape(17, 40, 33, 35),
         Shape(5, 129, 31, 17),
         Shape(8, 13, 99, 101),
         Shape(3, 250, 13, 13),
