@@ -1,12 +1,16 @@
 // Owns what is acceptable and what the caller is told, output allocation, memory format, and the way to a device.
 #include "api.h"
 
+#include <ATen/ops/_to_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/SymInt.h>
 
 #include <charconv>
+#include <cmath>
+#include <limits>
 
 #include "cpu/batchnorm.h"
 #include "cpu/memory.h"
@@ -14,6 +18,7 @@
 #include "cuda/batchnorm.h"
 #endif
 #include "layout.h"
+#include "overlap.h"
 
 namespace bnext {
 namespace {
@@ -101,6 +106,14 @@ void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& 
               t.device());
 }
 
+void check_activation(const char* name, const at::Tensor& t, const at::Tensor& input) {
+  check_same_device(name, t, input);
+  TORCH_CHECK(t.sym_sizes() == input.sym_sizes(), name, " should have the shape of input, ", input.sym_sizes(),
+              ", not ", t.sym_sizes());
+  TORCH_CHECK(t.scalar_type() == input.scalar_type(), name, " should have dtype ", python_name(input.scalar_type()),
+              ", the dtype of input, not ", python_name(t.scalar_type()));
+}
+
 void check_channels(const char* name, const at::Tensor& t, const at::Tensor& input) {
   const c10::SymInt channels = input.sym_size(1);
   TORCH_CHECK(t.dim() == 1 || t.sym_numel() != channels, name, " should contain ", channels,
@@ -108,7 +121,8 @@ void check_channels(const char* name, const at::Tensor& t, const at::Tensor& inp
   TORCH_CHECK(t.sym_numel() == channels, name, " should contain ", channels, " elements not ", t.sym_numel());
 }
 
-void check_saved(const char* name, const at::Tensor& t, const at::Tensor& input) {
+// A number per channel that may be wider than the input.
+void check_statistic(const char* name, const at::Tensor& t, const at::Tensor& input) {
   check_same_device(name, t, input);
   const at::ScalarType type = t.scalar_type();
   TORCH_CHECK(type == at::kDouble || type == at::kFloat || type == input.scalar_type(), name,
@@ -157,6 +171,20 @@ void check_statistics_arguments(const at::Tensor& input, const OptionalTensor& r
 TensorLayout layout_of(const at::Tensor& t) {
   if (!t.defined()) return {};
   return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+double largest(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return std::numeric_limits<double>::max();
+    case DType::kFloat32:
+      return std::numeric_limits<float>::max();
+    case DType::kBFloat16:
+      return std::numeric_limits<c10::BFloat16>::max();
+    case DType::kFloat16:
+      return std::numeric_limits<c10::Half>::max();
+  }
+  return 0;
 }
 
 ChannelVector vector_of(const at::Tensor& t) {
@@ -241,33 +269,43 @@ void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, 
 }
 
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                    const at::Tensor& save_mean, const at::Tensor& save_invstd) {
+                    const at::Tensor& save_mean, const at::Tensor& save_invstd, const OptionalTensor& grad_mean,
+                    const OptionalTensor& grad_var) {
   check_input(input);
-  check_same_device("grad_output", grad_output, input);
-  TORCH_CHECK(grad_output.sym_sizes() == input.sym_sizes(), "grad_output should have the shape of input, ",
-              input.sym_sizes(), ", not ", grad_output.sym_sizes());
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have dtype ",
-              python_name(input.scalar_type()), ", the dtype of input, not ", python_name(grad_output.scalar_type()));
+  check_activation("grad_output", grad_output, input);
   check_parameter("weight", weight, input);
-  check_saved("save_mean", save_mean, input);
-  check_saved("save_invstd", save_invstd, input);
+  check_statistic("save_mean", save_mean, input);
+  check_statistic("save_invstd", save_invstd, input);
+  if (given(grad_mean)) check_statistic("grad_mean", *grad_mean, input);
+  if (given(grad_var)) check_statistic("grad_var", *grad_var, input);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+void check_out(const at::Tensor& out, const at::Tensor& input) { check_activation("out", out, input); }
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-    std::optional<double> momentum, double eps) {
+    std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats) {
   check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps);
   TORCH_CHECK_VALUE(momentum.has_value() || !training || !given(running_mean) || given(num_batches_tracked),
                     "momentum may be None only with num_batches_tracked");
   check_device(input);
 
-  at::Tensor output = empty_activation(input);
+  at::Tensor output = empty_activation(input), mean, var;
+  auto statistics = [&] { return input.options().dtype(gradient_type(input)); };
   if (input.numel() == 0) {  // no statistics: none are updated
-    const auto options = input.options().dtype(saved_type(input));
-    return {output, at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
+    const auto saved = input.options().dtype(saved_type(input));
+    if (return_stats) {
+      mean = training ? at::full({input.size(1)}, NAN, statistics()) : at::_to_copy(*running_mean, statistics());
+      var = training ? at::full({input.size(1)}, NAN, statistics()) : at::_to_copy(*running_var, statistics());
+    }
+    return {output, at::zeros({input.size(1)}, saved), at::zeros({input.size(1)}, saved), mean, var};
   }
-  at::Tensor mean = empty_statistic(input), invstd = empty_statistic(input);
+  at::Tensor save_mean = empty_statistic(input), save_invstd = empty_statistic(input);
+  if (return_stats) {
+    mean = at::empty({input.size(1)}, statistics());
+    var = at::empty({input.size(1)}, statistics());
+  }
 
   ForwardProblem problem;
   problem.geometry =
@@ -276,12 +314,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
   problem.bias = vector_of(bias);
   problem.running_mean = vector_of(running_mean);
   problem.running_var = vector_of(running_var);
-  problem.mean = vector_of(mean);
-  problem.invstd = vector_of(invstd);
+  problem.mean = vector_of(save_mean);
+  problem.invstd = vector_of(save_invstd);
+  problem.stats_mean = vector_of(mean);
+  problem.stats_var = vector_of(var);
   problem.training = training;
   problem.cumulative = !momentum.has_value();
   problem.momentum = momentum.value_or(0);
   problem.eps = eps;
+  if (skip_nonfinite && given(running_mean)) {
+    problem.running_limit = std::min(largest(problem.running_mean.dtype), largest(problem.running_var.dtype));
+  }
   if (training && given(num_batches_tracked)) {
     problem.num_batches_tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
   }
@@ -292,7 +335,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     mark_written(running_var);
     mark_written(num_batches_tracked);
   }
-  return {output, mean, invstd};
+  return {output, save_mean, save_invstd, mean, var};
 }
 
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,
@@ -319,24 +362,28 @@ std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& inpu
   return {mean, invstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
-    const at::Tensor& save_invstd, bool training, std::array<bool, 5> output_mask) {
-  check_backward(grad_output, input, weight, save_mean, save_invstd);
-  check_device(input);
+namespace {
 
+// What the two calls below have in common: dx goes to the tensor given, or nowhere.
+Gradients run_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                       const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training,
+                       std::array<bool, 5> output_mask, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
+                       const at::Tensor& dx) {
   const auto statistics = input.options().dtype(gradient_type(input));
   const auto parameters = given(weight) ? weight->options() : statistics;
-  at::Tensor dx, dweight, dbias, dmean, dvar;
+  at::Tensor dweight, dbias, dmean, dvar;
   auto allocate = [&](at::Tensor& t, bool wanted, const at::TensorOptions& options) {
     if (wanted) t = input.numel() == 0 ? at::zeros({input.size(1)}, options) : at::empty({input.size(1)}, options);
   };
-  if (output_mask[0]) dx = empty_activation(input);
   allocate(dweight, output_mask[1], parameters);
   allocate(dbias, output_mask[2], parameters);
   allocate(dmean, output_mask[3], statistics);
   allocate(dvar, output_mask[4], statistics);
-  if (input.numel() == 0) return {dx, dweight, dbias, dmean, dvar};
+  if (input.numel() == 0) {
+    if (dmean.defined() && given(grad_mean)) dmean.copy_(*grad_mean);
+    if (dvar.defined() && given(grad_var)) dvar.copy_(*grad_var);
+    return {dx, dweight, dbias, dmean, dvar};
+  }
 
   const at::Tensor dy = match_walk(grad_output, input, dx);
   BackwardProblem problem;
@@ -347,6 +394,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
   problem.weight = vector_of(weight);
   problem.mean = vector_of(save_mean);
   problem.invstd = vector_of(save_invstd);
+  problem.grad_mean = vector_of(grad_mean);
+  problem.grad_var = vector_of(grad_var);
   problem.dweight = vector_of(dweight);
   problem.dbias = vector_of(dbias);
   problem.dmean = vector_of(dmean);
@@ -354,6 +403,53 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
   problem.training = training;
   run(input, problem);
   return {dx, dweight, dbias, dmean, dvar};
+}
+
+// Kernels read what `out` may not touch while they write to it; dy they read element by element just before.
+void check_overlap(const at::Tensor& out, const at::Tensor& grad_output,
+                   std::initializer_list<std::pair<const char*, const at::Tensor*>> others) {
+  TORCH_CHECK(elements_are_apart(out),
+              "out is written to, but several of its elements share one place in memory (an expanded tensor?)");
+  TORCH_CHECK(!memory_meets(out, grad_output) || same_elements(out, grad_output),
+              "out shares memory with grad_output, but not element for element");
+  for (const auto& [name, t] : others) {
+    TORCH_CHECK(!t->defined() || !memory_meets(out, *t), "out should not share memory with ", name);
+  }
+}
+
+}  // namespace
+
+Gradients batchnorm2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                               const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training,
+                               std::array<bool, 5> output_mask, const OptionalTensor& grad_mean,
+                               const OptionalTensor& grad_var) {
+  check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var);
+  check_device(input);
+  const at::Tensor dx = output_mask[0] ? empty_activation(input) : at::Tensor();
+  return run_backward(grad_output, input, weight, save_mean, save_invstd, training, output_mask, grad_mean, grad_var,
+                      dx);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_out(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
+    const at::Tensor& save_invstd, bool training, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
+    at::Tensor out) {
+  check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var);
+  check_out(out, input);
+  check_device(input);
+  const at::Tensor nothing;
+  check_overlap(out, grad_output,
+                {{"input", &input},
+                 {"weight", given(weight) ? &*weight : &nothing},
+                 {"save_mean", &save_mean},
+                 {"save_invstd", &save_invstd},
+                 {"grad_mean", given(grad_mean) ? &*grad_mean : &nothing},
+                 {"grad_var", given(grad_var) ? &*grad_var : &nothing}});
+  const auto [dx, dweight, dbias, dmean, dvar] =
+      run_backward(grad_output, input, weight, save_mean, save_invstd, training, {true, true, true, true, true},
+                   grad_mean, grad_var, out);
+  mark_written(out);
+  return {dweight, dbias, dmean, dvar};
 }
 
 std::string explain(const at::Tensor& input) {

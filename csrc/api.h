@@ -18,23 +18,38 @@ void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, 
                    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
                    bool training, double eps);
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                    const at::Tensor& save_mean, const at::Tensor& save_invstd);
+                    const at::Tensor& save_mean, const at::Tensor& save_invstd, const OptionalTensor& grad_mean,
+                    const OptionalTensor& grad_var);
+void check_out(const at::Tensor& out, const at::Tensor& input);
 
-// Returns (output, mean, invstd); updates the running statistics and num_batches_tracked in training.
-// momentum nullopt: the cumulative average, 1 / num_batches_tracked.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+// One result for each field of BatchNorm2dGradients; undefined where it was not asked for.
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Returns (output, save_mean, save_invstd, mean, var), the last two (the statistics used, for the caller) undefined
+// without return_stats; updates the running statistics and num_batches_tracked in training. momentum nullopt: the
+// cumulative average, 1 / num_batches_tracked. skip_nonfinite: a channel keeps its running statistics where the new ones
+// would not be finite numbers of their dtype.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-    std::optional<double> momentum, double eps);
+    std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats);
 
 // Returns (mean, invstd) of the batch (training) or of the running statistics.
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,
                                                           const OptionalTensor& running_var, bool training, double eps);
 
-// Returns (dx, dweight, dbias, dmean, dvar); undefined where output_mask is false.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward(
+// Returns (dx, dweight, dbias, dmean, dvar); undefined where output_mask is false. grad_mean and grad_var are what the
+// loss says about the batch's mean and variance themselves; nullopt: nothing.
+Gradients batchnorm2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                               const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training,
+                               std::array<bool, 5> output_mask, const OptionalTensor& grad_mean,
+                               const OptionalTensor& grad_var);
+
+// The same with dx written to `out`, which may be grad_output itself. Returns (dweight, dbias, dmean, dvar).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_out(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
-    const at::Tensor& save_invstd, bool training, std::array<bool, 5> output_mask);
+    const at::Tensor& save_invstd, bool training, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
+    at::Tensor out);
 
 std::string explain(const at::Tensor& input);
 
