@@ -5,17 +5,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._prims_common import suggest_memory_format
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext._extension import _C
 from bnext.autograd import differentiable, transforms_active
 
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace
+
 
 def kernels() -> Any:
     """The functions of ``bnext._C``, or the same ones as operators for a compiler's graph."""
-    return torch.ops.bnext if torch.compiler.is_compiling() else _C
+    return torch.ops.bnext if is_compiling() else _C
 
 
 def batchnorm2d(
@@ -53,11 +56,11 @@ def batchnorm2d(
     if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
         tensors = (input, running_mean, running_var, weight, bias)
         return handle_torch_function(batchnorm2d, tensors, *arguments)
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if is_compiling() or _is_tracing():
         operators = torch.ops.bnext
         call = operators.batchnorm2d_with_stats if return_stats else operators.batchnorm2d
         return call(*arguments[:-1])
-    if torch.is_grad_enabled() or transforms_active():
+    if is_grad_enabled() or transforms_active():
         return differentiable(*arguments)
     output, _, _, mean, var = _C.batchnorm2d_forward(*arguments)
     return (output, mean, var) if return_stats else output
@@ -77,7 +80,7 @@ def batchnorm2d_backward(
     """All five derivatives, dL/dx in ``out`` where there is one."""
     saved = (grad_output, input, weight, save_mean, save_invstd, training)
     everything = (True,) * 5
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return _C.batchnorm2d_backward(*saved, everything, grad_mean, grad_var, out)
     if out is None:
         return torch.ops.bnext.batchnorm2d_backward(*saved, everything, grad_mean, grad_var)

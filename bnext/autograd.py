@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
 from bnext import _vmap
@@ -17,9 +18,12 @@ from bnext._extension import _C
 _REDUCED = (0, 2, 3)  # N, H and W
 
 
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
 def transforms_active() -> bool:
     """Whether a torch.func transform or a level of forward-mode AD is around this call."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def differentiable(
@@ -70,8 +74,8 @@ def _input_gradients(
     needs_grad = ctx.needs_input_grad
     if dy is None:  # only mean and var were used
         dy = torch.zeros_like(x)
-    if x is None:
-        x = dy  # not read, but for its shape
+    if x is None:  # not read, but for its shape and strides
+        x = dy = dy.contiguous(memory_format=ctx.memory_format)
     training, _, eps, _, _ = ctx.options
     mask = (needs_grad[0], needs_grad[4], needs_grad[5])
     dx, dweight, dbias = derivative(
@@ -106,8 +110,10 @@ class BatchNorm2dFunction(Function):
             input, running_mean, running_var, num_batches_tracked, weight, bias, *options
         )
         training, return_stats = options[0], options[4]
-        # Frozen: dx = weight * invstd * dy.
-        x = input if training or needs_grad[4] else None
+        x: Tensor | None = input
+        if not training and not needs_grad[4]:  # dx = weight * invstd * dy
+            x = None
+            ctx.memory_format = suggest_memory_format(input)
         ctx.save_for_backward(x, weight, save_mean, save_invstd)
         ctx.options = options
         if not return_stats:

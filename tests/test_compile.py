@@ -138,8 +138,10 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
     """Arguments of every operator, by name: affine or not, training or eval, two layouts."""
     samples: dict[str, list[tuple[Any, ...]]] = {
         "batchnorm2d": [],
+        "batchnorm2d_with_stats": [],
         "batchnorm2d_forward": [],
         "batchnorm2d_backward": [],
+        "batchnorm2d_backward_out": [],
         "batchnorm2d_statistics": [],
     }
     for mode, affine, layout, dtypes in (
@@ -160,9 +162,11 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
         )
         tail = (*leaves[1:], train, 0.1, 1e-5)
         samples["batchnorm2d"].append((leaves[0], *stats, count, *tail))
+        samples["batchnorm2d_with_stats"].append((leaves[0], *stats, count, *tail, True))
         plain = (case.weight, case.bias, train, 0.1, 1e-5)
         plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in plain)
-        samples["batchnorm2d_forward"].append((case.input, *stats, count, *plain))
+        for extra in ((), (True, True)):
+            samples["batchnorm2d_forward"].append((case.input, *stats, count, *plain, *extra))
         samples["batchnorm2d_statistics"].append((case.input, *stats, train, 1e-5))
         saved = torch.ops.bnext.batchnorm2d_statistics(case.input, *stats, train, 1e-5)
         for mask in (
@@ -170,9 +174,13 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
             [True, False, True, False, False],
             [False, True, False, True, True],
         ):
-            dy = case.grad_output
-            weight = plain[0]
-            samples["batchnorm2d_backward"].append((dy, case.input, weight, *saved, train, mask))
+            arguments = (case.grad_output, case.input, plain[0], *saved, train)
+            samples["batchnorm2d_backward"].append((*arguments, mask))
+        to_stats = (cases.vector(5, torch.float64, 8), cases.vector(5, torch.float32, 9))
+        samples["batchnorm2d_backward"].append((*arguments, [True] * 5, *to_stats))
+        out = torch.empty_like(case.input)
+        samples["batchnorm2d_backward_out"].append((*arguments, *to_stats, out))
+        samples["batchnorm2d_backward_out"].append((*arguments, None, None, out))
     return samples
 
 
@@ -198,12 +206,14 @@ def test_opcheck(name: str) -> None:
 
 
 def test_schemas_declare_mutation() -> None:
-    """The running statistics and the count are written to; nothing else is."""
+    """The running statistics and the count are written to, or `out`; nothing else is."""
     for name in SAMPLES:
         schema = getattr(torch.ops.bnext, name).default._schema
         written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
-        expected = {"running_mean", "running_var", "num_batches_tracked"}
-        assert written == (expected if name in ("batchnorm2d", "batchnorm2d_forward") else set())
+        statistics = {"running_mean", "running_var", "num_batches_tracked"}
+        writes_statistics = name in ("batchnorm2d", "batchnorm2d_with_stats", "batchnorm2d_forward")
+        expected = {"out"} if name.endswith("_out") else statistics if writes_statistics else set()
+        assert written == expected
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
