@@ -88,11 +88,12 @@ def batchnorm2d_backward(
     return (out, *rest)
 
 
-# These two are the Functions; traced, they break down into batchnorm2d_forward and _backward.
+# These two are the Functions; traced, they break down into batchnorm2d_forward and _backward. Both
+# where a compiler meets them and, before torch.func takes any call apart, under its transforms.
 _library = torch.library.Library("bnext", "IMPL")
-_library.impl("batchnorm2d", differentiable, "CompositeImplicitAutograd")
-_with_stats = partial(differentiable, return_stats=True)
-_library.impl("batchnorm2d_with_stats", _with_stats, "CompositeImplicitAutograd")
+for _key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
+    _library.impl("batchnorm2d", differentiable, _key)
+    _library.impl("batchnorm2d_with_stats", partial(differentiable, return_stats=True), _key)
 
 
 def _like(input: Tensor) -> Tensor:

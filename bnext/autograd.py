@@ -141,8 +141,10 @@ def _below_outer_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
+            # Level 0: torch has one level of forward mode, and torch.func nests by other means.
             saved = [
-                None if t is None else forward_ad.unpack_dual(t).primal for t in ctx.saved_tensors
+                None if t is None else forward_ad.unpack_dual(t, level=0).primal
+                for t in ctx.saved_tensors
             ]
             return jvp(ctx, saved, *tangents)
 
