@@ -209,9 +209,9 @@ class BatchNorm2dTransformableFunction(Function):
         if bias_t is not None:
             terms.append(_per_channel(bias_t, dtype).expand_as(x))
         y_t = sum(terms[1:], start=terms[0]).to(x.dtype) if terms else torch.zeros_like(x)
-        if x_t is None or not ctx.differentiable_stats:
+        if not ctx.differentiable_stats:
             return y_t, None, None, None, None
-        wide_x_t = x_t.to(dtype)
+        wide_x_t = torch.zeros_like(xmu) if x_t is None else x_t.to(dtype)
         stats_t = _average(wide_x_t), 2 * _average(wide_x_t * xmu)
         return y_t, None, None, *(t.flatten().to(ctx.stats_dtype) for t in stats_t)
 
@@ -272,6 +272,7 @@ class BatchNorm2dBackwardFunction(Function):
         ctx.save_for_backward(*inputs[:7])
         ctx.save_for_forward(*inputs[:7])
         ctx.options = inputs[7:]
+        ctx.dtypes = [None if t is None else t.dtype for t in output]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -320,6 +321,9 @@ class BatchNorm2dBackwardFunction(Function):
             for i, more in enumerate((for_x, for_weight)):
                 if mask[i] and more is not None:
                     moves[i] = more if moves[i] is None else moves[i] + more
+        for i, shape in enumerate((x.shape, x.shape[1:2], x.shape[1:2])):
+            if mask[i] and moves[i] is None:
+                moves[i] = x.new_zeros(shape, dtype=ctx.dtypes[i])
         return tuple(moves)
 
     @staticmethod
