@@ -137,6 +137,8 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
   }
   static const auto op = find_operator<decltype(batchnorm2d_backward_out)>("bnext::batchnorm2d_backward_out");
   const auto dx = as.tensor(out, "out");
+  // The dispatcher would hand on a copy, and then miss it among the results.
+  TORCH_CHECK(!dx.is_neg(), "batchnorm2d_backward(): argument 'out' must not be a view that negates its memory");
   const auto [dweight, dbias, dmean, dvar] =
       call_operator([&] { return op.call(dy, x, gamma, mean, invstd, train, grad_of_mean, grad_of_var, dx); });
   return to_python({dx, dweight, dbias, dmean, dvar});
