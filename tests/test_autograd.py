@@ -112,6 +112,7 @@ def anomaly_mode(call: Call, case: cases.Case) -> Any:
         return torch.autograd.grad(dx.square().sum(), leaves[1])
 
 
+@pytest.mark.filterwarnings("ignore:Error detected")
 def test_anomaly_mode_finds_nan(device: str) -> None:
     """It names the node, and its 0th output."""
     for call in BOTH:

@@ -90,6 +90,69 @@ def test_function(affine: str, mode: str) -> None:
         assert a is None or a.stride() == b.stride(), f"result {number}"
 
 
+class Regularized(nn.Module):
+    """Draws the statistics of its features to 0 and 1, and survives bad batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 5, 3, padding=1)
+        self.weight = nn.Parameter(torch.ones(5))
+        self.register_buffer("running_mean", torch.zeros(5))
+        self.register_buffer("running_var", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, mean, var = bnext.batchnorm2d(
+            self.conv(x),
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            training=self.training,
+            skip_nonfinite=True,
+            return_stats=True,
+        )
+        return y.square().mean() + mean.square().sum() + (var - 1).square().sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_statistics_and_bad_batches(backend: str) -> None:
+    """Trained compiled and eager: the same weights and statistics, one graph, one compilation."""
+    torch.manual_seed(0)
+    eager = Regularized().double()
+    layers = copy.deepcopy(eager)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layers, backend=backend, fullgraph=True)
+    for model, module in ((compiled, layers), (eager, eager)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        for step in range(5):
+            x = cases.random_tensor(SHAPE, torch.float64, step, 1.0)
+            if step == 2:
+                x[0, 0, 0, 0] = torch.inf
+            loss = model(x)
+            assert loss.isfinite() == (step != 2)
+            optimizer.zero_grad()
+            if step != 2:  # as GradScaler skips it
+                loss.backward()
+                optimizer.step()
+    for name, value in eager.state_dict().items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(layers.state_dict()[name], value, rtol=1e-10, atol=1e-10)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_with_statistics(training: bool) -> None:
+    layer = Regularized().train(training)
+    x = cases.random_tensor(SHAPE, torch.float32, 0, 1.0)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    exported = program.module()
+    for size in (3, 7):
+        x = cases.random_tensor((size, *SHAPE[1:]), torch.float32, size, 1.0)
+        assert torch.equal(exported(x), layer(x))
+    for name, value in layer.named_buffers():
+        assert torch.equal(dict(exported.named_buffers())[name], value)
+
+
 @pytest.mark.parametrize("dtypes", ["bfloat16", "float16-float32"])
 def test_inductor_in_half(dtypes: str) -> None:
     case = cases.make_case(SHAPE, dtypes)
@@ -169,18 +232,16 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
             samples["batchnorm2d_forward"].append((case.input, *stats, count, *plain, *extra))
         samples["batchnorm2d_statistics"].append((case.input, *stats, train, 1e-5))
         saved = torch.ops.bnext.batchnorm2d_statistics(case.input, *stats, train, 1e-5)
-        for mask in (
-            [True] * 5,
-            [True, False, True, False, False],
-            [False, True, False, True, True],
-        ):
-            arguments = (case.grad_output, case.input, plain[0], *saved, train)
-            samples["batchnorm2d_backward"].append((*arguments, mask))
+        arguments = (case.grad_output, case.input, plain[0], *saved, train)
         to_stats = (cases.vector(5, torch.float64, 8), cases.vector(5, torch.float32, 9))
-        samples["batchnorm2d_backward"].append((*arguments, [True] * 5, *to_stats))
+        for rest in (
+            ([True] * 5, *to_stats),
+            ([True, False, True, False, False],),
+            ([False, True, False, True, True],),
+        ):
+            samples["batchnorm2d_backward"].append((*arguments, *rest))
         out = torch.empty_like(case.input)
         samples["batchnorm2d_backward_out"].append((*arguments, *to_stats, out))
-        samples["batchnorm2d_backward_out"].append((*arguments, None, None, out))
     return samples
 
 
