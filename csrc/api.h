@@ -1,4 +1,5 @@
-// The functions that Python sees, on tensors. Checks, allocation and the choice of walk and device are in api.cpp.
+// The functions that Python sees, on tensors. Allocation and the choice of walk and device are in api.cpp, checks in
+// checks.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,19 +9,9 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
+
 namespace bnext {
-
-using OptionalTensor = std::optional<at::Tensor>;
-
-// Raise what the caller should see if the arguments are unacceptable, and do nothing else. They read sizes as SymInts,
-// so the fake kernels of bnext/_ops.py call them too.
-void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                   const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
-                   bool training, double eps);
-void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                    const at::Tensor& save_mean, const at::Tensor& save_invstd, const OptionalTensor& grad_mean,
-                    const OptionalTensor& grad_var);
-void check_out(const at::Tensor& out, const at::Tensor& input);
 
 // One result for each field of BatchNorm2dGradients; undefined where it was not asked for.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
