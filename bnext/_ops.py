@@ -10,6 +10,7 @@ from torch._prims_common import suggest_memory_format
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from bnext import _vmap
 from bnext._extension import _C
 from bnext.autograd import differentiable, transforms_active
 
@@ -94,6 +95,18 @@ _library = torch.library.Library("bnext", "IMPL")
 for _key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
     _library.impl("batchnorm2d", differentiable, _key)
     _library.impl("batchnorm2d_with_stats", partial(differentiable, return_stats=True), _key)
+
+
+def _register_vmap(name: str) -> None:
+    operator = getattr(torch.ops.bnext, name)
+
+    @torch.library.register_vmap(f"bnext::{name}")
+    def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _vmap.folded(operator, info.batch_size, in_dims, *arguments)
+
+
+_register_vmap("batchnorm2d_backward")
+_register_vmap("batchnorm2d_statistics")
 
 
 def _like(input: Tensor) -> Tensor:

@@ -103,10 +103,13 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, batch: int) -
     return y if bias is None else y + bias.view(shape)
 
 
-def backward(
-    apply: Callable[..., Any], batch: int, in_dims: tuple[int | None, ...], *arguments: Any
+def folded(
+    apply: Callable[..., Any], batch: int, in_dims: tuple[Any, ...], *arguments: Any
 ) -> tuple[Any, Any]:
-    """The rule of BatchNorm2dBackwardFunction."""
-    tensors = [_fold(t, dim, batch) for t, dim in zip(arguments[:7], in_dims[:7], strict=True)]
-    unfolded = [_unfold(t, batch) for t in apply(*tensors, *arguments[7:])]
+    """The rule of what writes to none of its arguments: the backward pass and the statistics."""
+    wide = [
+        _fold(t, dim, batch) if isinstance(t, Tensor) else t
+        for t, dim in zip(arguments, in_dims, strict=True)
+    ]
+    unfolded = [_unfold(t, batch) for t in apply(*wide)]
     return tuple(t for t, _ in unfolded), tuple(dim for _, dim in unfolded)

@@ -329,7 +329,7 @@ class BatchNorm2dBackwardFunction(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         apply = BatchNorm2dBackwardFunction.apply
-        return _vmap.backward(apply, info.batch_size, in_dims, *arguments)
+        return _vmap.folded(apply, info.batch_size, in_dims, *arguments)
 
 
 def _total(a: Tensor) -> Tensor:

@@ -319,13 +319,31 @@ def test_autograd_around_vmap(training: bool, device: str) -> None:
 
 def test_what_a_transform_leaks(device: str) -> None:
     """A tensor of a finished transform is an ordinary one outside, with its gradient."""
-    x = inputs(device)[0][0][0].requires_grad_()
+    leaves = [t[0].requires_grad_() for t in inputs(device)[0]]
     leaked: list[Tensor] = []
-    grad(lambda t: (leaked.append(t * x), t.sum())[1])(x.detach())
+    for t in leaves:
+        grad(lambda one, t=t: (leaked.append(t * one), one)[1])(torch.tensor(2.0, device=device))
+    results = []
     for call in ours_and_theirs(True, device):
-        (dx,) = torch.autograd.grad(cubed(call)(leaked[0]), x, retain_graph=True)
-        (want,) = torch.autograd.grad(cubed(call)(x.detach() * x), x)
-        same(dx, want)
+        loss = cubed(call)(*leaked)
+        results.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+    same(*results)
+
+
+@pytest.mark.parametrize("batched", BATCHED, ids=str)
+def test_derivative_by_hand(batched: tuple[int | None, ...], device: str) -> None:
+    """vmap of batchnorm2d_backward, which is no part of the tape, in one call of the kernels."""
+    (x, w, b), (dy, *_) = inputs(device)
+    running = w, b.abs()
+    args = [t if dim == 0 else t[0] for t, dim in zip((dy, x, w), batched, strict=True)]
+    for training, stats in ((True, (None, None)), (False, tuple(t[0] for t in running))):
+
+        def call(dy: Tensor, x: Tensor, w: Tensor, options: Any = (*stats, training)) -> Any:
+            return tuple(bnext.batchnorm2d_backward(dy, x, w, *options))
+
+        want = [call(*(t if d is None else t[i] for t, d in zip(args, batched, strict=True)))
+                for i in range(B)]  # fmt: skip
+        same(vmap(call, batched)(*args), tuple(map(torch.stack, zip(*want, strict=True))))
 
 
 @pytest.mark.parametrize("no_grad", [False, True])
