@@ -48,31 +48,21 @@ class BatchNorm2d(nn.BatchNorm2d):
         momentum: float | None = self.momentum
         if momentum is None and num_batches_tracked is None:
             momentum = 0.0  # as in torch: without a count there is no cumulative average
-        training = training or (running_mean is None and running_var is None)
-        if torch.jit.is_scripting():
-            return torch.ops.bnext.batchnorm2d(
-                input,
-                running_mean,
-                running_var,
-                num_batches_tracked,
-                self.weight,
-                self.bias,
-                training,
-                momentum,
-                self.eps,
-            )
+        arguments = (
+            input,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            self.weight,
+            self.bias,
+            training or (running_mean is None and running_var is None),
+            momentum,
+            self.eps,
+        )
+        if torch.jit.is_scripting():  # TorchScript compiles this branch, and nothing of the other
+            return torch.ops.bnext.batchnorm2d(*arguments)
         else:
-            return _ops.batchnorm2d(
-                input,
-                running_mean,
-                running_var,
-                num_batches_tracked,
-                self.weight,
-                self.bias,
-                training,
-                momentum,
-                self.eps,
-            )
+            return _ops.batchnorm2d(*arguments)
 
 
 class LazyBatchNorm2d(nn.LazyBatchNorm2d, BatchNorm2d):
