@@ -180,6 +180,35 @@ def test_subclasses_of_ours() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), want)
 
 
+class NormAct(nn.BatchNorm2d):
+    """Batch norm and activation in one, as timm has it: convert leaves it alone."""
+
+    def __init__(self, channels: int, **options: object) -> None:
+        super().__init__(channels, **options)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class OurNormAct(bnext.BatchNorm2d, NormAct):
+    """The same with bnext's layer before torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(bnext.BatchNorm2d.forward(self, x))
+
+
+def test_a_subclass_with_an_activation(device: str) -> None:
+    """The way for a user's own layer: a class with both as bases, and layers changed to it."""
+    theirs = NormAct(SHAPE[1], dtype=torch.float64, device=device)
+    ours = bnext.convert(copy.deepcopy(theirs))
+    assert type(ours) is NormAct
+    ours.__class__ = OurNormAct
+    for number in range(2):
+        same_step(ours, theirs, data(number, device))
+    same_step(ours.eval(), theirs.eval(), data(2, device))
+
+
 def test_meta_and_swapped_tensors() -> None:
     """Built without data and materialised later; and tensors swapped instead of copied."""
     _, theirs = pair()
