@@ -123,7 +123,7 @@ def _saved(input: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("bnext::batchnorm2d_forward")
-def _(
+def _forward(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -134,13 +134,17 @@ def _(
     momentum: float | None,
     eps: float,
     skip_nonfinite: bool = False,
-    return_stats: bool = False,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _C.check_forward(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps
     )
-    stats = [_per_channel(input, wide=False) if return_stats else None for _ in range(2)]
-    return _like(input), _saved(input), _saved(input), *stats
+    return _like(input), _saved(input), _saved(input)
+
+
+@torch.library.register_fake("bnext::batchnorm2d_forward_with_stats")
+def _(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    mean, var = (_per_channel(input, wide=False) for _ in range(2))
+    return *_forward(input, *arguments), mean, var
 
 
 @torch.library.register_fake("bnext::batchnorm2d_statistics")

@@ -127,7 +127,10 @@ void mark_written(const OptionalTensor& t) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+namespace {
+
+// The two calls below, with mean and var or without.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
     std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats) {
@@ -181,6 +184,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
     mark_written(num_batches_tracked);
   }
   return {output, save_mean, save_invstd, mean, var};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+    const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+    std::optional<double> momentum, double eps, bool skip_nonfinite) {
+  const auto [output, save_mean, save_invstd, mean, var] =
+      run_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+                  skip_nonfinite, false);
+  return {output, save_mean, save_invstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward_with_stats(
+    const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+    std::optional<double> momentum, double eps, bool skip_nonfinite) {
+  return run_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+                     skip_nonfinite, true);
 }
 
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,

@@ -16,14 +16,20 @@ namespace bnext {
 // One result for each field of BatchNorm2dGradients; undefined where it was not asked for.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Returns (output, save_mean, save_invstd, mean, var), the last two (the statistics used, for the caller) undefined
-// without return_stats; updates the running statistics and num_batches_tracked in training. momentum nullopt: the
-// cumulative average, 1 / num_batches_tracked. skip_nonfinite: a channel keeps its running statistics where the new ones
-// would not be finite numbers of their dtype.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+// Returns (output, save_mean, save_invstd); updates the running statistics and num_batches_tracked in training. momentum
+// nullopt: the cumulative average, 1 / num_batches_tracked. skip_nonfinite: a channel keeps its running statistics where
+// the new ones would not be finite numbers of their dtype.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-    std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats);
+    std::optional<double> momentum, double eps, bool skip_nonfinite);
+
+// And (..., mean, var), the statistics that were used, for the caller. An operator of its own, because results that may
+// be missing do not go through AOTInductor.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward_with_stats(
+    const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+    std::optional<double> momentum, double eps, bool skip_nonfinite);
 
 // Returns (mean, invstd) of the batch (training) or of the running statistics.
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,

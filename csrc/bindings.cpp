@@ -84,7 +84,6 @@ auto call_operator(F call) {
 py::tuple py_forward(py::handle input, py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
                      py::handle weight, py::handle bias, py::handle training, py::handle momentum, py::handle eps,
                      py::handle skip_nonfinite, py::handle return_stats) {
-  static const auto op = find_operator<decltype(batchnorm2d_forward)>("bnext::batchnorm2d_forward");
   const Arguments as{"batchnorm2d"};
   const auto x = as.tensor(input, "input");
   const auto mean = as.optional_tensor(running_mean, "running_mean");
@@ -97,10 +96,19 @@ py::tuple py_forward(py::handle input, py::handle running_mean, py::handle runni
   const bool cumulative = momentum.is_none() && tracked.has_value();
   const auto factor = cumulative ? std::optional<double>() : as.number(momentum, "momentum");
   const double epsilon = as.number(eps, "eps");
-  const bool skip = as.boolean(skip_nonfinite, "skip_nonfinite"), stats = as.boolean(return_stats, "return_stats");
-  const auto [output, save_mean, save_invstd, used_mean, used_var] =
-      call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon, skip, stats); });
-  return to_python({output, save_mean, save_invstd, used_mean, used_var});
+  const bool skip = as.boolean(skip_nonfinite, "skip_nonfinite");
+  auto call = [&](const auto& op) {
+    return call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon, skip); });
+  };
+  if (as.boolean(return_stats, "return_stats")) {
+    static const auto op =
+        find_operator<decltype(batchnorm2d_forward_with_stats)>("bnext::batchnorm2d_forward_with_stats");
+    const auto [output, save_mean, save_invstd, used_mean, used_var] = call(op);
+    return to_python({output, save_mean, save_invstd, used_mean, used_var});
+  }
+  static const auto op = find_operator<decltype(batchnorm2d_forward)>("bnext::batchnorm2d_forward");
+  const auto [output, save_mean, save_invstd] = call(op);
+  return to_python({output, save_mean, save_invstd, {}, {}});
 }
 
 py::tuple py_statistics(py::handle input, py::handle running_mean, py::handle running_var, py::handle training,
@@ -161,8 +169,9 @@ TORCH_LIBRARY(bnext, m) {
   // Differentiable: bnext/_ops.py gives them the autograd Function.
   m.def("batchnorm2d(" BNEXT_FORWARD ") -> Tensor", tags);
   m.def("batchnorm2d_with_stats(" BNEXT_FORWARD ") -> (Tensor output, Tensor mean, Tensor var)", tags);
-  m.def("batchnorm2d_forward(" BNEXT_FORWARD
-        ", bool return_stats=False) -> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor mean, Tensor var)",
+  m.def("batchnorm2d_forward(" BNEXT_FORWARD ") -> (Tensor output, Tensor mean, Tensor invstd)", tags);
+  m.def("batchnorm2d_forward_with_stats(" BNEXT_FORWARD
+        ") -> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor mean, Tensor var)",
         tags);
   m.def("batchnorm2d_statistics(" BNEXT_STATISTICS ") -> (Tensor mean, Tensor invstd)", tags);
   m.def("batchnorm2d_backward(" BNEXT_BACKWARD
@@ -176,10 +185,11 @@ TORCH_LIBRARY(bnext, m) {
 }
 
 // CUDA too in a build without CUDA kernels: api.cpp then says how to get them.
-#define BNEXT_REGISTER(m)                                                    \
-  m.impl("batchnorm2d_forward", TORCH_FN(bnext::batchnorm2d_forward));       \
-  m.impl("batchnorm2d_statistics", TORCH_FN(bnext::batchnorm2d_statistics)); \
-  m.impl("batchnorm2d_backward", TORCH_FN(bnext::batchnorm2d_backward));     \
+#define BNEXT_REGISTER(m)                                                                    \
+  m.impl("batchnorm2d_forward", TORCH_FN(bnext::batchnorm2d_forward));                       \
+  m.impl("batchnorm2d_forward_with_stats", TORCH_FN(bnext::batchnorm2d_forward_with_stats)); \
+  m.impl("batchnorm2d_statistics", TORCH_FN(bnext::batchnorm2d_statistics));                 \
+  m.impl("batchnorm2d_backward", TORCH_FN(bnext::batchnorm2d_backward));                     \
   m.impl("batchnorm2d_backward_out", TORCH_FN(bnext::batchnorm2d_backward_out));
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m){BNEXT_REGISTER(m)} TORCH_LIBRARY_IMPL(bnext, CUDA, m){BNEXT_REGISTER(m)}

@@ -203,6 +203,7 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
         "batchnorm2d": [],
         "batchnorm2d_with_stats": [],
         "batchnorm2d_forward": [],
+        "batchnorm2d_forward_with_stats": [],
         "batchnorm2d_backward": [],
         "batchnorm2d_backward_out": [],
         "batchnorm2d_statistics": [],
@@ -228,8 +229,8 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
         samples["batchnorm2d_with_stats"].append((leaves[0], *stats, count, *tail, True))
         plain = (case.weight, case.bias, train, 0.1, 1e-5)
         plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in plain)
-        for extra in ((), (True, True)):
-            samples["batchnorm2d_forward"].append((case.input, *stats, count, *plain, *extra))
+        for name in ("batchnorm2d_forward", "batchnorm2d_forward_with_stats"):
+            samples[name].append((case.input, *stats, count, *plain, "stats" in name))
         samples["batchnorm2d_statistics"].append((case.input, *stats, train, 1e-5))
         saved = torch.ops.bnext.batchnorm2d_statistics(case.input, *stats, train, 1e-5)
         arguments = (case.grad_output, case.input, plain[0], *saved, train)
@@ -272,8 +273,8 @@ def test_schemas_declare_mutation() -> None:
         schema = getattr(torch.ops.bnext, name).default._schema
         written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
         statistics = {"running_mean", "running_var", "num_batches_tracked"}
-        writes_statistics = name in ("batchnorm2d", "batchnorm2d_with_stats", "batchnorm2d_forward")
-        expected = {"out"} if name.endswith("_out") else statistics if writes_statistics else set()
+        reads_only = name in ("batchnorm2d_statistics", "batchnorm2d_backward")
+        expected = {"out"} if name.endswith("_out") else set() if reads_only else statistics
         assert written == expected
 
 
