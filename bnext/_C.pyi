@@ -14,8 +14,10 @@ def batchnorm2d_forward(
     training: bool,
     momentum: float | None,
     eps: float,
+    skip_nonfinite: bool,
+    return_stats: bool,
     /,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor, Tensor, Any, Any]: ...  # Tensor, or None without return_stats
 def batchnorm2d_statistics(
     input: Tensor,
     running_mean: Tensor | None,
@@ -31,7 +33,10 @@ def batchnorm2d_backward(
     save_mean: Tensor,
     save_invstd: Tensor,
     training: bool,
-    output_mask: tuple[bool, bool, bool, bool, bool],
+    output_mask: tuple[bool, ...],
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    out: Tensor | None,
     /,
 ) -> tuple[Any, Any, Any, Any, Any]: ...  # Tensor, or None where output_mask is False
 def check_forward(
@@ -51,7 +56,10 @@ def check_backward(
     weight: Tensor | None,
     save_mean: Tensor,
     save_invstd: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
     /,
 ) -> None: ...
+def check_out(out: Tensor, input: Tensor, /) -> None: ...
 def explain(input: Tensor, /) -> str: ...
 def cpu_isa() -> str: ...

@@ -7,13 +7,14 @@ from bnext.functional import (
     batchnorm2d_backward,
     layer_gradients,
 )
-from bnext.modules import BatchNorm2d, convert, revert
+from bnext.modules import BatchNorm2d, LazyBatchNorm2d, convert, revert
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchNorm2d",
     "BatchNorm2dGradients",
+    "LazyBatchNorm2d",
     "batchnorm2d",
     "batchnorm2d_backward",
     "convert",

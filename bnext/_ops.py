@@ -1,20 +1,25 @@
 """What the operators need from Python: fake kernels, autograd, and the eager/compiled switch."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._prims_common import suggest_memory_format
-from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from bnext import _vmap
 from bnext._extension import _C
-from bnext.autograd import BatchNorm2dFunction
+from bnext.autograd import differentiable, transforms_active
+
+_is_tracing = torch._C._is_tracing  # by torch.jit.trace
 
 
 def kernels() -> Any:
     """The functions of ``bnext._C``, or the same ones as operators for a compiler's graph."""
-    return torch.ops.bnext if torch.compiler.is_compiling() else _C
+    return torch.ops.bnext if is_compiling() else _C
 
 
 def batchnorm2d(
@@ -27,12 +32,14 @@ def batchnorm2d(
     training: bool,
     momentum: float | None,
     eps: float,
-) -> Tensor:
+    skip_nonfinite: bool = False,
+    return_stats: bool = False,
+) -> Any:
     """Decide how batch norm is called.
 
     A compiler or tracer gets one operator in its graph. Eager calls go straight to the autograd
     Function, or past it where nobody will ask for a gradient. Tensor-like objects (proxies of
-    torch.fx, subclasses of Tensor) are asked first.
+    torch.fx, subclasses of Tensor) are asked first. Returns output, or (output, mean, var).
     """
     arguments = (
         input,
@@ -44,20 +51,62 @@ def batchnorm2d(
         training,
         momentum,
         eps,
+        skip_nonfinite,
+        return_stats,
     )
-    tensors = (input, running_mean, running_var, weight, bias)
-    if has_torch_function(tensors):
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias):
+        tensors = (input, running_mean, running_var, weight, bias)
         return handle_torch_function(batchnorm2d, tensors, *arguments)
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
-        return torch.ops.bnext.batchnorm2d(*arguments)
-    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-        return BatchNorm2dFunction.apply(*arguments)
-    return _C.batchnorm2d_forward(*arguments)[0]
+    if is_compiling() or _is_tracing():
+        operators = torch.ops.bnext
+        call = operators.batchnorm2d_with_stats if return_stats else operators.batchnorm2d
+        return call(*arguments[:-1])
+    if is_grad_enabled() or transforms_active():
+        return differentiable(*arguments)
+    output, _, _, mean, var = _C.batchnorm2d_forward(*arguments)
+    return (output, mean, var) if return_stats else output
 
 
-# bnext::batchnorm2d is the Function; traced, it breaks down into batchnorm2d_forward and _backward.
+def batchnorm2d_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    out: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """All five derivatives, dL/dx in ``out`` where there is one."""
+    saved = (grad_output, input, weight, save_mean, save_invstd, training)
+    everything = (True,) * 5
+    if not is_compiling():
+        return _C.batchnorm2d_backward(*saved, everything, grad_mean, grad_var, out)
+    if out is None:
+        return torch.ops.bnext.batchnorm2d_backward(*saved, everything, grad_mean, grad_var)
+    rest = torch.ops.bnext.batchnorm2d_backward_out(*saved, grad_mean, grad_var, out)
+    return (out, *rest)
+
+
+# These two are the Functions; traced, they break down into batchnorm2d_forward and _backward. Both
+# where a compiler meets them and, before torch.func takes any call apart, under its transforms.
 _library = torch.library.Library("bnext", "IMPL")
-_library.impl("batchnorm2d", BatchNorm2dFunction.apply, "CompositeImplicitAutograd")
+for _key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
+    _library.impl("batchnorm2d", differentiable, _key)
+    _library.impl("batchnorm2d_with_stats", partial(differentiable, return_stats=True), _key)
+
+
+def _register_vmap(name: str) -> None:
+    operator = getattr(torch.ops.bnext, name)
+
+    @torch.library.register_vmap(f"bnext::{name}")
+    def _(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _vmap.folded(operator, info.batch_size, in_dims, *arguments)
+
+
+_register_vmap("batchnorm2d_backward")
+_register_vmap("batchnorm2d_statistics")
 
 
 def _like(input: Tensor) -> Tensor:
@@ -74,7 +123,7 @@ def _saved(input: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("bnext::batchnorm2d_forward")
-def _(
+def _forward(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -84,11 +133,18 @@ def _(
     training: bool,
     momentum: float | None,
     eps: float,
+    skip_nonfinite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _C.check_forward(
         input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps
     )
     return _like(input), _saved(input), _saved(input)
+
+
+@torch.library.register_fake("bnext::batchnorm2d_forward_with_stats")
+def _(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    mean, var = (_per_channel(input, wide=False) for _ in range(2))
+    return *_forward(input, *arguments), mean, var
 
 
 @torch.library.register_fake("bnext::batchnorm2d_statistics")
@@ -103,6 +159,19 @@ def _(
     return _saved(input), _saved(input)
 
 
+def _gradients(
+    input: Tensor, weight: Tensor | None, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    def statistic() -> Tensor:
+        return _per_channel(input, wide=False)
+
+    def parameter() -> Tensor:
+        return statistic() if weight is None else weight.new_empty(weight.shape)
+
+    make = (lambda: _like(input), parameter, parameter, statistic, statistic)
+    return tuple(f() if wanted else None for f, wanted in zip(make, output_mask, strict=True))
+
+
 @torch.library.register_fake("bnext::batchnorm2d_backward")
 def _(
     grad_output: Tensor,
@@ -112,14 +181,25 @@ def _(
     save_invstd: Tensor,
     training: bool,
     output_mask: list[bool],
+    grad_mean: Tensor | None = None,
+    grad_var: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    _C.check_backward(grad_output, input, weight, save_mean, save_invstd)
+    _C.check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var)
+    return _gradients(input, weight, output_mask)
 
-    def statistic() -> Tensor:
-        return _per_channel(input, wide=False)
 
-    def parameter() -> Tensor:
-        return statistic() if weight is None else weight.new_empty(weight.shape)
-
-    make = (lambda: _like(input), parameter, parameter, statistic, statistic)
-    return tuple(f() if wanted else None for f, wanted in zip(make, output_mask, strict=True))
+@torch.library.register_fake("bnext::batchnorm2d_backward_out")
+def _(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_mean: Tensor,
+    save_invstd: Tensor,
+    training: bool,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    out: Tensor,
+) -> tuple[Tensor | None, ...]:
+    _C.check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var)
+    _C.check_out(out, input)
+    return _gradients(input, weight, (False, True, True, True, True))[1:]

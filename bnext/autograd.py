@@ -1,21 +1,96 @@
 """The derivative of batch norm as autograd Functions: first by kernels, then by torch's ops.
 
 Names are the equation's: dy, x, weight (gamma), mean, invstd, and xhat = (x - mean) * invstd.
+Functions written for torch.func cost twice as much to call, so eager calls have one of their own.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._prims_common import suggest_memory_format
+from torch.autograd import Function, forward_ad
 
+from bnext import _vmap
 from bnext._extension import _C
 
 _REDUCED = (0, 2, 3)  # N, H and W
 
 
+_functorch_active = torch._C._are_functorch_transforms_active
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform or a level of forward-mode AD is around this call."""
+    return _functorch_active() or forward_ad._current_level >= 0
+
+
+def differentiable(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    skip_nonfinite: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    """Batch norm as one node of the graph: output, or (output, mean, var)."""
+    options = (training, momentum, eps, skip_nonfinite, return_stats)
+    if transforms_active():
+        output, _, _, mean, var = BatchNorm2dTransformableFunction.apply(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, options
+        )
+        return (output, mean, var) if return_stats else output
+    # What a transform has leaked to its outside. Function.apply would look at every argument.
+    if isinstance(input, Tensor):
+        input = _unwrap_if_dead(input)
+    if isinstance(weight, Tensor):
+        weight = _unwrap_if_dead(weight)
+    if isinstance(bias, Tensor):
+        bias = _unwrap_if_dead(bias)
+    return _apply_eagerly(
+        input, running_mean, running_var, num_batches_tracked, weight, bias, options
+    )
+
+
+def _refuse_running_statistics(needs_grad: Sequence[bool]) -> None:
+    name = "running_mean" if needs_grad[1] else "running_var"
+    raise RuntimeError(
+        f"batchnorm2d is not differentiable with respect to argument '{name}'. "
+        "This input cannot have requires_grad True."
+    )
+
+
+def _input_gradients(
+    ctx: Any, dy: Any, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    """One gradient for each argument of the forward pass."""
+    x, weight, mean, invstd = ctx.saved_tensors
+    needs_grad = ctx.needs_input_grad
+    if dy is None:  # only mean and var were used
+        dy = torch.zeros_like(x)
+    if x is None:  # not read, but for its shape and strides
+        x = dy = dy.contiguous(memory_format=ctx.memory_format)
+    training, _, eps, _, _ = ctx.options
+    mask = (needs_grad[0], needs_grad[4], needs_grad[5])
+    dx, dweight, dbias = derivative(
+        dy, x, weight, mean, invstd, grad_mean, grad_var, training, eps, mask
+    )
+    return dx, None, None, None, dweight, dbias, None
+
+
 class BatchNorm2dFunction(Function):
-    """``output = (x - mean) * invstd * weight + bias``. Saves x, weight and the statistics used."""
+    """``output = (x - mean) * invstd * weight + bias``, for eager calls.
+
+    Saves x, weight and the statistics used; x only where the derivative asks for it. The options
+    are (training, momentum, eps, skip_nonfinite, return_stats): one argument, because autograd
+    spends time on every one.
+    """
 
     @staticmethod
     def forward(
@@ -26,79 +101,263 @@ class BatchNorm2dFunction(Function):
         num_batches_tracked: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        training: bool,
-        momentum: float | None,
-        eps: float,
-    ) -> Tensor:
+        options: tuple[bool, float | None, float, bool, bool],
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad
         if needs_grad[1] or needs_grad[2]:
-            name = "running_mean" if needs_grad[1] else "running_var"
-            raise RuntimeError(
-                f"batchnorm2d is not differentiable with respect to argument '{name}'. "
-                "This input cannot have requires_grad True."
-            )
-        output, mean, invstd = _C.batchnorm2d_forward(
-            input,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
+            _refuse_running_statistics(needs_grad)
+        output, save_mean, save_invstd, mean, var = _C.batchnorm2d_forward(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, *options
         )
-        ctx.save_for_backward(input, weight, mean, invstd)
-        ctx.training = training
-        ctx.eps = eps
-        return output
+        training, return_stats = options[0], options[4]
+        x: Tensor | None = input
+        if not training and not needs_grad[4]:  # dx = weight * invstd * dy
+            x = None
+            ctx.memory_format = suggest_memory_format(input)
+        ctx.save_for_backward(x, weight, save_mean, save_invstd)
+        ctx.options = options
+        if not return_stats:
+            return output
+        if training:
+            ctx.set_materialize_grads(False)
+        else:
+            ctx.mark_non_differentiable(mean, var)
+        return output, mean, var
+
+    backward = staticmethod(_input_gradients)
+
+
+# Function.apply, without its preparations for torch.func: 2 of 8 us.
+_apply_eagerly = super(Function, BatchNorm2dFunction).apply
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+
+def _below_outer_levels(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a jvp rule be differentiated itself, by the levels of forward mode around its own.
+
+    torch turns forward mode off for the rule, and the second derivative would silently be zero.
+    Turned on again, saved tensors may not bring along their tangents of this level.
+    """
+
+    def rule(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            # Level 0: torch has one level of forward mode, and torch.func nests by other means.
+            saved = [
+                None if t is None else forward_ad.unpack_dual(t, level=0).primal
+                for t in ctx.saved_tensors
+            ]
+            return jvp(ctx, saved, *tangents)
+
+    return rule
+
+
+class BatchNorm2dTransformableFunction(Function):
+    """The same for torch.func and forward-mode AD, which want every saved tensor as an output."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd = ctx.saved_tensors
-        needs_grad = ctx.needs_input_grad
-        mask = (needs_grad[0], needs_grad[4], needs_grad[5], False, False)
-        if torch.is_grad_enabled():  # create_graph=True: somebody will differentiate this
-            dx, dweight, dbias = BatchNorm2dBackwardFunction.apply(
-                dy, x, weight, mean, invstd, ctx.training, ctx.eps, mask
-            )
-        else:
-            dx, dweight, dbias, _, _ = _C.batchnorm2d_backward(
-                dy, x, weight, mean, invstd, ctx.training, mask
-            )
-        return dx, None, None, None, dweight, dbias, None, None, None
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        call: Any = _C.batchnorm2d_forward
+        return call(*arguments[:6], *arguments[6][:4], True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, _, _, _, weight, _, options = inputs
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            _refuse_running_statistics(ctx.needs_input_grad)
+        training, return_stats = options[0], options[4]
+        ctx.mark_non_differentiable(*output[1 : 3 if training and return_stats else 5])
+        ctx.save_for_backward(x, weight, *output[1:3])
+        ctx.save_for_forward(x, weight, *output[1:3])
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.differentiable_stats = training and return_stats
+        ctx.stats_dtype = output[3].dtype
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dy: Tensor | None,
+        _mean: None,
+        _invstd: None,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        return _input_gradients(ctx, dy, grad_mean, grad_var)
+
+    @staticmethod
+    @_below_outer_levels
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor | None, ...]:
+        """How the outputs move with x, weight and bias.
+
+        The kernels' dx is a linear and symmetric function of dy, so it also takes the tangent of x
+        to that of the output.
+        """
+        x, weight, mean, invstd = saved
+        x_t, mean_t, var_t, _, weight_t, bias_t = tangents[:6]
+        training, _, eps, _, _ = ctx.options
+        if not training and (mean_t is not None or var_t is not None):
+            _refuse_running_statistics((False, mean_t is not None))
+        dtype = mean.dtype
+        xmu, r = _standardize(x, mean, invstd, training, eps)
+        terms = []
+        if x_t is not None:
+            mask = (True, False, False)
+            dx, _, _ = derivative(x_t, x, weight, mean, invstd, None, None, training, eps, mask)
+            terms.append(dx.to(dtype))
+        if weight_t is not None:
+            terms.append(xmu * r * _per_channel(weight_t, dtype))
+        if bias_t is not None:
+            terms.append(_per_channel(bias_t, dtype).expand_as(x))
+        y_t = sum(terms[1:], start=terms[0]).to(x.dtype) if terms else torch.zeros_like(x)
+        if not ctx.differentiable_stats:
+            return y_t, None, None, None, None
+        wide_x_t = torch.zeros_like(xmu) if x_t is None else x_t.to(dtype)
+        stats_t = _average(wide_x_t), 2 * _average(wide_x_t * xmu)
+        return y_t, None, None, *(t.flatten().to(ctx.stats_dtype) for t in stats_t)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        apply = BatchNorm2dTransformableFunction.apply
+        return _vmap.forward(apply, info.batch_size, in_dims, *arguments)
+
+
+def derivative(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    grad_mean: Tensor | None,
+    grad_var: Tensor | None,
+    training: bool,
+    eps: float,
+    mask: tuple[bool, bool, bool],
+) -> Any:
+    """(dx, dweight, dbias), None where ``mask`` is false; as a node of the graph where needed."""
+    if torch.is_grad_enabled() or transforms_active():  # somebody may differentiate this
+        return BatchNorm2dBackwardFunction.apply(
+            dy, x, weight, mean, invstd, grad_mean, grad_var, training, eps, mask
+        )
+    return _C.batchnorm2d_backward(
+        dy, x, weight, mean, invstd, training, (*mask, False, False), grad_mean, grad_var, None
+    )[:3]
 
 
 class BatchNorm2dBackwardFunction(Function):
-    """The backward pass as a function of dy, x and weight, itself differentiable to any order."""
+    """The backward pass as a function of dy, x and weight, itself differentiable to any order.
+
+    mean and invstd count as functions of x in training. grad_mean and grad_var are what reaches
+    mean and var past the output.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
         dy: Tensor,
         x: Tensor,
         weight: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
+        grad_mean: Tensor | None,
+        grad_var: Tensor | None,
         training: bool,
         eps: float,
-        mask: tuple[bool, bool, bool, bool, bool],
+        mask: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        ctx.save_for_backward(dy, x, weight, mean, invstd)
-        ctx.training = training
-        ctx.eps = eps
+        return _C.batchnorm2d_backward(
+            dy, x, weight, mean, invstd, training, (*mask, False, False), grad_mean, grad_var, None
+        )[:3]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.save_for_forward(*inputs[:7])
+        ctx.options = inputs[7:]
+        ctx.dtypes = [None if t is None else t.dtype for t in output]
         ctx.set_materialize_grads(False)
-        return _C.batchnorm2d_backward(dy, x, weight, mean, invstd, training, mask)[:3]
 
     @staticmethod
     def backward(
         ctx: Any, ddx: Tensor | None, ddweight: Tensor | None, ddbias: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        dy, x, weight, mean, invstd = ctx.saved_tensors
-        gradients = _double_backward(
-            ddx, ddweight, ddbias, dy, x, weight, mean, invstd, ctx.training, ctx.eps
+        dy, x, weight, mean, invstd, grad_mean, grad_var = ctx.saved_tensors
+        training, eps, _ = ctx.options
+        for_dy, for_x, for_weight = _double_backward(
+            ddx, ddweight, ddbias, dy, x, weight, mean, invstd, grad_var, training, eps
         )
-        return *gradients, None, None, None, None, None
+        for_mean = for_var = None
+        if training and ddx is not None:  # dx has grad_mean / m + grad_var * 2 * (x - mean) / m
+            v = ddx.to(mean.dtype)
+            if grad_mean is not None:
+                for_mean = _average(v).flatten().to(grad_mean.dtype)
+            if grad_var is not None:
+                xmu, _ = _standardize(x, mean, invstd, training, eps)
+                for_var = 2 * _average(v * xmu).flatten().to(grad_var.dtype)
+        return for_dy, for_x, for_weight, None, None, for_mean, for_var, None, None, None
+
+    @staticmethod
+    @_below_outer_levels
+    def jvp(ctx: Any, saved: list[Any], *tangents: Any) -> tuple[Tensor | None, ...]:
+        """How dx, dweight and dbias move.
+
+        They are linear in dy, grad_mean and grad_var together. And they are the gradient of
+        <output, dy> + <mean, grad_mean> + <var, grad_var> by x, weight and bias: how they move with
+        those is its Hessian, which is symmetric, and _double_backward multiplies by it.
+        """
+        dy, x, weight, mean, invstd, _, grad_var = saved
+        training, eps, mask = ctx.options
+        dy_t, x_t, weight_t, _, _, grad_mean_t, grad_var_t = tangents[:7]
+        moves: list[Any] = [None, None, None]
+        if dy_t is not None or grad_mean_t is not None or grad_var_t is not None:
+            dy_t = torch.zeros_like(dy) if dy_t is None else dy_t
+            moves = list(
+                derivative(
+                    dy_t, x, weight, mean, invstd, grad_mean_t, grad_var_t, training, eps, mask
+                )
+            )
+        if x_t is not None or weight_t is not None:
+            _, for_x, for_weight = _double_backward(
+                x_t, weight_t, None, dy, x, weight, mean, invstd, grad_var, training, eps
+            )
+            for i, more in enumerate((for_x, for_weight)):
+                if mask[i] and more is not None:
+                    moves[i] = more if moves[i] is None else moves[i] + more
+        for i, shape in enumerate((x.shape, x.shape[1:2], x.shape[1:2])):
+            if mask[i] and moves[i] is None:
+                moves[i] = x.new_zeros(shape, dtype=ctx.dtypes[i])
+        return tuple(moves)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        apply = BatchNorm2dBackwardFunction.apply
+        return _vmap.folded(apply, info.batch_size, in_dims, *arguments)
+
+
+def _total(a: Tensor) -> Tensor:
+    return a.sum(_REDUCED, keepdim=True)
+
+
+def _num_positions(a: Tensor) -> int:
+    return max(a.numel() // max(a.shape[1], 1), 1)
+
+
+def _average(a: Tensor) -> Tensor:
+    return _total(a) / _num_positions(a)
+
+
+def _per_channel(a: Tensor, dtype: torch.dtype) -> Tensor:
+    return a.to(dtype).view(1, -1, 1, 1)
+
+
+def _standardize(
+    x: Tensor, mean: Tensor, invstd: Tensor, training: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x - mean, invstd) in the dtype of mean, differentiable by x: in training, computed again."""
+    if not training:
+        return x.to(mean.dtype) - _per_channel(mean, mean.dtype), _per_channel(invstd, mean.dtype)
+    wide = x.to(mean.dtype)
+    xmu = wide - _average(wide)
+    xmu = xmu - _average(xmu)  # what rounding left of a mean far from zero
+    return xmu, (_average(xmu.square()) + eps).rsqrt()
 
 
 def _double_backward(
@@ -110,41 +369,27 @@ def _double_backward(
     weight: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
+    grad_var: Tensor | None,
     training: bool,
     eps: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of <dx, ddx> + <dweight, ddweight> + <dbias, ddbias> for dy, x and weight.
 
     In training, with m = N*H*W, means over a channel written as mean(.), and the projection
-    P(a) = a - mean(a) - xhat * mean(a * xhat), the backward pass is dx = weight * invstd * P(dy).
+    P(a) = a - mean(a) - xhat * mean(a * xhat), the backward pass is
+    dx = weight * invstd * P(dy) + grad_mean / m + grad_var * 2 * (x - mean(x)) / m.
     Written in differentiable operations, with the statistics computed from x again, the result can
     be differentiated as often as anybody likes.
     """
     dtype = mean.dtype  # what the first derivative was computed in
-    m = max(x.numel() // max(x.shape[1], 1), 1)
-
-    def total(a: Tensor) -> Tensor:
-        return a.sum(_REDUCED, keepdim=True)
-
-    def average(a: Tensor) -> Tensor:
-        return total(a) / m
-
-    def per_channel(a: Tensor) -> Tensor:
-        return a.to(dtype).view(1, -1, 1, 1)
-
-    wide_x, wide_dy = x.to(dtype), dy.to(dtype)
-    if training:
-        xmu = wide_x - average(wide_x)
-        xmu = xmu - average(xmu)  # what rounding left of a mean far from zero
-        r = (average(xmu.square()) + eps).rsqrt()
-    else:
-        xmu = wide_x - per_channel(mean)
-        r = per_channel(invstd)
+    m = _num_positions(x)
+    wide_dy = dy.to(dtype)
+    xmu, r = _standardize(x, mean, invstd, training, eps)
     xhat = xmu * r
-    scale = r if weight is None else r * per_channel(weight)
+    scale = r if weight is None else r * _per_channel(weight, dtype)
 
     def project(a: Tensor) -> Tensor:
-        return a - average(a) - xhat * average(a * xhat)
+        return a - _average(a) - xhat * _average(a * xhat)
 
     grad_dy: list[Tensor] = []
     grad_xhat: list[Tensor] = []  # through xhat, with invstd held
@@ -155,19 +400,25 @@ def _double_backward(
         if training:
             grad_dy.append(scale * project(v))
             # <v, P(dy)> = q, and it depends on x through xhat and through invstd.
-            mean_v_xhat, mean_dy_xhat = average(v * xhat), average(wide_dy * xhat)
-            q = total(v * wide_dy) - total(v) * average(wide_dy) - total(v * xhat) * mean_dy_xhat
+            mean_v_xhat, mean_dy_xhat = _average(v * xhat), _average(wide_dy * xhat)
+            q = (
+                _total(v * wide_dy)
+                - _total(v) * _average(wide_dy)
+                - _total(v * xhat) * mean_dy_xhat
+            )
             grad_xhat.append(-scale * (v * mean_dy_xhat + mean_v_xhat * wide_dy))
             grad_x = -scale * r * xhat * q / m
+            if grad_var is not None:
+                grad_x = grad_x + (2 / m) * _per_channel(grad_var, dtype) * (v - _average(v))
         else:
             grad_dy.append(scale * v)
-            q = total(v * wide_dy)
+            q = _total(v * wide_dy)
         grad_weight = r * q
     if ddweight is not None:
-        grad_dy.append(per_channel(ddweight) * xhat)
-        grad_xhat.append(per_channel(ddweight) * wide_dy)
+        grad_dy.append(_per_channel(ddweight, dtype) * xhat)
+        grad_xhat.append(_per_channel(ddweight, dtype) * wide_dy)
     if ddbias is not None:
-        grad_dy.append(per_channel(ddbias).expand_as(x))
+        grad_dy.append(_per_channel(ddbias, dtype).expand_as(x))
     if grad_xhat:
         g = sum(grad_xhat[1:], start=grad_xhat[0])
         through_xhat = r * (project(g) if training else g)

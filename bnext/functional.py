@@ -1,6 +1,6 @@
 """Batch norm and its derivative as functions."""
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from bnext import _ops
 
 
+@overload
 def batchnorm2d(
     input: Tensor,
     running_mean: Tensor | None = None,
@@ -17,7 +18,37 @@ def batchnorm2d(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor:
+    *,
+    skip_nonfinite: bool = False,
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def batchnorm2d(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    skip_nonfinite: bool = False,
+    return_stats: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def batchnorm2d(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    skip_nonfinite: bool = False,
+    return_stats: bool = False,
+) -> Any:
     r"""Batch normalization over a 4-D input; the meaning of :func:`torch.nn.functional.batch_norm`.
 
     .. math:: y = \frac{x - \mathrm{mean}}{\sqrt{\mathrm{var} + \epsilon}}\,\gamma + \beta
@@ -33,6 +64,13 @@ def batchnorm2d(
         training: take statistics from the batch.
         momentum: the weight of this batch in the running statistics.
         eps: added to the variance, in the units of its square.
+        skip_nonfinite: in training, a channel keeps its running statistics where this batch would
+            make one of them NaN or infinite, in their dtype: one bad batch does not poison them for
+            good. Other channels learn from the batch. The device decides; nobody waits for it.
+        return_stats: return (output, mean, var): the mean and biased variance used, which are those
+            of the batch in training and copies of the running statistics otherwise. (C,), float64
+            for float64 input, float32 otherwise. In training, gradients flow into ``input`` through
+            them as well, in the same pass.
 
     All (C,) tensors have the dtype of ``input``, or float32 beside bfloat16 and float16. Sums are
     accumulated in float64 on a CPU, whatever the dtype. An empty input gives an empty output and
@@ -40,7 +78,8 @@ def batchnorm2d(
 
     Returns:
         A tensor of the shape and dtype of ``input``, contiguous or channels_last as it is.
-        Differentiable to any order for ``input``, ``weight`` and ``bias``.
+        Differentiable to any order for ``input``, ``weight`` and ``bias``, in reverse and forward
+        mode, and under the transforms of :mod:`torch.func`.
 
     Raises:
         ValueError: ``input`` is not 4-D; one value per channel in training; only one running
@@ -50,7 +89,17 @@ def batchnorm2d(
         TypeError: an argument of another type. The message names the argument; nothing was written.
     """
     return _ops.batchnorm2d(
-        input, running_mean, running_var, None, weight, bias, training, momentum, eps
+        input,
+        running_mean,
+        running_var,
+        None,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        skip_nonfinite,
+        return_stats,
     )
 
 
@@ -75,6 +124,9 @@ def batchnorm2d_backward(
     *,
     save_mean: Tensor | None = None,
     save_invstd: Tensor | None = None,
+    grad_mean: Tensor | None = None,
+    grad_var: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> BatchNorm2dGradients:
     r"""The derivative of :func:`batchnorm2d`, for a backward pass written by hand.
 
@@ -91,7 +143,9 @@ def batchnorm2d_backward(
             + \frac{1}{m} \frac{dL}{d\mathrm{mean}}
 
     In evaluation mode mean and var are constants: :math:`dL/dx = \gamma r\,dy`, and
-    :math:`dL/d\mathrm{mean} = -\gamma r \sum dy`.
+    :math:`dL/d\mathrm{mean} = -\gamma r \sum dy`. Where the loss also uses mean and var themselves
+    (``return_stats`` of :func:`batchnorm2d`), what it says about them is added to dL/dmean and
+    dL/dvar.
 
     Args:
         grad_output: dL/dy, the shape, dtype and device of ``input``; any strides.
@@ -103,24 +157,29 @@ def batchnorm2d_backward(
         save_mean, save_invstd: (C,), float64 or float32, both or neither: the mean and
             1/sqrt(var + eps) of the forward pass, where the caller has kept them. They spare one
             reading of ``input``; the running statistics and ``eps`` are then not looked at.
+        grad_mean, grad_var: (C,), float64 or float32: the loss's own derivative by mean and var,
+            where it uses them other than through the output.
+        out: where dL/dx goes instead of a new tensor: the shape, dtype and device of ``input``. It
+            may be ``grad_output`` itself, which is then overwritten; otherwise it shares memory
+            with no argument.
 
     Returns:
         :class:`BatchNorm2dGradients`, all five. They are not part of the autograd graph.
 
     Raises:
         The errors of :func:`batchnorm2d`; RuntimeError if ``grad_output`` does not fit ``input``;
+        RuntimeError if ``out`` does not, or shares memory as it should not;
         ValueError if only one of ``save_mean`` and ``save_invstd`` is given.
     """
     if (save_mean is None) != (save_invstd is None):
         raise ValueError("save_mean and save_invstd must either both be None or neither be None")
-    kernels = _ops.kernels()
     with torch.no_grad():
         if save_mean is None or save_invstd is None:
-            save_mean, save_invstd = kernels.batchnorm2d_statistics(
+            save_mean, save_invstd = _ops.kernels().batchnorm2d_statistics(
                 input, running_mean, running_var, training, eps
             )
-        gradients = kernels.batchnorm2d_backward(
-            grad_output, input, weight, save_mean, save_invstd, training, (True,) * 5
+        gradients = _ops.batchnorm2d_backward(
+            grad_output, input, weight, save_mean, save_invstd, training, grad_mean, grad_var, out
         )
     return BatchNorm2dGradients(*gradients)
 

@@ -1,12 +1,14 @@
-// Owns what is acceptable and what the caller is told, output allocation, memory format, and the way to a device.
+// Owns output allocation, memory format, and the way to a device.
 #include "api.h"
 
+#include <ATen/ops/_to_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/SymInt.h>
 
-#include <charconv>
+#include <cmath>
+#include <limits>
 
 #include "cpu/batchnorm.h"
 #include "cpu/memory.h"
@@ -17,50 +19,6 @@
 
 namespace bnext {
 namespace {
-
-const char* python_name(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return "torch.float64";
-    case at::kFloat:
-      return "torch.float32";
-    case at::kBFloat16:
-      return "torch.bfloat16";
-    case at::kHalf:
-      return "torch.float16";
-    case at::kBool:
-      return "torch.bool";
-    case at::kByte:
-      return "torch.uint8";
-    case at::kChar:
-      return "torch.int8";
-    case at::kShort:
-      return "torch.int16";
-    case at::kInt:
-      return "torch.int32";
-    case at::kLong:
-      return "torch.int64";
-    case at::kComplexHalf:
-      return "torch.complex32";
-    case at::kComplexFloat:
-      return "torch.complex64";
-    case at::kComplexDouble:
-      return "torch.complex128";
-    default:
-      return c10::toString(type);
-  }
-}
-
-// As Python would write it: 0.0, 1e-05, nan.
-std::string python_repr(double value) {
-  char text[32];
-  const auto end = std::to_chars(text, text + sizeof text, value).ptr;
-  std::string repr(text, end);
-  if (repr.find_first_not_of("-0123456789") == std::string::npos) repr += ".0";
-  return repr;
-}
-
-bool is_half(at::ScalarType type) { return type == at::kBFloat16 || type == at::kHalf; }
 
 // dL/dmean and dL/dvar, and dL/dweight and dL/dbias without a weight.
 at::ScalarType gradient_type(const at::Tensor& input) {
@@ -84,79 +42,25 @@ DType dtype_of(const at::Tensor& t) {
   }
 }
 
-bool given(const OptionalTensor& t) { return t.has_value() && t->defined(); }
-
-// ---- checks ----------------------------------------------------------------------------------------------------
-
-void check_input(const at::Tensor& input) {
-  TORCH_CHECK_VALUE(input.dim() == 4, "expected 4D input (got ", input.dim(), "D input)");
-  const at::ScalarType type = input.scalar_type();
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      type == at::kDouble || type == at::kFloat || is_half(type),
-      "input should have dtype torch.float64, torch.float32, torch.bfloat16 or torch.float16, not ", python_name(type));
-}
-
-void check_same_device(const char* name, const at::Tensor& t, const at::Tensor& input) {
-  TORCH_CHECK(t.device() == input.device(), name, " should be on the device of input, ", input.device(), ", not on ",
-              t.device());
-}
-
-void check_channels(const char* name, const at::Tensor& t, const at::Tensor& input) {
-  const c10::SymInt channels = input.sym_size(1);
-  TORCH_CHECK(t.dim() == 1 || t.sym_numel() != channels, name, " should contain ", channels,
-              " elements in one dimension, not a tensor of shape ", t.sym_sizes());
-  TORCH_CHECK(t.sym_numel() == channels, name, " should contain ", channels, " elements not ", t.sym_numel());
-}
-
-void check_saved(const char* name, const at::Tensor& t, const at::Tensor& input) {
-  check_same_device(name, t, input);
-  const at::ScalarType type = t.scalar_type();
-  TORCH_CHECK(type == at::kDouble || type == at::kFloat || type == input.scalar_type(), name,
-              " should have dtype torch.float64 or torch.float32, not ", python_name(type));
-  check_channels(name, t, input);
-}
-
-void check_parameter(const char* name, const OptionalTensor& tensor, const at::Tensor& input) {
-  if (!given(tensor)) return;
-  const at::Tensor& t = *tensor;
-  check_same_device(name, t, input);
-  const at::ScalarType type = t.scalar_type(), input_type = input.scalar_type();
-  const bool half = is_half(input_type);
-  TORCH_CHECK(type == input_type || (half && type == at::kFloat), name, " should have dtype ", python_name(input_type),
-              half ? ", the dtype of input, or torch.float32, not " : ", the dtype of input, not ", python_name(type));
-  check_channels(name, t, input);
-}
-
-// What training writes to must be one number in memory for each channel.
-void check_writable(const char* name, const OptionalTensor& tensor) {
-  if (!given(tensor)) return;
-  TORCH_CHECK(tensor->sym_numel() <= 1 || tensor->sym_stride(0) != 0, name,
-              " is updated in training, but several of its elements share one place in memory (an expanded tensor?)");
-}
-
-void check_statistics_arguments(const at::Tensor& input, const OptionalTensor& running_mean,
-                                const OptionalTensor& running_var, bool training, double eps) {
-  check_input(input);
-  TORCH_CHECK_VALUE(given(running_mean) == given(running_var),
-                    "running_mean and running_var must either both be None or neither be None");
-  TORCH_CHECK(training || given(running_mean), "running_mean must be defined in evaluation mode");
-  if (training) {
-    TORCH_CHECK_VALUE(input.sym_size(0) * input.sym_size(2) * input.sym_size(3) != 1,
-                      "Expected more than 1 value per channel when training, got input size torch.Size(",
-                      input.sym_sizes(), ")");
-    TORCH_CHECK_VALUE(eps > 0, "batch_norm eps must be positive during training, but got ", python_repr(eps));
-  } else {
-    TORCH_CHECK_VALUE(eps >= 0, "batch_norm eps must be non-negative, but got ", python_repr(eps));
-  }
-  check_parameter("running_mean", running_mean, input);
-  check_parameter("running_var", running_var, input);
-}
-
 // ---- from tensors to problems ----------------------------------------------------------------------------------
 
 TensorLayout layout_of(const at::Tensor& t) {
   if (!t.defined()) return {};
   return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+double largest(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return std::numeric_limits<double>::max();
+    case DType::kFloat32:
+      return std::numeric_limits<float>::max();
+    case DType::kBFloat16:
+      return std::numeric_limits<c10::BFloat16>::max();
+    case DType::kFloat16:
+      return std::numeric_limits<c10::Half>::max();
+  }
+  return 0;
 }
 
 ChannelVector vector_of(const at::Tensor& t) {
@@ -223,51 +127,33 @@ void mark_written(const OptionalTensor& t) {
 
 }  // namespace
 
-void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                   const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
-                   bool training, double eps) {
-  check_statistics_arguments(input, running_mean, running_var, training, eps);
-  check_parameter("weight", weight, input);
-  check_parameter("bias", bias, input);
-  if (!training) return;
-  check_writable("running_mean", running_mean);
-  check_writable("running_var", running_var);
-  if (given(num_batches_tracked)) {
-    check_same_device("num_batches_tracked", *num_batches_tracked, input);
-    TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1,
-                "num_batches_tracked should be one number of dtype torch.int64, not ", num_batches_tracked->sym_numel(),
-                " of dtype ", python_name(num_batches_tracked->scalar_type()));
-  }
-}
+namespace {
 
-void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                    const at::Tensor& save_mean, const at::Tensor& save_invstd) {
-  check_input(input);
-  check_same_device("grad_output", grad_output, input);
-  TORCH_CHECK(grad_output.sym_sizes() == input.sym_sizes(), "grad_output should have the shape of input, ",
-              input.sym_sizes(), ", not ", grad_output.sym_sizes());
-  TORCH_CHECK(grad_output.scalar_type() == input.scalar_type(), "grad_output should have dtype ",
-              python_name(input.scalar_type()), ", the dtype of input, not ", python_name(grad_output.scalar_type()));
-  check_parameter("weight", weight, input);
-  check_saved("save_mean", save_mean, input);
-  check_saved("save_invstd", save_invstd, input);
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+// The two calls below, with mean and var or without.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-    std::optional<double> momentum, double eps) {
+    std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats) {
   check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps);
   TORCH_CHECK_VALUE(momentum.has_value() || !training || !given(running_mean) || given(num_batches_tracked),
                     "momentum may be None only with num_batches_tracked");
   check_device(input);
 
-  at::Tensor output = empty_activation(input);
+  at::Tensor output = empty_activation(input), mean, var;
+  auto statistics = [&] { return input.options().dtype(gradient_type(input)); };
   if (input.numel() == 0) {  // no statistics: none are updated
-    const auto options = input.options().dtype(saved_type(input));
-    return {output, at::zeros({input.size(1)}, options), at::zeros({input.size(1)}, options)};
+    const auto saved = input.options().dtype(saved_type(input));
+    if (return_stats) {
+      mean = training ? at::full({input.size(1)}, NAN, statistics()) : at::_to_copy(*running_mean, statistics());
+      var = training ? at::full({input.size(1)}, NAN, statistics()) : at::_to_copy(*running_var, statistics());
+    }
+    return {output, at::zeros({input.size(1)}, saved), at::zeros({input.size(1)}, saved), mean, var};
   }
-  at::Tensor mean = empty_statistic(input), invstd = empty_statistic(input);
+  at::Tensor save_mean = empty_statistic(input), save_invstd = empty_statistic(input);
+  if (return_stats) {
+    mean = at::empty({input.size(1)}, statistics());
+    var = at::empty({input.size(1)}, statistics());
+  }
 
   ForwardProblem problem;
   problem.geometry =
@@ -276,12 +162,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
   problem.bias = vector_of(bias);
   problem.running_mean = vector_of(running_mean);
   problem.running_var = vector_of(running_var);
-  problem.mean = vector_of(mean);
-  problem.invstd = vector_of(invstd);
+  problem.mean = vector_of(save_mean);
+  problem.invstd = vector_of(save_invstd);
+  problem.stats_mean = vector_of(mean);
+  problem.stats_var = vector_of(var);
   problem.training = training;
   problem.cumulative = !momentum.has_value();
   problem.momentum = momentum.value_or(0);
   problem.eps = eps;
+  if (skip_nonfinite && given(running_mean)) {
+    problem.running_limit = std::min(largest(problem.running_mean.dtype), largest(problem.running_var.dtype));
+  }
   if (training && given(num_batches_tracked)) {
     problem.num_batches_tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
   }
@@ -292,7 +183,27 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     mark_written(running_var);
     mark_written(num_batches_tracked);
   }
-  return {output, mean, invstd};
+  return {output, save_mean, save_invstd, mean, var};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
+    const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+    std::optional<double> momentum, double eps, bool skip_nonfinite) {
+  const auto [output, save_mean, save_invstd, mean, var] =
+      run_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+                  skip_nonfinite, false);
+  return {output, save_mean, save_invstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward_with_stats(
+    const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+    std::optional<double> momentum, double eps, bool skip_nonfinite) {
+  return run_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
+                     skip_nonfinite, true);
 }
 
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,
@@ -319,24 +230,28 @@ std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& inpu
   return {mean, invstd};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
-    const at::Tensor& save_invstd, bool training, std::array<bool, 5> output_mask) {
-  check_backward(grad_output, input, weight, save_mean, save_invstd);
-  check_device(input);
+namespace {
 
+// What the two calls below have in common: dx goes to the tensor given, or nowhere.
+Gradients run_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                       const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training,
+                       std::array<bool, 5> output_mask, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
+                       const at::Tensor& dx) {
   const auto statistics = input.options().dtype(gradient_type(input));
   const auto parameters = given(weight) ? weight->options() : statistics;
-  at::Tensor dx, dweight, dbias, dmean, dvar;
+  at::Tensor dweight, dbias, dmean, dvar;
   auto allocate = [&](at::Tensor& t, bool wanted, const at::TensorOptions& options) {
     if (wanted) t = input.numel() == 0 ? at::zeros({input.size(1)}, options) : at::empty({input.size(1)}, options);
   };
-  if (output_mask[0]) dx = empty_activation(input);
   allocate(dweight, output_mask[1], parameters);
   allocate(dbias, output_mask[2], parameters);
   allocate(dmean, output_mask[3], statistics);
   allocate(dvar, output_mask[4], statistics);
-  if (input.numel() == 0) return {dx, dweight, dbias, dmean, dvar};
+  if (input.numel() == 0) {
+    if (dmean.defined() && given(grad_mean)) dmean.copy_(*grad_mean);
+    if (dvar.defined() && given(grad_var)) dvar.copy_(*grad_var);
+    return {dx, dweight, dbias, dmean, dvar};
+  }
 
   const at::Tensor dy = match_walk(grad_output, input, dx);
   BackwardProblem problem;
@@ -347,6 +262,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
   problem.weight = vector_of(weight);
   problem.mean = vector_of(save_mean);
   problem.invstd = vector_of(save_invstd);
+  problem.grad_mean = vector_of(grad_mean);
+  problem.grad_var = vector_of(grad_var);
   problem.dweight = vector_of(dweight);
   problem.dbias = vector_of(dbias);
   problem.dmean = vector_of(dmean);
@@ -354,6 +271,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
   problem.training = training;
   run(input, problem);
   return {dx, dweight, dbias, dmean, dvar};
+}
+
+}  // namespace
+
+Gradients batchnorm2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                               const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training,
+                               std::array<bool, 5> output_mask, const OptionalTensor& grad_mean,
+                               const OptionalTensor& grad_var) {
+  check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var);
+  check_device(input);
+  const at::Tensor dx = output_mask[0] ? empty_activation(input) : at::Tensor();
+  return run_backward(grad_output, input, weight, save_mean, save_invstd, training, output_mask, grad_mean, grad_var,
+                      dx);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_out(
+    const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
+    const at::Tensor& save_invstd, bool training, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
+    at::Tensor out) {
+  check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var);
+  check_out(out, input);
+  check_device(input);
+  const at::Tensor nothing;
+  check_memory(out, grad_output,
+               {{"input", &input},
+                {"weight", given(weight) ? &*weight : &nothing},
+                {"save_mean", &save_mean},
+                {"save_invstd", &save_invstd},
+                {"grad_mean", given(grad_mean) ? &*grad_mean : &nothing},
+                {"grad_var", given(grad_var) ? &*grad_var : &nothing}});
+  const auto [dx, dweight, dbias, dmean, dvar] =
+      run_backward(grad_output, input, weight, save_mean, save_invstd, training, {true, true, true, true, true},
+                   grad_mean, grad_var, out);
+  mark_written(out);
+  return {dweight, dbias, dmean, dvar};
 }
 
 std::string explain(const at::Tensor& input) {

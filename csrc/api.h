@@ -1,4 +1,5 @@
-// The functions that Python sees, on tensors. Checks, allocation and the choice of walk and device are in api.cpp.
+// The functions that Python sees, on tensors. Allocation and the choice of walk and device are in api.cpp, checks in
+// checks.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,33 +9,44 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
+
 namespace bnext {
 
-using OptionalTensor = std::optional<at::Tensor>;
+// One result for each field of BatchNorm2dGradients; undefined where it was not asked for.
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Raise what the caller should see if the arguments are unacceptable, and do nothing else. They read sizes as SymInts,
-// so the fake kernels of bnext/_ops.py call them too.
-void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                   const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
-                   bool training, double eps);
-void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
-                    const at::Tensor& save_mean, const at::Tensor& save_invstd);
-
-// Returns (output, mean, invstd); updates the running statistics and num_batches_tracked in training.
-// momentum nullopt: the cumulative average, 1 / num_batches_tracked.
+// Returns (output, save_mean, save_invstd); updates the running statistics and num_batches_tracked in training. momentum
+// nullopt: the cumulative average, 1 / num_batches_tracked. skip_nonfinite: a channel keeps its running statistics where
+// the new ones would not be finite numbers of their dtype.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
-    std::optional<double> momentum, double eps);
+    std::optional<double> momentum, double eps, bool skip_nonfinite);
+
+// And (..., mean, var), the statistics that were used, for the caller. An operator of its own, because results that may
+// be missing do not go through AOTInductor.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward_with_stats(
+    const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
+    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
+    std::optional<double> momentum, double eps, bool skip_nonfinite);
 
 // Returns (mean, invstd) of the batch (training) or of the running statistics.
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,
                                                           const OptionalTensor& running_var, bool training, double eps);
 
-// Returns (dx, dweight, dbias, dmean, dvar); undefined where output_mask is false.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward(
+// Returns (dx, dweight, dbias, dmean, dvar); undefined where output_mask is false. grad_mean and grad_var are what the
+// loss says about the batch's mean and variance themselves; nullopt: nothing.
+Gradients batchnorm2d_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
+                               const at::Tensor& save_mean, const at::Tensor& save_invstd, bool training,
+                               std::array<bool, 5> output_mask, const OptionalTensor& grad_mean,
+                               const OptionalTensor& grad_var);
+
+// The same with dx written to `out`, which may be grad_output itself. Returns (dweight, dbias, dmean, dvar).
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_out(
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
-    const at::Tensor& save_invstd, bool training, std::array<bool, 5> output_mask);
+    const at::Tensor& save_invstd, bool training, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
+    at::Tensor out);
 
 std::string explain(const at::Tensor& input);
 

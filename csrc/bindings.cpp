@@ -82,8 +82,8 @@ auto call_operator(F call) {
 }
 
 py::tuple py_forward(py::handle input, py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
-                     py::handle weight, py::handle bias, py::handle training, py::handle momentum, py::handle eps) {
-  static const auto op = find_operator<decltype(batchnorm2d_forward)>("bnext::batchnorm2d_forward");
+                     py::handle weight, py::handle bias, py::handle training, py::handle momentum, py::handle eps,
+                     py::handle skip_nonfinite, py::handle return_stats) {
   const Arguments as{"batchnorm2d"};
   const auto x = as.tensor(input, "input");
   const auto mean = as.optional_tensor(running_mean, "running_mean");
@@ -96,9 +96,19 @@ py::tuple py_forward(py::handle input, py::handle running_mean, py::handle runni
   const bool cumulative = momentum.is_none() && tracked.has_value();
   const auto factor = cumulative ? std::optional<double>() : as.number(momentum, "momentum");
   const double epsilon = as.number(eps, "eps");
-  const auto [output, save_mean, save_invstd] =
-      call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon); });
-  return to_python({output, save_mean, save_invstd});
+  const bool skip = as.boolean(skip_nonfinite, "skip_nonfinite");
+  auto call = [&](const auto& op) {
+    return call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon, skip); });
+  };
+  if (as.boolean(return_stats, "return_stats")) {
+    static const auto op =
+        find_operator<decltype(batchnorm2d_forward_with_stats)>("bnext::batchnorm2d_forward_with_stats");
+    const auto [output, save_mean, save_invstd, used_mean, used_var] = call(op);
+    return to_python({output, save_mean, save_invstd, used_mean, used_var});
+  }
+  static const auto op = find_operator<decltype(batchnorm2d_forward)>("bnext::batchnorm2d_forward");
+  const auto [output, save_mean, save_invstd] = call(op);
+  return to_python({output, save_mean, save_invstd, {}, {}});
 }
 
 py::tuple py_statistics(py::handle input, py::handle running_mean, py::handle running_var, py::handle training,
@@ -114,9 +124,10 @@ py::tuple py_statistics(py::handle input, py::handle running_mean, py::handle ru
   return to_python({save_mean, save_invstd});
 }
 
+// `out` None: into a new tensor, where output_mask asks for it.
 py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weight, py::handle save_mean,
-                      py::handle save_invstd, py::handle training, std::array<bool, 5> output_mask) {
-  static const auto op = find_operator<decltype(batchnorm2d_backward)>("bnext::batchnorm2d_backward");
+                      py::handle save_invstd, py::handle training, std::array<bool, 5> output_mask,
+                      py::handle grad_mean, py::handle grad_var, py::handle out) {
   const Arguments as{"batchnorm2d_backward"};
   const auto dy = as.tensor(grad_output, "grad_output");
   const auto x = as.tensor(input, "input");
@@ -124,8 +135,20 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
   const auto mean = as.tensor(save_mean, "save_mean");
   const auto invstd = as.tensor(save_invstd, "save_invstd");
   const bool train = as.boolean(training, "training");
-  const auto [dx, dweight, dbias, dmean, dvar] =
-      call_operator([&] { return op.call(dy, x, gamma, mean, invstd, train, output_mask); });
+  const auto grad_of_mean = as.optional_tensor(grad_mean, "grad_mean");
+  const auto grad_of_var = as.optional_tensor(grad_var, "grad_var");
+  if (out.is_none()) {
+    static const auto op = find_operator<decltype(batchnorm2d_backward)>("bnext::batchnorm2d_backward");
+    const auto [dx, dweight, dbias, dmean, dvar] = call_operator(
+        [&] { return op.call(dy, x, gamma, mean, invstd, train, output_mask, grad_of_mean, grad_of_var); });
+    return to_python({dx, dweight, dbias, dmean, dvar});
+  }
+  static const auto op = find_operator<decltype(batchnorm2d_backward_out)>("bnext::batchnorm2d_backward_out");
+  const auto dx = as.tensor(out, "out");
+  // The dispatcher would hand on a copy, and then miss it among the results.
+  TORCH_CHECK(!dx.is_neg(), "batchnorm2d_backward(): argument 'out' must not be a view that negates its memory");
+  const auto [dweight, dbias, dmean, dvar] =
+      call_operator([&] { return op.call(dy, x, gamma, mean, invstd, train, grad_of_mean, grad_of_var, dx); });
   return to_python({dx, dweight, dbias, dmean, dvar});
 }
 
@@ -137,25 +160,37 @@ std::string py_explain(py::handle input) { return explain(Arguments{"explain"}.t
 #define BNEXT_STATISTICS "Tensor input, Tensor? running_mean, Tensor? running_var, bool training, float eps"
 #define BNEXT_FORWARD                                                                                  \
   "Tensor input, Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, " \
-  "Tensor? weight, Tensor? bias, bool training, float? momentum, float eps"
+  "Tensor? weight, Tensor? bias, bool training, float? momentum, float eps, bool skip_nonfinite=False"
+#define BNEXT_BACKWARD \
+  "Tensor grad_output, Tensor input, Tensor? weight, Tensor save_mean, Tensor save_invstd, bool training"
 
 TORCH_LIBRARY(bnext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  // Differentiable: bnext/_ops.py gives it the autograd Function.
+  // Differentiable: bnext/_ops.py gives them the autograd Function.
   m.def("batchnorm2d(" BNEXT_FORWARD ") -> Tensor", tags);
+  m.def("batchnorm2d_with_stats(" BNEXT_FORWARD ") -> (Tensor output, Tensor mean, Tensor var)", tags);
   m.def("batchnorm2d_forward(" BNEXT_FORWARD ") -> (Tensor output, Tensor mean, Tensor invstd)", tags);
+  m.def("batchnorm2d_forward_with_stats(" BNEXT_FORWARD
+        ") -> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor mean, Tensor var)",
+        tags);
   m.def("batchnorm2d_statistics(" BNEXT_STATISTICS ") -> (Tensor mean, Tensor invstd)", tags);
-  m.def(
-      "batchnorm2d_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor save_mean, Tensor save_invstd, "
-      "bool training, bool[5] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
-      tags);
+  m.def("batchnorm2d_backward(" BNEXT_BACKWARD
+        ", bool[5] output_mask, Tensor? grad_mean=None, Tensor? grad_var=None) -> "
+        "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
+        tags);
+  m.def("batchnorm2d_backward_out(" BNEXT_BACKWARD
+        ", Tensor? grad_mean, Tensor? grad_var, Tensor(a!) out) -> "
+        "(Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
+        tags);
 }
 
 // CUDA too in a build without CUDA kernels: api.cpp then says how to get them.
-#define BNEXT_REGISTER(m)                                                    \
-  m.impl("batchnorm2d_forward", TORCH_FN(bnext::batchnorm2d_forward));       \
-  m.impl("batchnorm2d_statistics", TORCH_FN(bnext::batchnorm2d_statistics)); \
-  m.impl("batchnorm2d_backward", TORCH_FN(bnext::batchnorm2d_backward));
+#define BNEXT_REGISTER(m)                                                                    \
+  m.impl("batchnorm2d_forward", TORCH_FN(bnext::batchnorm2d_forward));                       \
+  m.impl("batchnorm2d_forward_with_stats", TORCH_FN(bnext::batchnorm2d_forward_with_stats)); \
+  m.impl("batchnorm2d_statistics", TORCH_FN(bnext::batchnorm2d_statistics));                 \
+  m.impl("batchnorm2d_backward", TORCH_FN(bnext::batchnorm2d_backward));                     \
+  m.impl("batchnorm2d_backward_out", TORCH_FN(bnext::batchnorm2d_backward_out));
 
 TORCH_LIBRARY_IMPL(bnext, CPU, m){BNEXT_REGISTER(m)} TORCH_LIBRARY_IMPL(bnext, CUDA, m){BNEXT_REGISTER(m)}
 
@@ -165,6 +200,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward));
   m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
+  m.def("check_out", torch::wrap_pybind_function(bnext::check_out));
   m.def("explain", torch::wrap_pybind_function(bnext::py_explain));
   py::dict build;
   build["torch"] = TORCH_VERSION;

@@ -65,18 +65,23 @@ struct ForwardProblem {
   ChannelVector running_mean, running_var;  // null: not kept
   int64_t* num_batches_tracked = nullptr;   // incremented in training when given
   ChannelVector mean, invstd;               // outputs, always given
+  ChannelVector stats_mean, stats_var;      // outputs: the mean and variance that were used, for the caller
   bool training = true;                     // statistics of x; otherwise running_mean and running_var
   bool cumulative = false;                  // momentum is 1 / num_batches_tracked
   double momentum = 0.1;
   double eps = 1e-5;
+  // A channel whose running statistics would leave +-this keeps its old ones; NaN does, too. 0: whatever comes is stored.
+  double running_limit = 0;
 };
 
-// dy, x -> the five derivatives. A null output is not computed.
+// dy, x -> the five derivatives. A null output is not computed. dx may be dy itself, in place: kernels read an element
+// of dy for the last time before they write that of dx, in the same thread.
 struct BackwardProblem {
   Geometry geometry;
   View x, dy, dx;
-  ChannelVector weight;        // null: 1
-  ChannelVector mean, invstd;  // what the forward pass used
+  ChannelVector weight;               // null: 1
+  ChannelVector mean, invstd;         // what the forward pass used
+  ChannelVector grad_mean, grad_var;  // what reaches mean and var past y; null: 0
   ChannelVector dweight, dbias, dmean, dvar;
   bool training = true;  // mean and invstd depend on x; otherwise they are constants
 };

@@ -90,6 +90,69 @@ def test_function(affine: str, mode: str) -> None:
         assert a is None or a.stride() == b.stride(), f"result {number}"
 
 
+class Regularized(nn.Module):
+    """Draws the statistics of its features to 0 and 1, and survives bad batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 5, 3, padding=1)
+        self.weight = nn.Parameter(torch.ones(5))
+        self.register_buffer("running_mean", torch.zeros(5))
+        self.register_buffer("running_var", torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, mean, var = bnext.batchnorm2d(
+            self.conv(x),
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            training=self.training,
+            skip_nonfinite=True,
+            return_stats=True,
+        )
+        return y.square().mean() + mean.square().sum() + (var - 1).square().sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_statistics_and_bad_batches(backend: str) -> None:
+    """Trained compiled and eager: the same weights and statistics, one graph, one compilation."""
+    torch.manual_seed(0)
+    eager = Regularized().double()
+    layers = copy.deepcopy(eager)
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layers, backend=backend, fullgraph=True)
+    for model, module in ((compiled, layers), (eager, eager)):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+        for step in range(5):
+            x = cases.random_tensor(SHAPE, torch.float64, step, 1.0)
+            if step == 2:
+                x[0, 0, 0, 0] = torch.inf
+            loss = model(x)
+            assert loss.isfinite() == (step != 2)
+            optimizer.zero_grad()
+            if step != 2:  # as GradScaler skips it
+                loss.backward()
+                optimizer.step()
+    for name, value in eager.state_dict().items():
+        assert value.isfinite().all()
+        torch.testing.assert_close(layers.state_dict()[name], value, rtol=1e-10, atol=1e-10)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export_with_statistics(training: bool) -> None:
+    layer = Regularized().train(training)
+    x = cases.random_tensor(SHAPE, torch.float32, 0, 1.0)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    exported = program.module()
+    for size in (3, 7):
+        x = cases.random_tensor((size, *SHAPE[1:]), torch.float32, size, 1.0)
+        assert torch.equal(exported(x), layer(x))
+    for name, value in layer.named_buffers():
+        assert torch.equal(dict(exported.named_buffers())[name], value)
+
+
 @pytest.mark.parametrize("dtypes", ["bfloat16", "float16-float32"])
 def test_inductor_in_half(dtypes: str) -> None:
     case = cases.make_case(SHAPE, dtypes)
@@ -138,8 +201,11 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
     """Arguments of every operator, by name: affine or not, training or eval, two layouts."""
     samples: dict[str, list[tuple[Any, ...]]] = {
         "batchnorm2d": [],
+        "batchnorm2d_with_stats": [],
         "batchnorm2d_forward": [],
+        "batchnorm2d_forward_with_stats": [],
         "batchnorm2d_backward": [],
+        "batchnorm2d_backward_out": [],
         "batchnorm2d_statistics": [],
     }
     for mode, affine, layout, dtypes in (
@@ -160,19 +226,23 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
         )
         tail = (*leaves[1:], train, 0.1, 1e-5)
         samples["batchnorm2d"].append((leaves[0], *stats, count, *tail))
+        samples["batchnorm2d_with_stats"].append((leaves[0], *stats, count, *tail, True))
         plain = (case.weight, case.bias, train, 0.1, 1e-5)
         plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in plain)
-        samples["batchnorm2d_forward"].append((case.input, *stats, count, *plain))
+        for name in ("batchnorm2d_forward", "batchnorm2d_forward_with_stats"):
+            samples[name].append((case.input, *stats, count, *plain, "stats" in name))
         samples["batchnorm2d_statistics"].append((case.input, *stats, train, 1e-5))
         saved = torch.ops.bnext.batchnorm2d_statistics(case.input, *stats, train, 1e-5)
-        for mask in (
-            [True] * 5,
-            [True, False, True, False, False],
-            [False, True, False, True, True],
+        arguments = (case.grad_output, case.input, plain[0], *saved, train)
+        to_stats = (cases.vector(5, torch.float64, 8), cases.vector(5, torch.float32, 9))
+        for rest in (
+            ([True] * 5, *to_stats),
+            ([True, False, True, False, False],),
+            ([False, True, False, True, True],),
         ):
-            dy = case.grad_output
-            weight = plain[0]
-            samples["batchnorm2d_backward"].append((dy, case.input, weight, *saved, train, mask))
+            samples["batchnorm2d_backward"].append((*arguments, *rest))
+        out = torch.empty_like(case.input)
+        samples["batchnorm2d_backward_out"].append((*arguments, *to_stats, out))
     return samples
 
 
@@ -198,12 +268,14 @@ def test_opcheck(name: str) -> None:
 
 
 def test_schemas_declare_mutation() -> None:
-    """The running statistics and the count are written to; nothing else is."""
+    """The running statistics and the count are written to, or `out`; nothing else is."""
     for name in SAMPLES:
         schema = getattr(torch.ops.bnext, name).default._schema
         written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
-        expected = {"running_mean", "running_var", "num_batches_tracked"}
-        assert written == (expected if name in ("batchnorm2d", "batchnorm2d_forward") else set())
+        statistics = {"running_mean", "running_var", "num_batches_tracked"}
+        reads_only = name in ("batchnorm2d_statistics", "batchnorm2d_backward")
+        expected = {"out"} if name.endswith("_out") else set() if reads_only else statistics
+        assert written == expected
 
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
@@ -260,36 +332,3 @@ def test_batched_gradients() -> None:
         return bnext.batchnorm2d(t, training=True)
 
     torch.testing.assert_close(jacobian(call, x, vectorize=True), jacobian(call, x))
-
-
-def test_transforms_that_are_not_supported_say_so() -> None:
-    """Forward-mode derivatives and torch.func transforms raise; they never return garbage."""
-    x = torch.randn(2, 4, 3, 3)
-
-    def call(t: Tensor) -> Tensor:
-        return bnext.batchnorm2d(t, training=True)
-
-    attempts = (
-        lambda: torch.func.vmap(call)(x.expand(3, 2, 4, 3, 3)),
-        lambda: torch.func.jvp(call, (x,), (x,)),
-        lambda: torch.func.grad(lambda t: call(t).square().sum())(x),
-    )
-    references = (
-        lambda: torch.func.vmap(lambda t: nn.functional.batch_norm(t, None, None, training=True))(
-            x.expand(3, 2, 4, 3, 3)
-        ),
-        lambda: torch.func.jvp(
-            lambda t: nn.functional.batch_norm(t, None, None, training=True), (x,), (x,)
-        ),
-        lambda: torch.func.grad(
-            lambda t: nn.functional.batch_norm(t, None, None, training=True).square().sum()
-        )(x),
-    )
-    for attempt, expected in zip(attempts, references, strict=True):
-        for context in (torch.enable_grad(), torch.no_grad()):
-            with context:
-                try:
-                    got = attempt()
-                except (RuntimeError, NotImplementedError):
-                    continue
-                torch.testing.assert_close(got, expected(), rtol=1e-4, atol=1e-4)

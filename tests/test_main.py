@@ -58,6 +58,7 @@ def test_public_surface() -> None:
     assert set(bnext.__all__) == {
         "BatchNorm2d",
         "BatchNorm2dGradients",
+        "LazyBatchNorm2d",
         "batchnorm2d",
         "batchnorm2d_backward",
         "convert",

@@ -113,7 +113,10 @@ void forward(const ForwardProblem& problem) {
   const double m = static_cast<double>(g.num_positions());
 
   Coefficients<3> coefficients(p);
-  auto set_coefficients = [&](int64_t c, double mean, double invstd) {
+  auto set_coefficients = [&](int64_t c, double mean, double var) {
+    const double invstd = 1 / std::sqrt(var + problem.eps);
+    store_channel(problem.stats_mean, c, mean);
+    store_channel(problem.stats_var, c, var);
     store_channel(problem.mean, c, mean);
     store_channel(problem.invstd, c, invstd);
     const double scale = load_channel(problem.weight, c, 1) * invstd;
@@ -129,8 +132,7 @@ void forward(const ForwardProblem& problem) {
 
   if (!problem.training) {
     for (int64_t c = 0; c < g.num_channels; ++c) {
-      set_coefficients(c, load_channel(problem.running_mean, c, 0),
-                       1 / std::sqrt(load_channel(problem.running_var, c, 1) + problem.eps));
+      set_coefficients(c, load_channel(problem.running_mean, c, 0), load_channel(problem.running_var, c, 1));
     }
     if (has_output) p.for_each_block(false, [&](const Block& block, int64_t) { p.for_each_part(block, apply); });
     return;
@@ -161,13 +163,17 @@ void forward(const ForwardProblem& problem) {
     }
     const double sum_squares = sums.total(1)[c] - sums.total(0)[c] * shift;
     const double var = sum_squares < 0 ? 0 : sum_squares / m;
-    set_coefficients(c, mean, 1 / std::sqrt(var + problem.eps));
+    set_coefficients(c, mean, var);
     if (problem.running_mean.data == nullptr) return;
-    auto update = [&](const ChannelVector& running, double value) {
-      store_channel(running, c, momentum * value + (1 - momentum) * load_channel(running, c, 0));
+    auto updated = [&](const ChannelVector& running, double value) {
+      return momentum * value + (1 - momentum) * load_channel(running, c, 0);
     };
-    update(problem.running_mean, mean);
-    update(problem.running_var, var * (m / (m - 1)));
+    const double new_mean = updated(problem.running_mean, mean);
+    const double new_var = updated(problem.running_var, var * (m / (m - 1)));
+    const double limit = problem.running_limit;
+    if (limit > 0 && !(std::abs(new_mean) <= limit && std::abs(new_var) <= limit)) return;
+    store_channel(problem.running_mean, c, new_mean);
+    store_channel(problem.running_var, c, new_var);
   };
   reduce_then_apply(p, sums, num_passes, reduce, finish, has_output ? &apply : nullptr);
 }
@@ -208,13 +214,13 @@ void backward(const BackwardProblem& problem) {
     const double sum_dy_xmu = sums.total(1)[c] + (pivot[0][c] - mean) * sum_dy;
     store_channel(problem.dbias, c, sum_dy);
     store_channel(problem.dweight, c, sum_dy_xmu * invstd);
-    store_channel(problem.dvar, c, -0.5 * weight * invstd * invstd * invstd * sum_dy_xmu);
-    // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
-    store_channel(problem.dmean, c, -weight * invstd * sum_dy);
-    if (!problem.training) return;
     const double scale_dy = weight * invstd;
-    const double scale_x = -scale_dy * invstd * invstd * sum_dy_xmu / m;
-    coefficients.set(c, {mean, scale_dy, scale_x, -scale_dy * sum_dy / m});
+    const double dvar = load_channel(problem.grad_var, c, 0) - 0.5 * scale_dy * invstd * invstd * sum_dy_xmu;
+    // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
+    const double dmean = load_channel(problem.grad_mean, c, 0) - scale_dy * sum_dy;
+    store_channel(problem.dvar, c, dvar);
+    store_channel(problem.dmean, c, dmean);
+    if (problem.training) coefficients.set(c, {mean, scale_dy, 2 * dvar / m, dmean / m});
   };
 
   if (problem.training) {

@@ -113,12 +113,15 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
   args.cumulative = problem.cumulative;
   args.momentum = problem.momentum;
   args.eps = problem.eps;
+  args.running_limit = problem.running_limit;
   args.weight = problem.weight;
   args.bias = problem.bias;
   args.mean = problem.mean;
   args.invstd = problem.invstd;
   args.running_mean = problem.running_mean;
   args.running_var = problem.running_var;
+  args.stats_mean = problem.stats_mean;
+  args.stats_var = problem.stats_var;
   args.num_batches_tracked = problem.training ? problem.num_batches_tracked : nullptr;
   Stages stages = make_stages(args, plan);
   stages.reduce.view[0] = plan_view(problem.x, plan);
@@ -134,6 +137,8 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   args.weight = problem.weight;
   args.mean = problem.mean;
   args.invstd = problem.invstd;
+  args.grad_mean = problem.grad_mean;
+  args.grad_var = problem.grad_var;
   args.dweight = problem.dweight;
   args.dbias = problem.dbias;
   args.dmean = problem.dmean;

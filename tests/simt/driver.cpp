@@ -28,9 +28,10 @@ struct Vector {
 struct Call {
   int64_t size[4];
   int64_t dtype, backward, training, cumulative;
-  double momentum, eps;
+  double momentum, eps, running_limit;
   Tensor x, dy, out;
   Vector weight, bias, mean, invstd, running_mean, running_var, dweight, dbias, dmean, dvar;
+  Vector stats_mean, stats_var, grad_mean, grad_var;
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
   int64_t num_sms, threads_per_sm, threads, batches, fused_splits;
@@ -119,11 +120,14 @@ void simt_run(Call* call) {
     p.running_var = channel_vector(call->running_var);
     p.mean = channel_vector(call->mean);
     p.invstd = channel_vector(call->invstd);
+    p.stats_mean = channel_vector(call->stats_mean);
+    p.stats_var = channel_vector(call->stats_var);
     p.num_batches_tracked = call->num_batches_tracked;
     p.training = call->training != 0;
     p.cumulative = call->cumulative != 0;
     p.momentum = call->momentum;
     p.eps = call->eps;
+    p.running_limit = call->running_limit;
     run(*call, p);
     return;
   }
@@ -134,6 +138,8 @@ void simt_run(Call* call) {
   p.weight = channel_vector(call->weight);
   p.mean = channel_vector(call->mean);
   p.invstd = channel_vector(call->invstd);
+  p.grad_mean = channel_vector(call->grad_mean);
+  p.grad_var = channel_vector(call->grad_var);
   p.dweight = channel_vector(call->dweight);
   p.dbias = channel_vector(call->dbias);
   p.dmean = channel_vector(call->dmean);

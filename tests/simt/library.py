@@ -84,6 +84,7 @@ TENSORS = ("x", "dy", "out")
 VECTORS = (
     *("weight", "bias", "mean", "invstd", "running_mean", "running_var"),
     *("dweight", "dbias", "dmean", "dvar"),
+    *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 RESULTS = ("bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold", "num_splits")
@@ -93,7 +94,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_int64 * 4),
         *((name, ctypes.c_int64) for name in ("dtype", "backward", "training", "cumulative")),
-        *((name, ctypes.c_double) for name in ("momentum", "eps")),
+        *((name, ctypes.c_double) for name in ("momentum", "eps", "running_limit")),
         *((name, TensorStruct) for name in TENSORS),
         *((name, VectorStruct) for name in VECTORS),
         ("num_batches_tracked", ctypes.c_void_p),
@@ -178,6 +179,7 @@ def run(
     training: bool,
     momentum: float | None = 0.1,
     eps: float = 1e-5,
+    running_limit: float = 0.0,
     num_batches_tracked: Tensor | None = None,
     machine: Machine | None = None,
     schedule: Schedule | None = None,
@@ -187,7 +189,7 @@ def run(
     call.size = (ctypes.c_int64 * 4)(*x.shape)
     call.dtype = DTYPES.index(x.dtype)
     call.backward, call.training, call.cumulative = dy is not None, training, momentum is None
-    call.momentum, call.eps = momentum or 0.0, eps
+    call.momentum, call.eps, call.running_limit = momentum or 0.0, eps, running_limit
     call.x, call.dy, call.out = tensor_struct(x), tensor_struct(dy), tensor_struct(out)
     for name in VECTORS:
         setattr(call, name, vector_struct(vectors.get(name)))

@@ -69,6 +69,8 @@ __device__ inline Coefficients<Acc> finish_forward(const StreamingArgs& args, in
   if (write) {
     store_channel(args.mean, c, mean);
     store_channel(args.invstd, c, invstd);
+    store_channel(args.stats_mean, c, mean);
+    store_channel(args.stats_var, c, var);
     if (args.running_mean.data != nullptr) {
       // The reduce kernel has counted this batch already.
       const double momentum = args.cumulative && args.num_batches_tracked != nullptr
@@ -76,8 +78,13 @@ __device__ inline Coefficients<Acc> finish_forward(const StreamingArgs& args, in
                                   : args.momentum;
       const double unbiased = var * (args.num_positions / (args.num_positions - 1));
       const double old_mean = load_channel(args.running_mean, c, 0), old_var = load_channel(args.running_var, c, 1);
-      store_channel(args.running_mean, c, momentum * mean + (1 - momentum) * old_mean);
-      store_channel(args.running_var, c, momentum * unbiased + (1 - momentum) * old_var);
+      const double new_mean = momentum * mean + (1 - momentum) * old_mean;
+      const double new_var = momentum * unbiased + (1 - momentum) * old_var;
+      const double limit = args.running_limit;
+      if (limit == 0 || (fabs(new_mean) <= limit && fabs(new_var) <= limit)) {
+        store_channel(args.running_mean, c, new_mean);
+        store_channel(args.running_var, c, new_var);
+      }
     }
   }
   return normalize_coefficients<Acc>(args, c, mean, invstd);
@@ -95,16 +102,18 @@ __device__ inline Coefficients<Acc> finish_backward(const StreamingArgs& args, i
   // from it; in eval it is a constant.
   const double lost = args.training ? totals.value[2] / m : 0;
   const double sum_dy_xmu = totals.value[1] - lost * sum_dy;
+  const double dvar = load_channel(args.grad_var, c, 0) - 0.5 * scale * invstd * invstd * sum_dy_xmu;
+  // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
+  const double dmean = load_channel(args.grad_mean, c, 0) - scale * sum_dy;
   if (write) {
     store_channel(args.dbias, c, sum_dy);
     store_channel(args.dweight, c, sum_dy_xmu * invstd);
-    store_channel(args.dvar, c, -0.5 * scale * invstd * invstd * sum_dy_xmu);
-    // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
-    store_channel(args.dmean, c, -scale * sum_dy);
+    store_channel(args.dvar, c, dvar);
+    store_channel(args.dmean, c, dmean);
   }
-  const double scale_x = -scale * invstd * invstd * sum_dy_xmu / m;
+  const double scale_x = 2 * dvar / m;
   return {static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(load_channel(args.mean, c, 0)),
-          static_cast<Acc>(-scale * sum_dy / m - scale_x * lost)};
+          static_cast<Acc>(dmean / m - scale_x * lost)};
 }
 
 template <typename Acc>
@@ -124,6 +133,8 @@ __device__ inline Coefficients<Acc> constant_coefficients(const StreamingArgs& a
   if (write) {
     store_channel(args.mean, c, mean);
     store_channel(args.invstd, c, invstd);
+    store_channel(args.stats_mean, c, mean);
+    store_channel(args.stats_var, c, var);
   }
   return {Acc(0), weight * invstd, mean, static_cast<Acc>(load_channel(args.bias, c, 0))};
 }

@@ -50,10 +50,10 @@ struct StreamingArgs {
   void* coefficients;  // [num_channels] of Coefficients<Acc>
   Source source;
   bool backward, training, cumulative;
-  double num_positions, momentum, eps;
+  double num_positions, momentum, eps, running_limit;
 
-  ChannelVector weight, bias, mean, invstd, running_mean, running_var;
-  ChannelVector dweight, dbias, dmean, dvar;
+  ChannelVector weight, bias, mean, invstd, running_mean, running_var, stats_mean, stats_var;
+  ChannelVector grad_mean, grad_var, dweight, dbias, dmean, dvar;
   int64_t* num_batches_tracked;
 };
 
