@@ -1,6 +1,6 @@
 """The layer, and the way of a model to it and back."""
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,25 @@ class BatchNorm2d(nn.BatchNorm2d):
     Same constructor, parameters, buffers and ``state_dict``. Input (N, C, H, W), output the same;
     dtypes and errors as :func:`bnext.batchnorm2d`. A call that fails leaves the running statistics
     and ``num_batches_tracked`` as they were.
+
+    ``skip_nonfinite``, a keyword of the constructor and an attribute to set at any time: a channel
+    keeps its running statistics where a batch would make them NaN or infinite, as in
+    :func:`bnext.batchnorm2d`. The batch still counts in ``num_batches_tracked``: for that channel
+    as one whose statistics were the running ones. A converted layer starts with False.
     """
 
     __module__ = _LayerOfTorch(__module__)
+    # As torch declares it.
+    __constants__ = [*nn.BatchNorm2d.__constants__, "skip_nonfinite"]  # noqa: RUF012
+    skip_nonfinite: bool = False
+
+    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_nonfinite = skip_nonfinite
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        return f"{text}, skip_nonfinite=True" if self.skip_nonfinite else text
 
     def forward(self, input: Tensor) -> Tensor:
         training = self.training
@@ -58,6 +74,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             training or (running_mean is None and running_var is None),
             momentum,
             self.eps,
+            self.skip_nonfinite,
         )
         if torch.jit.is_scripting():  # TorchScript compiles this branch, and nothing of the other
             return torch.ops.bnext.batchnorm2d(*arguments)
@@ -74,9 +91,13 @@ class LazyBatchNorm2d(nn.LazyBatchNorm2d, BatchNorm2d):
     __module__ = _LayerOfTorch(__module__)
     cls_to_become = BatchNorm2d
 
+    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skip_nonfinite = skip_nonfinite
 
-_OURS = {nn.BatchNorm2d: BatchNorm2d, nn.LazyBatchNorm2d: LazyBatchNorm2d}
-_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+_OURS: dict[type, type] = {nn.BatchNorm2d: BatchNorm2d, nn.LazyBatchNorm2d: LazyBatchNorm2d}
+_THEIRS: dict[type, type] = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 def _change_class(module: Module, new_class: dict[type, type]) -> Module:

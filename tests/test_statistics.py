@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 
 import cases
@@ -245,3 +247,46 @@ def test_pytorch_poisons_them(device: str) -> None:
     nn.functional.batch_norm(x * torch.nan, *running, training=True)
     nn.functional.batch_norm(x, *running, training=True)
     assert running[0].isnan().all()
+
+
+def bad_batch(device: str) -> Tensor:
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    x[1, 2, 0, 0] = torch.nan
+    return x
+
+
+def test_layers(device: str) -> None:
+    """By keyword or by attribute, made here or converted; copies and pickles keep it."""
+    made = bnext.BatchNorm2d(3, skip_nonfinite=True)
+    converted = bnext.convert(nn.BatchNorm2d(3))
+    assert not converted.skip_nonfinite
+    assert repr(converted) == repr(nn.BatchNorm2d(3))
+    converted.skip_nonfinite = True
+    lazy = bnext.LazyBatchNorm2d(skip_nonfinite=True)
+    layers = [made, converted, lazy, copy.deepcopy(made), pickle.loads(pickle.dumps(made))]
+    layers.append(bnext.convert(bnext.revert(copy.deepcopy(made))))
+    for layer in layers:
+        layer.to(device)
+        layer(bad_batch(device))
+        assert repr(layer).endswith("skip_nonfinite=True)")
+        assert layer.running_mean[2] == 0
+        assert layer.running_var[2] == 1
+        assert layer.running_mean[:2].all()
+        assert layer.num_batches_tracked == 1
+        assert list(layer.state_dict()) == list(nn.BatchNorm2d(3).state_dict())
+
+
+def test_a_skipped_batch_counts_as_one_like_the_average(device: str) -> None:
+    """Cumulative average: (3 + 3) / 2 stays 3 at the second batch, then (2 * 3 + 6) / 3 = 4."""
+    layer = bnext.BatchNorm2d(1, momentum=None, skip_nonfinite=True).to(device)
+    for value, want in ((3.0, 3.0), (torch.inf, 3.0), (6.0, 4.0)):
+        layer(torch.full((2, 1, 2, 2), value, device=device))
+        assert layer.running_mean.item() == pytest.approx(want, rel=1e-6)
+    assert layer.num_batches_tracked == 3
+
+
+def test_scripted_layer() -> None:
+    layer = bnext.BatchNorm2d(3, skip_nonfinite=True)
+    scripted = torch.jit.script(layer)
+    scripted(bad_batch("cpu"))
+    assert scripted.running_mean[2] == 0
