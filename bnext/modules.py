@@ -1,6 +1,6 @@
 """The layer, and the way of a model to it and back."""
 
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """
 
     __module__ = _LayerOfTorch(__module__)
-    __constants__: ClassVar[list[str]] = [*nn.BatchNorm2d.__constants__, "skip_nonfinite"]
+    # As torch declares it.
+    __constants__ = [*nn.BatchNorm2d.__constants__, "skip_nonfinite"]  # noqa: RUF012
     skip_nonfinite: bool = False
 
     def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:

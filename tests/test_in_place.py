@@ -56,7 +56,9 @@ def test_into_a_tensor(layout: str, mode: str, device: str) -> None:
     want = bnext.batchnorm2d_backward(case.grad_output, *arguments_of(case))
     got = bnext.batchnorm2d_backward(case.grad_output, *arguments_of(case), out=out)
     assert got.input is out
-    assert torch.equal(out, want.input)
+    # Layouts that do not match go one element at a time, in float64; vectors are float32.
+    roundings = {"rtol": 2.0**-23, "atol": 2 * 2.0**-23 * want.input.abs().max().item()}
+    torch.testing.assert_close(out, want.input, **roundings)
     whole = torch.empty(0, device=device).set_(out.untyped_storage())
     assert whole.numel() - whole.isnan().sum() == out.numel()
 
