@@ -175,10 +175,12 @@ def test_module(dtype: torch.dtype, layout: str, training: bool, device: str) ->
             y = layer(x)
             leaves = [x, *layer.parameters()]
             dy = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape).to(dtype).to(y.dtype)
+            dy.requires_grad_()  # in evaluation without weight, dx depends on nothing else
             first = torch.autograd.grad(y, leaves, dy, create_graph=True)
             second: tuple[Any, ...] = ()
             if y.numel():
-                second = torch.autograd.grad((first[0] * dy).sum(), x, allow_unused=True)
+                goal = (first[0] * dy.detach()).sum()
+                second = torch.autograd.grad(goal, x, allow_unused=True, materialize_grads=True)
             outcomes.append([y.detach(), *(g.detach() for g in first), *second])
         if not data.numel():
             continue
