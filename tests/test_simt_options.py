@@ -8,9 +8,13 @@ import reference
 import torch
 from simt import library as simt
 from test_simt import LAYOUTS, MACHINES
+from test_simt_on_chip import CLUSTER, RESIDENT
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+
+ON_CHIP = {"resident": RESIDENT, "cluster": CLUSTER._replace(cluster=2)}
+EVERY = MACHINES | ON_CHIP
 
 C = 5
 SHAPE = (3, C, 6, 8)
@@ -41,7 +45,7 @@ def run_forward(case: cases.Case, limit: float = 0.0, **options: object) -> dict
 def test_statistics_come_out(dtypes: str, layout: str, mode: str) -> None:
     case = cases.make_case(SHAPE, dtypes, mode=mode, layout=layout)
     want = reference.forward(case.input, **case.arguments)
-    for machine in MACHINES.values():
+    for machine in (EVERY if mode == "train" else MACHINES).values():
         got = run_forward(case, machine=machine)
         want.mean.check(got["stats_mean"], "mean")
         want.var.check(got["stats_var"], "var")
@@ -53,7 +57,7 @@ def test_bad_channels_keep_their_running_statistics(layout: str, bad: float) -> 
     case = cases.make_case(SHAPE, layout=layout)
     case.input[1, 2, 3, 4] = bad
     others = [0, 1, 3, 4]
-    for machine in MACHINES.values():
+    for machine in EVERY.values():
         got = run_forward(case, torch.finfo(torch.float32).max, machine=machine)
         plain = run_forward(case, machine=machine)
         for name in ("running_mean", "running_var"):
@@ -100,7 +104,7 @@ def test_gradients_into_the_statistics(dtypes: str, layout: str) -> None:
     dx = want.input.value + more
     bar = want.input.bar + reference.rounding(more, case.input.dtype)
     bar = bar + reference.ELEMENT_STEPS * unit * terms
-    for machine in MACHINES.values():
+    for machine in (MACHINES if layout == "cropped" else EVERY).values():
         grads = {"grad_mean": grad_mean, "grad_var": grad_var}
         got = run_backward(case, None, grads, machine=machine)
         reference.Expected(dx, bar).check(got["dx"], "dx")
@@ -118,17 +122,22 @@ IN_PLACE = [layout for layout in LAYOUTS if not layout.startswith(("expanded", "
 @pytest.mark.parametrize("layout", IN_PLACE)
 def test_dx_over_dy(layout: str, mode: str) -> None:
     """In place, bit for bit what a new tensor would have got."""
-    shape = (3, C, 7, 6)
-    for dtypes in ("float32", "float16"):
+    odd, even = (3, C, 7, 6), (4, C, 8, 6)
+    for dtypes, shape in (("float32", odd), ("float16", odd), ("float16", even)):
         case = cases.make_case(shape, dtypes, mode=mode, layout=layout, grad_layout=layout)
         strides, dtype = case.grad_output.stride(), case.input.dtype
         # Memory of its own: the same plan for both, also where the layout is a view of more.
         dy, dx, both = (torch.empty_strided(shape, strides, dtype=dtype) for _ in range(3))
         dy.copy_(case.grad_output)
-        for number, machine in enumerate(MACHINES.values()):
+        for number, (name, machine) in enumerate(EVERY.items()):
             options = {"machine": machine, "schedule": simt.Schedule(number)}
-            want = run_backward(case._replace(grad_output=dy), dx, {}, **options)
+            try:
+                want = run_backward(case._replace(grad_output=dy), dx, {}, **options)
+            except simt.NoPlanError:
+                plain = layout in ("nchw", "channels_last") and shape == even
+                assert name in ON_CHIP and (mode == "eval" or not plain)
+                continue
             both.copy_(dy)
             got = run_backward(case._replace(grad_output=both), both, {}, **options)
-            for name, value in want.items():
-                assert torch.equal(got[name], value), name
+            for key, value in want.items():
+                assert torch.equal(got[key], value), (name, key)
