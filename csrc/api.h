@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace bnext {
 
@@ -36,6 +37,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
     const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight, const at::Tensor& save_mean,
     const at::Tensor& save_invstd, bool training, std::array<bool, 5> output_mask);
 
-std::string explain(const at::Tensor& input);
+// Which CPU kernels input gets, in words.
+std::string explain_cpu(const at::Tensor& input);
+
+// One pass with every output, by one family of CUDA kernels.
+struct PlanReport {
+  std::string pass, family, text;
+  std::string error;  // why it cannot run; empty if it can
+  int64_t bytes_moved = 0, bytes_min = 0;
+};
+
+// The plans of forward and backward for tensors like input (it may be a meta tensor) on a device of a kind that has a
+// name ("h200"), in any build, or that is there ("cuda:0"), in a CUDA build. family: empty for what a call would take.
+std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& device, const std::string& family,
+                                   bool training);
 
 }  // namespace bnext

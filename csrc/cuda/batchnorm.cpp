@@ -8,11 +8,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <cstdlib>
 #include <vector>
 
 #include "launch.h"
-#include "plan.h"
+#include "plan_names.h"
 
 namespace bnext::cuda {
 namespace {
@@ -22,6 +21,8 @@ int attribute(cudaDeviceAttr name, int device) {
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
   return value;
 }
+
+}  // namespace
 
 // Asked for once. (torch has device properties at hand, too, but its header needs all of the CUDA libraries' headers.)
 const DeviceInfo& device_info(at::Device device) {
@@ -40,19 +41,14 @@ const DeviceInfo& device_info(at::Device device) {
   return infos.at(device.index());
 }
 
-// For tests and measurements: BNEXT_CUDA_FAMILY names the kernels to use, in place of the best ones.
-Limits limits_from_environment() {
-  Limits limits;
-  const char* name = std::getenv("BNEXT_CUDA_FAMILY");
-  if (name == nullptr || *name == '\0') return limits;
-  TORCH_CHECK_VALUE(parse_family(name, &limits.family), "BNEXT_CUDA_FAMILY should be auto or streaming, not ", name);
-  return limits;
-}
+namespace {
 
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  const Plan plan = make_plan(make_request(problem), device_info(device), limits_from_environment());
+  Limits limits;
+  limits.family = forced_family();
+  const Plan plan = make_plan(make_request(problem), device_info(device), limits);
   TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
   // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
   const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
@@ -67,15 +63,5 @@ void run(const Problem& problem, at::Device device) {
 void forward(const ForwardProblem& problem, at::Device device) { run(problem, device); }
 
 void backward(const BackwardProblem& problem, at::Device device) { run(problem, device); }
-
-std::string explain(const Geometry& geometry, at::Device device) {
-  Request request;
-  request.geometry = geometry;
-  const DeviceInfo& info = device_info(device);
-  const Limits limits = limits_from_environment();
-  std::string text = to_string(make_plan(request, info, limits));
-  request.pass = Pass::kBackward;
-  return text + "\n" + to_string(make_plan(request, info, limits));
-}
 
 }  // namespace bnext::cuda
