@@ -27,11 +27,12 @@ NOT_ASKED = 'BNEXT_STATIC_ARCHS is not set; "make cuda-check" sets it'
 # Kernels that load or store no activations in packs, by their mangled names; all others have to.
 # Single elements: the pack size, the template's first number, is 1.
 SINGLE = re.compile(r"_kernelI[^L]*Li1E")
-FINISH = re.compile(r"finish_kernel")
+# The others work on one number for each channel, or on none.
+PER_CHANNEL = re.compile(r"finish_kernel|_kernelE")
 READS_ONLY = re.compile(r"statistics_kernel|reduce_kernelI\w*?Lb[01]ELb0EE")
 # Global memory, 16 bytes or more at a time: into registers, into shared memory, in bulk.
-WIDE_LOAD = re.compile(r"LDG\.[\w.]*(128|256)|LDGSTS\.[\w.]*128|UBLKCP|UTMALDG")
-WIDE_STORE = re.compile(r"STG\.[\w.]*(128|256)|UBLKCP|UTMASTG")
+WIDE_LOAD = re.compile(r"LDG(STS)?\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMALDG")
+WIDE_STORE = re.compile(r"STG\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMASTG")
 LOCAL = re.compile(r"(LDL|STL)\b")
 
 
@@ -174,7 +175,7 @@ def narrow_kernels(functions: dict[str, Counter[str]], arch: int) -> list[str]:
     """Kernels for packs that do not move activations in packs, with the reason."""
     bad = []
     for name, instructions in functions.items():
-        if SINGLE.search(name) or FINISH.search(name):
+        if SINGLE.search(name) or PER_CHANNEL.search(name):
             continue
         if "cluster" in name and arch < CLUSTER_ARCH:
             continue  # an empty body
