@@ -10,14 +10,11 @@ python -m benchmarks.host_cost                       what one call costs on the 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, or it talks into the table
 
 import torch
 
