@@ -12,6 +12,10 @@ CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 CUDA_ARCHS ?= 9.0
 STATIC_ARCHS ?= all
+# gpu-check: seconds for all; stages, separated by spaces (all: build tests probe sanitizer bench cpu-tests); OUT, a folder
+GPU_CHECK_SECONDS ?= 1800
+GPU_CHECK_STAGES ?=
+OUT ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport MAKEFLAGS MFLAGS # else ninja looks for the job server of make -j, and complains that it finds none
 
@@ -34,7 +38,7 @@ fail = printf '\nbnext: %s\n' "$(1)" >&2; exit 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test cuda-check build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
+.PHONY: help demo test cuda-check gpu-check build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
 
 help: ## this list
 	@echo "Targets (make demo and make test set up all they need):"
@@ -62,6 +66,10 @@ cuda-check: ## with nvcc, no GPU: compile the CUDA build beside a CUDA build of 
 	@TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" BNEXT_STATIC_ARCHS="$(STATIC_ARCHS)" $(MAKE) --no-print-directory -C $(CUDA_TREE) \
 		test VENV="$(abspath $(CUDA_VENV))" PYTHON="$(PYTHON)" BNEXT_CUDA=1 PYTEST_ARGS="$(CUDA_CHECK_ARGS) $(PYTEST_ARGS)"
 	@cd $(CUDA_TREE) && "$(abspath $(CUDA_VENV))/bin/python" -m bnext | grep 'kernels for'
+
+gpu-check: ## on a machine with a GPU, with its own Python and torch: build, tests, sanitizer, benchmarks; one summary
+	@$(PYTHON) -m benchmarks.gpu_check --seconds $(GPU_CHECK_SECONDS) --stages $(GPU_CHECK_STAGES) \
+		$(if $(OUT),--output "$(OUT)") $(if $(PYTEST_ARGS),--pytest-args="$(PYTEST_ARGS)")
 
 build: $(INSTALLED) ## compile the extension and install the package, editable, into $(VENV)
 

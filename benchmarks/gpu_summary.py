@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from xml.etree import ElementTree
 
 FLOORS = ("add", "clone", "clone+add")
+PLAN_FOR = "cuda"  # the device that families are asked for
 HEADLINES = ("forward", "backward", "step", "inference")
 
 
@@ -164,7 +165,7 @@ def families(rows: Iterable[dict[str, Any]]) -> str:
         if dtype not in dtypes:
             continue
         x = torch.empty(shape, dtype=dtypes[dtype], device="meta", memory_format=layouts[layout])
-        for plan in _C.cuda_plans(x, "cuda", "", True):
+        for plan in _C.cuda_plans(x, PLAN_FOR, "", True):
             chosen[plan["pass"], layout, dtype][plan["family"]] += 1
     lines = [
         (*group, ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
