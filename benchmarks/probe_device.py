@@ -1,8 +1,8 @@
 """``python -m benchmarks.probe_device``: what the model of docs/kernels.md assumes, measured.
 
 Bandwidths of plain PyTorch operations from memory and from L2, the price of a launch, what the
-device says of itself, and the names of the kernels that PyTorch and cuDNN run for each shape. Needs
-no bnext kernels: a first look at a new device. Everything goes into one JSON file.
+device says of itself and what plans take from that, and the names of the kernels that PyTorch and
+cuDNN run for each shape. It runs no kernel of bnext's. Everything goes into one JSON file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from benchmarks.providers import Cudnn, Native
 from benchmarks.runner import kernel_names, one_line, own_statistics
 from benchmarks.shapes import SUITES, Case
 from benchmarks.timing import Cpu, Cuda, Device, Timer, cache_bytes, spread
+from bnext._extension import _C
 
 MIB = 2**20
 # Of one tensor; an operation works on two or three.
@@ -117,12 +118,7 @@ def what_it_is(device: str) -> dict[str, Any]:
     names = [name for name in dir(properties) if not name.startswith("_")]
     found = {name: getattr(properties, name) for name in names}
     found = {k: v for k, v in found.items() if isinstance(v, int | float | str)}
-    try:
-        from bnext._extension import _C
-
-        found["bnext"] = _C.cuda_device_fields("cuda")
-    except (ImportError, RuntimeError) as error:
-        found["bnext"] = one_line(error)
+    found["bnext"] = _C.cuda_device("cuda")
     return found
 
 

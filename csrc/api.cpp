@@ -219,7 +219,7 @@ void run(const at::Tensor& input, const BackwardProblem& problem) {
   cpu::backward(problem);
 }
 
-cuda::DeviceInfo cuda_device(const std::string& name) {
+cuda::DeviceInfo device_named(const std::string& name) {
   std::string known;
   for (const cuda::NamedDevice& device : cuda::named_devices()) {
     if (name == device.name) return device.info;
@@ -385,10 +385,14 @@ std::string explain_cpu(const at::Tensor& input) {
   return cpu::explain(make_geometry(sizes_of(input), dtype_of(input), {layout_of(input)}, {&x}));
 }
 
+std::vector<std::pair<std::string, double>> cuda_device(const std::string& name) {
+  return cuda::device_fields(device_named(name));
+}
+
 std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& device, const std::string& family,
                                    bool training) {
   check_input(input);
-  const cuda::DeviceInfo info = cuda_device(device);
+  const cuda::DeviceInfo info = device_named(device);
   cuda::Limits limits;
   limits.family = family.empty() ? cuda::forced_family() : cuda::family_named(family, "family");
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace bnext {
@@ -46,6 +47,9 @@ struct PlanReport {
   std::string error;  // why it cannot run; empty if it can
   int64_t bytes_moved = 0, bytes_min = 0;
 };
+
+// What plans for a device of this name depend on. The names are those of cuda_plans.
+std::vector<std::pair<std::string, double>> cuda_device(const std::string& name);
 
 // The plans of forward and backward for tensors like input (it may be a meta tensor) on a device of a kind that has a
 // name ("h200"), in any build, or that is there ("cuda:0"), in a CUDA build. family: empty for what a call would take.

@@ -142,6 +142,12 @@ py::list py_cuda_plans(py::handle input, const std::string& device, const std::s
   return reports;
 }
 
+py::dict py_cuda_device(const std::string& name) {
+  py::dict fields;
+  for (const auto& [field, value] : cuda_device(name)) fields[field.c_str()] = value;
+  return fields;
+}
+
 std::vector<std::string> cuda_families() {
   std::vector<std::string> names;
   for (cuda::Family family : cuda::all_families()) names.push_back(cuda::family_name(family));
@@ -190,6 +196,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
   m.def("explain_cpu", torch::wrap_pybind_function(bnext::py_explain_cpu));
   m.def("cuda_plans", torch::wrap_pybind_function(bnext::py_cuda_plans));
+  m.def("cuda_device", torch::wrap_pybind_function(bnext::py_cuda_device));
   m.def("cuda_families", torch::wrap_pybind_function(bnext::cuda_families));
   m.def("cuda_devices", torch::wrap_pybind_function(bnext::cuda_devices));
   py::dict build;

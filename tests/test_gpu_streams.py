@@ -61,24 +61,23 @@ def made(gpu: str, family: str, training: bool = True) -> list[cases.Case]:
 
 
 class Step:
-    """A training step whose tensors stay in place, for graphs."""
+    """A training step whose tensors stay in place, for graphs; with a cumulative average."""
 
     def __init__(self, case: cases.Case) -> None:
+        c, device = case.input.shape[1], case.input.device
         self.x, self.dy = case.input.detach().clone().requires_grad_(), case.grad_output.clone()
-        self.weight = case.weight.detach().clone().requires_grad_()
-        self.bias = case.bias.detach().clone().requires_grad_()
-        self.running = [case.running_mean.clone(), case.running_var.clone()]
-        self.tracked = torch.tensor(0, device=case.input.device)
-        self.training = case.training
+        self.layer = bnext.BatchNorm2d(c, momentum=None, device=device, dtype=case.weight.dtype)
+        names = ("running_mean", "running_var", "weight", "bias")
+        set_to([getattr(self.layer, n) for n in names], [getattr(case, n) for n in names])
+        self.layer.train(case.training)
 
     def run(self) -> list[Tensor]:
-        y = bnext._ops.batchnorm2d(
-            self.x, *self.running, self.tracked, self.weight, self.bias, self.training, None, 1e-5
-        )
-        return [y, *torch.autograd.grad(y, (self.x, self.weight, self.bias), self.dy)]
+        y = self.layer(self.x)
+        wanted = (self.x, self.layer.weight, self.layer.bias)
+        return [y, *torch.autograd.grad(y, wanted, self.dy)]
 
     def state(self) -> list[Tensor]:
-        return [*self.running, self.tracked]
+        return list(self.layer.buffers())
 
 
 def set_to(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -115,7 +114,7 @@ def test_graph_replay(family: str, training: bool, gpu: str) -> None:
             graph.replay()
             assert_same_bits(results, want, f"{family} {tuple(case.input.shape)} replay {seed}")
             assert_same_bits(captured.state(), eager.state(), f"{family} state {seed}")
-        assert int(captured.tracked) == (3 if training else 0)
+        assert int(captured.layer.num_batches_tracked) == (3 if training else 0)
 
 
 def test_graphed_module(gpu: str) -> None:

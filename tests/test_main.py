@@ -90,6 +90,19 @@ def test_explain_for_a_device_that_is_not_here(device: str) -> None:
     assert plans(bnext.explain(x, device, direction="backward")) == [backward]
 
 
+def test_named_devices() -> None:
+    """Figures of which a wrong one would show: each architecture with its own."""
+    fields = {name: _C.cuda_device(name) for name in _C.cuda_devices()}
+    assert {"t4", "a100", "rtx4090", "h200", "b200", "rtx5090"} <= fields.keys()
+    for name, arch, sms in (("t4", 75, 40), ("a100", 80, 108), ("h200", 90, 132)):
+        assert (fields[name]["arch"], fields[name]["num_sms"]) == (arch, sms)
+    for name, found in fields.items():
+        assert found["threads_per_sm"] in (1024, 1536, 2048), name
+        assert 1 <= found["l2_bytes"] / 2**20 <= 128, name
+    with pytest.raises(ValueError, match="not k20"):
+        _C.cuda_device("k20")
+
+
 def test_explain_families() -> None:
     x = torch.empty(8, 6, 7, 7, dtype=torch.float16, device="meta")
     text = bnext.explain(x, "h200", family="all")

@@ -28,6 +28,16 @@ const std::vector<NamedDevice>& named_devices() {
   return devices;
 }
 
+std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info) {
+  return {
+      {"arch", info.arch},
+      {"num_sms", info.num_sms},
+      {"threads_per_sm", info.threads_per_sm},
+      {"shared_bytes_per_block", info.shared_bytes_per_block},
+      {"l2_bytes", info.l2_bytes},
+  };
+}
+
 std::vector<Family> all_families() {
   std::vector<Family> families;
   for (int i = static_cast<int>(Family::kAuto) + 1;; ++i) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "plan.h"
@@ -16,6 +17,9 @@ struct NamedDevice {
 
 // The kinds of device that plans are shown for and tested on. Figures are the vendor's; a real device is asked itself.
 const std::vector<NamedDevice>& named_devices();
+
+// What plans depend on, of a device, by name: for people and for measurements.
+std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info);
 
 // Every family that can be forced, in the order of plan.h; not kAuto.
 std::vector<Family> all_families();
