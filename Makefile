@@ -56,7 +56,7 @@ test: $(INSTALLED) ## run the tests
 # In a copy of the tree: a CUDA build and a CPU build cannot share one.
 cuda-check: ## with nvcc, no GPU: compile the CUDA build beside a CUDA build of torch, test it, look at its machine code
 	@test -n "$(NVCC)" || { $(call fail,$(NO_NVCC)); }
-	$(call say,copying the tree to $(CUDA_TREE), with $(CUDA_TORCH))
+	$(call say,copying the tree to $(CUDA_TREE) for $(CUDA_TORCH))
 	@mkdir -p $(CUDA_TREE)
 	@find $(CUDA_TREE) -type f ! -path '$(CUDA_TREE)/build/*' ! -name '_C*.so' ! -name requirements.txt -delete
 	@tar cf - --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='_C*.so' --exclude=./requirements.txt . \
