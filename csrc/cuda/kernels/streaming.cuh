@@ -3,25 +3,12 @@
 // backward pass is the reduce kernel alone: dx does not wait for the sums.
 #pragma once
 
+#include "elementwise.cuh"
 #include "finish.cuh"
-#include "walk.cuh"
 
 namespace bnext::cuda {
 
 // ---- from a thread's sums to the workspace -----------------------------------------------------------------------
-
-// Rows: each lane is a channel of its own. Planes: lanes share a channel, and a few running sums are enough to keep the
-// sums short; one for each lane of a half would cost registers that spill.
-template <bool kRows, int kVec>
-constexpr int kSumLanes = kRows || kVec < 4 ? kVec : 4;
-
-template <typename Acc, int kLanes>
-__device__ inline Acc add_lanes(const Acc (&value)[kLanes]) {
-  Acc sum = value[0];
-#pragma unroll
-  for (int v = 1; v < kLanes; ++v) sum += value[v];
-  return sum;
-}
 
 __device__ inline void store_partial(const StreamingArgs& args, int64_t wide_channel, int64_t split,
                                      const double (&value)[kNumSums]) {
@@ -146,15 +133,13 @@ template <bool kRows, typename T, int kVec, typename Acc>
 __device__ inline void find_pivots(const Pack<T, kVec> (&x)[kUnroll], const Item<T, 1> (&items)[kUnroll],
                                    Acc (&pivot)[kVec]) {
   Acc sum[kVec];
-  int count = 0;
+  int count = count_positions<kRows>(items);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     sum[v] = 0;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) sum[v] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
   }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) count += kRows ? !items[u].empty() : popcount(items[u].lanes);
   if (!kRows) {
     sum[0] = warp_sum(add_lanes(sum));
     count = warp_sum(count);
@@ -184,19 +169,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(co
     for (auto& item : items) item = cursor.next();
     load_batch<Cache::kKeep, kRows>(x, items, 0);
     if (first) find_pivots<kRows>(x, items, pivot);
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      Acc b1 = 0, b2 = 0;  // of the batch: short sums first, for less rounding
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const Acc d = items[u].has(v) ? widen(x[u].value[v]) - pivot[v] : Acc(0);
-        b1 += d;
-        b2 += d * d;
-      }
-      s1[v % kLanes] += b1;
-      s2[v % kLanes] += b2;
-    }
-    for (const auto& item : items) count += kRows ? !item.empty() : popcount(item.lanes);
+    add_moments(x, items, pivot, s1, s2);
+    count += count_positions<kRows>(items);
   }
   if constexpr (kRows) {
     Acc value[kNumSums][kVec];
@@ -243,21 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
     } else {
       for (auto& pack : x) pack = {};
     }
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      Acc b0 = 0, b1 = 0, b2 = 0;
-#pragma unroll
-      for (int u = 0; u < kItems; ++u) {
-        const bool has = items[u].has(v);
-        const Acc d = has ? widen(dy[u].value[v]) : Acc(0), xmu = has ? widen(x[u].value[v]) - mean[v] : Acc(0);
-        b0 += d;
-        b1 += d * xmu;
-        b2 += xmu;
-      }
-      sum[0][v % kLanes] += b0;
-      sum[1][v % kLanes] += b1;
-      sum[2][v % kLanes] += b2;
-    }
+    add_gradients(x, dy, items, mean, sum);
     if constexpr (kWritesDx) {
 #pragma unroll
       for (int u = 0; u < kItems; ++u) {
@@ -321,16 +281,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const S
     if (has_dy) load_batch<Cache::kLastUse, kRows>(dy, items, 2);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      Pack<T, kVec> out;
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        const Coefficients<Acc>& k = coefficients[v];
-        Acc value = 0;
-        if (has_x) value = k.scale_x * (widen(x[u].value[v]) - k.centre) + k.shift;
-        if (has_dy) value = k.scale_dy * widen(dy[u].value[v]) + value;
-        narrow(out.value[v], value);
-      }
-      store_item<kRows>(out, items[u], 0);
+      store_item<kRows>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);
     }
   }
 }

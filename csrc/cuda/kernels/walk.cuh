@@ -50,7 +50,8 @@ struct Item {
 template <typename T, int kVec, bool kRows, int kViews>
 class Cursor {
  public:
-  __device__ Cursor(const StreamingArgs& args, const Tile& tile) : args_(args) {
+  // Begins at the first step of each thread, or at a later one.
+  __device__ Cursor(const StreamingArgs& args, const Tile& tile, int64_t step = 0) : args_(args) {
     const int thread = threadIdx.x;
     int64_t start = thread, offset_c = tile.column;
     num_threads_ = blockDim.x;
@@ -73,6 +74,7 @@ class Cursor {
     }
     block_item_ = tile.split * args.chunk;
     end_ = block_item_ + args.chunk < args.num_items ? block_item_ + args.chunk : args.num_items;
+    block_item_ += step * num_threads_;
     item_ = block_item_ + start;
     divide(item_, args.size[2], digit_[1], digit_[2]);
     digit_[0] = 0;
@@ -94,6 +96,20 @@ class Cursor {
   __device__ bool idle() const { return idle_; }
 
   __device__ Item<T, kViews> next() {
+    const Item<T, kViews> item = here();
+    advance();
+    return item;
+  }
+
+  // The other way round.
+  __device__ Item<T, kViews> previous() {
+    const Item<T, kViews> item = here();
+    retreat();
+    return item;
+  }
+
+ private:
+  __device__ Item<T, kViews> here() const {
     Item<T, kViews> item;
     constexpr unsigned kAllLanes = (1u << kVec) - 1;
     item.lanes = item_ < end_ && !idle_ ? kAllLanes : 0;
@@ -119,11 +135,9 @@ class Cursor {
       const int64_t left = args_.plane_size - first;
       if (left < kVec) item.lanes &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
     }
-    advance();
     return item;
   }
 
- private:
   // item_ += num_threads_, in digits: without a division.
   __device__ void advance() {
     block_item_ += num_threads_;
@@ -139,6 +153,22 @@ class Cursor {
       digit_[0] += 1;
     }
     digit_[0] += args_.step[0];
+  }
+
+  __device__ void retreat() {
+    block_item_ -= num_threads_;
+    item_ -= num_threads_;
+    digit_[2] -= args_.step[2];
+    digit_[1] -= args_.step[1];
+    if (digit_[2] < 0) {
+      digit_[2] += args_.size[2];
+      digit_[1] -= 1;
+    }
+    if (digit_[1] < 0) {
+      digit_[1] += args_.size[1];
+      digit_[0] -= 1;
+    }
+    digit_[0] -= args_.step[0];
   }
 
   const StreamingArgs& args_;
