@@ -111,7 +111,7 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
     plan.num_steps = static_cast<int>(ceil_div(plan.chunk, parallel(threads)));
     const int64_t slot = int64_t{num_tensors} * threads * kPackBytes;
     const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, num_tensors, 0).bytes) / slot);
-    plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kUnroll * kUnroll);
+    plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
     plan.layout = make_layout(plan, num_tensors, plan.held_steps);
   };
   int fewest = kMinThreads;

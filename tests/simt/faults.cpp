@@ -55,6 +55,6 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
   simt::begin({static_cast<uint64_t>(seed), ""});
   simt::allow_load(loads, sizeof loads);
   simt::allow_store(stores, sizeof stores);
-  simt::launch(kernels[which], 2 - (which == 9), 64, 256, nullptr, Memory{loads, stores});
+  simt::launch(kernels[which], 2 - (which == 9), 64, 1, 256, nullptr, Memory{loads, stores});
   std::snprintf(error, error_bytes, "%s", simt::error().c_str());
 }

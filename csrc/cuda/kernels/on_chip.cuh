@@ -11,9 +11,8 @@
 
 namespace bnext::cuda {
 
-// Batches of kUnroll packs of each tensor that a thread has asked for ahead of the one that it works on. The slots are
-// there anyway, and memory is the faster the more it is asked for.
-constexpr int kBatchesInFlight = 3;
+// Batches that a thread has asked for ahead of the one that it works on. The slots are there anyway.
+constexpr int kBatchesInFlight = 6;
 
 // ---- what a thread reads -----------------------------------------------------------------------------------------
 
@@ -23,8 +22,8 @@ class OnChip {
   static constexpr int kViews = 1 + kTensors;  // out, x, and dy if there are two tensors
 
   struct Batch {
-    Item<T, kViews> items[kUnroll];
-    Pack<T, kVec> pack[kTensors][kUnroll];
+    Item<T, kViews> items[kOnChipBatch];
+    Pack<T, kVec> pack[kTensors][kOnChipBatch];
   };
 
   __device__ OnChip(const StreamingArgs& args, const Tile& tile) : args_(args), tile_(tile) {}
@@ -56,7 +55,7 @@ class OnChip {
   __device__ void stream(F use) const {
     const int from = held_batches(), to = all_batches();
     if (from == to) return;
-    Steps steps(args_, tile_, int64_t{from} * kUnroll);
+    Steps steps(args_, tile_, int64_t{from} * kOnChipBatch);
     for (int b = from; b < to; ++b) {
       Batch batch;
       for (auto& item : batch.items) item = steps.next();
@@ -69,7 +68,7 @@ class OnChip {
   __device__ void stream_backwards(F use) const {
     const int from = held_batches(), to = all_batches();
     if (from == to) return;
-    Steps steps(args_, tile_, int64_t{to} * kUnroll - 1);
+    Steps steps(args_, tile_, int64_t{to} * kOnChipBatch - 1);
     for (int b = from; b < to; ++b) {
       Batch batch;
       for (auto& item : batch.items) item = steps.previous();
@@ -82,8 +81,8 @@ class OnChip {
   using Steps = Cursor<T, kVec, kRows, kViews>;
 
   // held_steps is all of them, or whole batches.
-  __device__ int held_batches() const { return (args_.held_steps + kUnroll - 1) / kUnroll; }
-  __device__ int all_batches() const { return (args_.num_steps + kUnroll - 1) / kUnroll; }
+  __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
+  __device__ int all_batches() const { return (args_.num_steps + kOnChipBatch - 1) / kOnChipBatch; }
 
   // Neighbouring threads have neighbouring packs: no bank conflicts.
   __device__ Pack<T, kVec>* slot(int step, int tensor) const {
@@ -92,12 +91,12 @@ class OnChip {
 
   __device__ void start(Steps& steps, int batch) const {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kOnChipBatch; ++u) {
       const Item<T, kViews> item = steps.next();
       if (item.empty()) continue;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
-        Pack<T, kVec>* to = slot(batch * kUnroll + u, t);
+        Pack<T, kVec>* to = slot(batch * kOnChipBatch + u, t);
         if (kRows || is_aligned(item.at[1 + t])) {
           copy_async(to, item.at[1 + t]);
         } else {
@@ -113,12 +112,12 @@ class OnChip {
   __device__ Batch held(Steps& steps, int b) const {
     Batch batch;
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kOnChipBatch; ++u) {
       batch.items[u] = steps.next();
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
         batch.pack[t][u] = {};
-        if (!batch.items[u].empty()) batch.pack[t][u] = *slot(b * kUnroll + u, t);
+        if (!batch.items[u].empty()) batch.pack[t][u] = *slot(b * kOnChipBatch + u, t);
       }
     }
     return batch;
@@ -320,7 +319,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
 
   auto apply = [&](const typename Data::Batch& batch) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kOnChipBatch; ++u) {
       const Pack<T, kVec>& x = batch.pack[0][u];
       store_item<kRows>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
     }
@@ -364,7 +363,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(
 
   auto apply = [&](const typename Data::Batch& batch) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kOnChipBatch; ++u) {
       store_item<kRows>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
     }
   };

@@ -19,6 +19,9 @@ constexpr int kNumSums = 3;
 // Packs of each tensor that a thread has in flight. 4 x 16 bytes x 2 tensors x 512 threads is 64 KiB for an SM, above
 // the 48 KiB or so that hide the latency of an H200's memory.
 constexpr int kUnroll = 4;
+// On chip: packs of each tensor that a thread takes from shared memory at once. That is near, and more would cost
+// registers, which decide how many blocks an SM has room for.
+constexpr int kOnChipBatch = 2;
 constexpr int kMaxThreads = 256;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
