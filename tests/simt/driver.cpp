@@ -36,7 +36,7 @@ struct Call {
   int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, cluster, shared_bytes;
   double waves;
   int64_t seed;
-  char skipped_barrier[64];
+  char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length;
   double held;
@@ -86,7 +86,7 @@ void run(Call& call, const Problem& problem) {
 
   call.illegal = !plan.error.empty();
   if (call.illegal != 0) return;
-  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barrier});
+  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barriers});
   for (const Tensor* t : {&call.x, &call.dy}) {
     if (t->data != nullptr) simt::allow_load(t->storage, t->storage_bytes);
   }

@@ -104,7 +104,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in LIMITS),
         ("waves", ctypes.c_double),
         ("seed", ctypes.c_int64),
-        ("skipped_barrier", ctypes.c_char * 64),
+        ("skipped_barriers", ctypes.c_char * 128),
         *((name, ctypes.c_int64) for name in RESULTS),
         ("held", ctypes.c_double),
         ("plan", ctypes.c_char * MESSAGE_BYTES),
@@ -121,14 +121,14 @@ class Machine(NamedTuple):
     batches: int = 2
     fused_splits: int = 64
     waves: float = 1.0
-    family: str = "auto"
+    family: str = "streaming"
     cluster: int = 0
     shared_bytes: int = 1 << 30
 
 
 class Schedule(NamedTuple):
     seed: int = 0
-    skipped_barrier: str = ""
+    skipped_barriers: tuple[str, ...] = ()
 
 
 class ShimError(Exception):
@@ -153,7 +153,7 @@ def library() -> ctypes.CDLL:
 
 
 def barriers() -> list[str]:
-    """Barriers that kernels have reached so far, as "file.cuh:line"."""
+    """Barriers and waits that kernels have reached so far, as "file.cuh:line"."""
     lib = library()
     return [lib.simt_barrier(i).decode() for i in range(lib.simt_num_barriers())]
 
@@ -208,7 +208,7 @@ def run(
     for name, value in (machine or Machine())._asdict().items():
         setattr(call, name, FAMILIES.index(value) if name == "family" else value)
     schedule = schedule or Schedule()
-    call.seed, call.skipped_barrier = schedule.seed, schedule.skipped_barrier.encode()
+    call.seed, call.skipped_barriers = schedule.seed, " ".join(schedule.skipped_barriers).encode()
     library().simt_run(ctypes.byref(call))
     if call.illegal:
         raise NoPlanError(call.plan.decode())

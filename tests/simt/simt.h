@@ -83,7 +83,8 @@ void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluste
 
 struct Session {
   uint64_t seed = 0;
-  std::string skipped_barrier;  // "file.cuh:line": as if this barrier, or wait for copies, had been deleted
+  // "file.cuh:line file.cuh:line": as if these barriers, or waits for copies, had been deleted.
+  std::string skipped_barriers;
 };
 
 // Forgets memory, counts and errors of the session before.
