@@ -1,4 +1,4 @@
-"""The families that keep a channel on chip, on the SIMT shim: results, bytes, order of execution."""
+"""The families that keep a channel on chip, on the SIMT shim: results, bytes, schedules."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 
 RESIDENT = simt.Machine(family="resident")
 CLUSTER = simt.Machine(family="cluster")
-# Little shared memory: a part of the data does not stay on chip.
+# Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
-    "planes": ("nchw", (2, 3, 32, 32), 8000),
-    "rows": ("channels_last", (3, 32, 9, 9), 8000),
-    "folded": ("channels_last", (4, 12, 16, 16), 22000),
-    "runs": ("nchw", (30, 16, 7, 7), 22000),
-    "skewed": ("nchw", (2, 3, 33, 35), 8000),
+    "planes": ("nchw", (2, 3, 32, 32), 17000, 4300),
+    "rows": ("channels_last", (3, 32, 9, 9), 65000, 9000),
+    "folded": ("channels_last", (4, 6, 16, 16), 54000, 17000),
+    "runs": ("nchw", (30, 16, 7, 7), 67000, 21500),
+    "skewed": ("nchw", (2, 3, 33, 35), 21000, 6000),
 }
 # A way through the kernels each: layout, shape, machine.
 WAYS = {
@@ -73,7 +73,8 @@ def test_layouts(dtypes: str, layout: str) -> None:
                     try:
                         check(case, label, machine=machine, schedule=simt.Schedule(1))
                     except simt.NoPlanError as error:
-                        assert "do not fill packs" in str(error)
+                        reasons = ("do not fill packs", "has less to read")
+                        assert any(reason in str(error) for reason in reasons)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -89,12 +90,12 @@ def test_every_byte_moves_once(way: str) -> None:
             assert call.planned_bytes == tensors * tensor_bytes
             assert call.bytes_stored == tensor_bytes
             assert call.bytes_loaded == (tensors - 1) * tensor_bytes
-            assert (call.run_length > 1) == ("runs" in way and dtypes != "float64")
+            assert (call.run_length > 1) == ("runs" in way)
 
 
 @pytest.mark.parametrize("walk", TIGHT)
 def test_what_does_not_fit_is_read_again(walk: str) -> None:
-    layout, shape, shared_bytes = TIGHT[walk]
+    layout, shape, shared_bytes, _ = TIGHT[walk]
     shares = set()
     for dtypes in ("float32", "float16"):
         for family in ("resident", "cluster"):
@@ -102,7 +103,7 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
             for check in (check_forward, check_backward):
                 least = 1.0
                 # From all on chip to nothing: every plan on the way there is right.
-                for share in (1, 0.8, 0.6, 0.4, 0.3, 0.2):
+                for share in (1, 0.8, 0.6, 0.4, 0.3):
                     machine = simt.Machine(
                         family=family,
                         cluster=2 if family == "cluster" else 0,
@@ -184,11 +185,11 @@ def test_far_from_zero(way: str) -> None:
         both(case, label, machine=machine)
 
 
-@pytest.mark.parametrize("walk", ["planes", "rows", "runs"])
+@pytest.mark.parametrize("walk", TIGHT)
 def test_far_from_zero_half_on_chip(walk: str) -> None:
-    """The pivot is the mean of what is on chip; that is a border here, and the rest lies far off."""
-    layout, shape, shared_bytes = TIGHT[walk]
-    machine = RESIDENT._replace(shared_bytes=shared_bytes // 4)
+    """The pivot is the mean of what is on chip: some of it a border, and the rest far off."""
+    layout, shape, _, shared_bytes = TIGHT[walk]
+    machine = RESIDENT._replace(shared_bytes=shared_bytes)
     for label, case in far_cases(layout, shape):
         held = check_forward(case, label, machine=machine).call.held
         assert 0.5 <= held < 1

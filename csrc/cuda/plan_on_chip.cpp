@@ -126,16 +126,15 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
   set_step(plan, parallel(plan.threads));
 }
 
-// Positions that are read a second time, in bytes of packs.
-int64_t bytes_again(const Plan& plan, int num_tensors) {
-  const bool rows = plan.walk == Walk::kRows;
-  const int64_t held = int64_t{plan.held_steps} * (rows ? plan.threads / plan.block_packs : plan.threads);
+// Items of a channel, or rows of a slab, that are read a second time.
+int64_t items_again(const Plan& plan) {
+  const int64_t held = int64_t{plan.held_steps} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
   int64_t items = 0;
   for (int rank = 0; rank < plan.cluster; ++rank) {
     const int64_t own = std::clamp<int64_t>(plan.num_items - rank * plan.chunk, 0, plan.chunk);
     items += own - std::min(own, held);
   }
-  return items * num_tensors * kPackBytes * (rows ? plan.wide_channels / plan.vec : plan.wide_channels);
+  return items;
 }
 
 // Finishes a plan whose walk and slab are chosen, for clusters of `cluster` blocks.
@@ -148,11 +147,12 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.num_blocks = plan.num_slabs * cluster;
   hold(device, limits, num_tensors, plan);
   plan.block_rows = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : 1;
-  const int64_t again = bytes_again(plan, num_tensors);
+  const int64_t again = items_again(plan);
+  const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
   plan.tensors_read = num_tensors;
   plan.tensors_written = 1;
-  plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again;
-  plan.held = 1 - static_cast<double>(again) / static_cast<double>(num_tensors * plan.tensor_bytes);
+  plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
+  plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
   plan.microseconds = predict_time(plan, r, device);
   if (plan.num_blocks > kMaxBlocks) {
     plan.error = "it needs more than 2^31 - 1 blocks";
