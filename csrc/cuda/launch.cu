@@ -44,6 +44,19 @@ View plan_view(const View& view, const Plan& plan) {
   return folded;
 }
 
+// From a view's strides to the distances that its threads go.
+void set_views(StreamingArgs& args, const Plan& plan, const View& first, const View& second = {},
+               const View& third = {}) {
+  const View* views[] = {&first, &second, &third};
+  for (int k = 0; k < 3; ++k) {
+    const View view = args.view[k] = plan_view(*views[k], plan);
+    const int64_t inner = plan.walk == Walk::kRows || plan.vec == 1 ? view.stride[2] : plan.vec;
+    args.move[k][0] = plan.step[0] * view.stride[0] + plan.step[1] * view.stride[1] + plan.step[2] * inner;
+    args.move[k][1] = view.stride[1] - plan.size[2] * inner;
+    args.move[k][2] = view.stride[0] - plan.size[1] * view.stride[1];
+  }
+}
+
 struct Stages {
   StreamingArgs reduce, finish, apply;  // on-chip kernels take the last
 };
@@ -53,15 +66,15 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int 
           static_cast<size_t>(shared_bytes)};
 }
 
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
   const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
-  if (plan.pass == Pass::kBackward) return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows>>(shape, stream, args);
+  if (plan.pass == Pass::kBackward) return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
   if (plan.count_first) {
     const cudaError_t error = launch_kernel<&count_batch_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
   }
-  return launch_kernel<&on_chip_forward_kernel<T, kVec, kRows>>(shape, stream, args);
+  return launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
 }
 
 template <typename T, int kVec, bool kRows>
@@ -95,8 +108,9 @@ template <typename T>
 cudaError_t run_dtype(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   constexpr int kVec = kPackBytes / sizeof(T);
   if (plan.on_chip) {
-    return plan.walk == Walk::kRows ? run_on_chip<T, kVec, true>(stages.apply, plan, stream)
-                                    : run_on_chip<T, kVec, false>(stages.apply, plan, stream);
+    if (plan.walk == Walk::kRows) return run_on_chip<T, kVec, true, true>(stages.apply, plan, stream);
+    return plan.whole_packs ? run_on_chip<T, kVec, false, true>(stages.apply, plan, stream)
+                            : run_on_chip<T, kVec, false, false>(stages.apply, plan, stream);
   }
   if (plan.walk == Walk::kRows) {
     return plan.vec > 1 ? run_stages<T, kVec, true>(stages, plan, stream)
@@ -147,9 +161,8 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
   args.running_var = problem.running_var;
   args.num_batches_tracked = problem.training ? problem.num_batches_tracked : nullptr;
   Stages stages = make_stages(args, plan);
-  stages.reduce.view[0] = plan_view(problem.x, plan);
-  stages.apply.view[0] = plan_view(problem.y, plan);
-  stages.apply.view[1] = plan_view(problem.x, plan);
+  set_views(stages.reduce, plan, problem.x);
+  set_views(stages.apply, plan, problem.y, problem.x);
   return run_plan(stages, plan, stream);
 }
 
@@ -165,13 +178,11 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   args.dmean = problem.dmean;
   args.dvar = problem.dvar;
   Stages stages = make_stages(args, plan);
-  const View x = plan_view(problem.x, plan), dy = plan_view(problem.dy, plan), dx = plan_view(problem.dx, plan);
-  stages.reduce.view[0] = dy;
-  if (make_request(problem).reads_x) stages.reduce.view[1] = x;
-  if (plan.reduce && !plan.apply) stages.reduce.view[2] = dx;  // eval, in one pass
-  stages.apply.view[0] = dx;
-  if (problem.training) stages.apply.view[1] = x;
-  stages.apply.view[2] = dy;
+  const View none, &x = problem.x, &dy = problem.dy, &dx = problem.dx;
+  // In eval, one pass does it all.
+  const bool writes_dx = plan.reduce && !plan.apply;
+  set_views(stages.reduce, plan, dy, make_request(problem).reads_x ? x : none, writes_dx ? dx : none);
+  set_views(stages.apply, plan, dx, problem.training ? x : none, dy);
   return run_plan(stages, plan, stream);
 }
 

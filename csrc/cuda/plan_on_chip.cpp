@@ -208,6 +208,7 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     return base;
   }
   base.on_chip = true;
+  base.whole_packs = r.aligned && r.geometry.size[2] % streaming.vec == 0;
   base.count_first = r.pass == Pass::kForward && r.cumulative;
   base.reduce = base.finish = base.apply = base.fused = false;
   base.reduce_shared_bytes = base.apply_shared_bytes = base.finish_shared_bytes = 0;

@@ -16,7 +16,7 @@ constexpr int kBatchesInFlight = 6;
 
 // ---- what a thread reads -----------------------------------------------------------------------------------------
 
-template <typename T, int kVec, bool kRows, int kTensors>
+template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 class OnChip {
  public:
   static constexpr int kViews = 1 + kTensors;  // out, x, and dy if there are two tensors
@@ -55,7 +55,7 @@ class OnChip {
   __device__ void stream(F use) const {
     const int from = held_batches(), to = all_batches();
     if (from == to) return;
-    Steps steps(args_, tile_, int64_t{from} * kOnChipBatch);
+    Steps steps(args_, tile_, from * kOnChipBatch);
     for (int b = from; b < to; ++b) {
       Batch batch;
       for (auto& item : batch.items) item = steps.next();
@@ -68,7 +68,7 @@ class OnChip {
   __device__ void stream_backwards(F use) const {
     const int from = held_batches(), to = all_batches();
     if (from == to) return;
-    Steps steps(args_, tile_, int64_t{to} * kOnChipBatch - 1);
+    Steps steps(args_, tile_, to * kOnChipBatch - 1);
     for (int b = from; b < to; ++b) {
       Batch batch;
       for (auto& item : batch.items) item = steps.previous();
@@ -78,7 +78,7 @@ class OnChip {
   }
 
  private:
-  using Steps = Cursor<T, kVec, kRows, kViews>;
+  using Steps = Cursor<T, kVec, kRows, kWhole, kViews, int>;
 
   // held_steps is all of them, or whole batches.
   __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
@@ -97,28 +97,27 @@ class OnChip {
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
         Pack<T, kVec>* to = slot(batch * kOnChipBatch + u, t);
-        if (kRows || is_aligned(item.at[1 + t])) {
+        if (kWhole || is_aligned(item.at[1 + t])) {
           copy_async(to, item.at[1 + t]);
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];
-          load_batch<Cache::kLastUse, kRows>(pack, one, 1 + t);
+          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
           *to = pack[0];
         }
       }
     }
   }
 
+  // Slots of items that are not there are read as well, as far as there are slots: what is in them, nobody uses.
   __device__ Batch held(Steps& steps, int b) const {
     Batch batch;
 #pragma unroll
     for (int u = 0; u < kOnChipBatch; ++u) {
       batch.items[u] = steps.next();
+      const int step = b * kOnChipBatch + u, last = args_.held_steps - 1;
 #pragma unroll
-      for (int t = 0; t < kTensors; ++t) {
-        batch.pack[t][u] = {};
-        if (!batch.items[u].empty()) batch.pack[t][u] = *slot(b * kOnChipBatch + u, t);
-      }
+      for (int t = 0; t < kTensors; ++t) batch.pack[t][u] = load_slot(slot(step < last ? step : last, t));
     }
     return batch;
   }
@@ -126,7 +125,7 @@ class OnChip {
   template <Cache kCache>
   __device__ void fetch(Batch& batch) const {
 #pragma unroll
-    for (int t = 0; t < kTensors; ++t) load_batch<kCache, kRows>(batch.pack[t], batch.items, 1 + t);
+    for (int t = 0; t < kTensors; ++t) load_batch<kCache, kWhole>(batch.pack[t], batch.items, 1 + t);
   }
 
   const StreamingArgs& args_;
@@ -235,7 +234,7 @@ __device__ inline void for_each_channel(const StreamingArgs& args, const Tile& t
 
 // Of the block's channels, the one of a lane.
 template <bool kRows, int kVec>
-__device__ inline int lane_channel(const StreamingArgs& args, int lane) {
+__device__ inline int slab_channel(const StreamingArgs& args, int lane) {
   if (!kRows) return 0;
   const int column = threadIdx.x % args.block_packs * kVec + lane;
   return column / args.run_length % args.slab_channels;
@@ -252,7 +251,7 @@ __device__ inline void finish_on_chip(const StreamingArgs& args, const Tile& til
   if (args.cluster_size > 1) cluster_arrive();  // this thread reads no other block's memory any more
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    coefficients[v] = kRows || v == 0 ? shared[lane_channel<kRows, kVec>(args, v)] : coefficients[0];
+    coefficients[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)] : coefficients[0];
   }
 }
 
@@ -267,10 +266,10 @@ __device__ inline void leave_cluster(const StreamingArgs& args) {
   if (args.cluster_size > 1) cluster_wait();
 }
 
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
-  using Data = OnChip<T, kVec, kRows, 1>;
+  using Data = OnChip<T, kVec, kRows, kWhole, 1>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   const Tile tile = on_chip_tile(args);
   const Data data(args, tile);
@@ -296,7 +295,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
     pivots[i] = is_finite(mean) ? mean : Acc(0);  // NaN and Inf reach the result through the sums
   });
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) pivot[v] = kRows || v == 0 ? pivots[lane_channel<kRows, kVec>(args, v)] : pivot[0];
+  for (int v = 0; v < kVec; ++v) pivot[v] = kRows || v == 0 ? pivots[slab_channel<kRows, kVec>(args, v)] : pivot[0];
 
   // Squares around it. Where half the data is its own, the pivot is within a deviation of the mean: nothing cancels.
   Acc second[2][kLanes] = {};
@@ -321,7 +320,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
 #pragma unroll
     for (int u = 0; u < kOnChipBatch; ++u) {
       const Pack<T, kVec>& x = batch.pack[0][u];
-      store_item<kRows>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
+      store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
     }
   };
   data.stream_backwards(apply);
@@ -329,10 +328,10 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
   leave_cluster(args);
 }
 
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
-  using Data = OnChip<T, kVec, kRows, 2>;
+  using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   const Tile tile = on_chip_tile(args);
   const Data data(args, tile);
@@ -340,7 +339,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(
   Acc mean[kVec], sum[kNumSums][kLanes] = {};
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    const int64_t c = tile.column * args.slab_channels + lane_channel<kRows, kVec>(args, v);
+    const int64_t c = tile.column * args.slab_channels + slab_channel<kRows, kVec>(args, v);
     const bool there = c < args.num_channels;  // not in the last slab, maybe
     mean[v] = !kRows && v > 0 ? mean[0] : there ? static_cast<Acc>(load_channel(args.mean, c, 0)) : Acc(0);
   }
@@ -364,7 +363,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(
   auto apply = [&](const typename Data::Batch& batch) {
 #pragma unroll
     for (int u = 0; u < kOnChipBatch; ++u) {
-      store_item<kRows>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
+      store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
     }
   };
   data.stream_backwards(apply);

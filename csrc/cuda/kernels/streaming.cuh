@@ -156,19 +156,21 @@ template <typename T, int kVec, bool kRows>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
-  Cursor<T, kVec, kRows, 1> cursor(args, tile);
+  constexpr bool kWhole = kRows || kVec == 1;
+  Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
   // Nobody else reads it before this kernel ends.
   if (args.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
   int count = 0;
-  for (bool first = true; cursor.more(); first = false) {
+  const int batches = num_batches<kRows>(args, tile);
+  for (int b = 0; b < batches; ++b) {
     Item<T, 1> items[kUnroll];
     Pack<T, kVec> x[kUnroll];
     for (auto& item : items) item = cursor.next();
-    load_batch<Cache::kKeep, kRows>(x, items, 0);
-    if (first) find_pivots<kRows>(x, items, pivot);
+    load_batch<Cache::kKeep, kWhole>(x, items, 0);
+    if (b == 0) find_pivots<kRows>(x, items, pivot);
     add_moments(x, items, pivot, s1, s2);
     count += count_positions<kRows>(items);
   }
@@ -194,8 +196,9 @@ template <typename T, int kVec, bool kRows, bool kWritesDx>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
+  constexpr bool kWhole = kRows || kVec == 1;
   constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && kVec == 8 ? kUnroll / 2 : kUnroll;
-  Cursor<T, kVec, kRows, kViews> cursor(args, tile);
+  Cursor<T, kVec, kRows, kWhole, kViews> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr;
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
@@ -203,17 +206,18 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     const bool same = !kRows && v > 0;  // planes: one channel
-    const int64_t c = cursor.channel(v);
+    const int64_t c = lane_channel<kRows, kVec>(args, tile, v);
     mean[v] = same ? mean[0] : has_x ? static_cast<Acc>(load_channel(args.mean, c, 0)) : Acc(0);
     scale[v] = same ? scale[0] : kWritesDx ? constant_coefficients<Acc>(args, c, false).scale_dy : Acc(0);
   }
-  while (cursor.more()) {
+  const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
+  for (int b = 0; b < batches; ++b) {
     Item<T, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
     for (auto& item : items) item = cursor.next();
-    load_batch<Cache::kKeep, kRows>(dy, items, 0);
+    load_batch<Cache::kKeep, kWhole>(dy, items, 0);
     if (has_x) {
-      load_batch<Cache::kKeep, kRows>(x, items, 1);
+      load_batch<Cache::kKeep, kWhole>(x, items, 1);
     } else {
       for (auto& pack : x) pack = {};
     }
@@ -224,7 +228,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
         Pack<T, kVec> dx;
 #pragma unroll
         for (int v = 0; v < kVec; ++v) narrow(dx.value[v], scale[v] * widen(dy[u].value[v]));
-        store_item<kRows>(dx, items[u], 2);
+        store_item<kWhole>(dx, items[u], 2);
       }
     }
   }
@@ -245,7 +249,8 @@ template <typename T, int kVec, bool kRows>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
-  Cursor<T, kVec, kRows, 3> cursor(args, tile);
+  constexpr bool kWhole = kRows || kVec == 1;
+  Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr, has_dy = args.view[2].data != nullptr;
 
   Coefficients<Acc> of_block;
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const S
   Coefficients<Acc> coefficients[kVec];
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    const int64_t c = cursor.channel(v);
+    const int64_t c = lane_channel<kRows, kVec>(args, tile, v);
     if (!kRows && v > 0) {
       coefficients[v] = coefficients[0];
     } else if (!kRows && args.source == Source::kPartials) {
@@ -273,15 +278,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const S
       coefficients[v] = constant_coefficients<Acc>(args, c, first_row && tile.split == 0);
     }
   }
-  while (cursor.more()) {
+  const int batches = num_batches<kRows>(args, tile);
+  for (int b = 0; b < batches; ++b) {
     Item<T, 3> items[kUnroll];
     Pack<T, kVec> x[kUnroll], dy[kUnroll];
     for (auto& item : items) item = cursor.next();
-    if (has_x) load_batch<Cache::kLastUse, kRows>(x, items, 1);
-    if (has_dy) load_batch<Cache::kLastUse, kRows>(dy, items, 2);
+    if (has_x) load_batch<Cache::kLastUse, kWhole>(x, items, 1);
+    if (has_dy) load_batch<Cache::kLastUse, kWhole>(dy, items, 2);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      store_item<kRows>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);
+      store_item<kWhole>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);
     }
   }
 }

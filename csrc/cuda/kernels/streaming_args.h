@@ -52,6 +52,7 @@ struct StreamingArgs {
   View view[3];        // reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null
   int64_t size[3];     // of i0, i1 and j or i2
   int64_t step[3];     // the mixed-radix digits of the distance between two items of a thread
+  int64_t move[3][3];  // for each view, in elements: such a step; what more a row or plane overflowing takes; a group
   int64_t num_items;   // size[0] * size[1] * size[2]
   int64_t chunk;       // items in a block
   int64_t num_splits;  // blocks that share a channel
