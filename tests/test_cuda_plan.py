@@ -18,27 +18,43 @@ RESULTS = (
     *("num_slabs", "block_packs", "block_rows", "num_blocks", "reduce", "finish", "apply"),
     *("fused", "finish_threads", "reduce_shared_bytes", "apply_shared_bytes"),
     *("finish_shared_bytes", "coefficient_offset", "workspace_bytes", "bytes_moved", "has_error"),
-    *("acc_bytes", "same_again", "steps_add_up"),
+    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count_first"),
+    *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
+    "tensor_bytes",
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
+REQUEST += ("family", "cumulative")
+
+
+KB = 1 << 10
 
 
 class Device(NamedTuple):
     arch: int
     num_sms: int
     threads_per_sm: int
-    shared_bytes_per_block: int
     l2_bytes: int
+    shared_bytes_opt_in: int
+    shared_bytes_per_sm: int
+    active_clusters: tuple[int, int, int, int]
+    memory_gb_per_s: float
+    shared_bytes_per_block: int = 48 * KB
 
 
+# Vendors' figures. How many clusters run at once is for a device to say; here it is a guess.
+NONE = (0, 0, 0, 0)
 DEVICES = {
-    "H200": Device(90, 132, 2048, 48 << 10, 50 << 20),
-    "A100": Device(80, 108, 2048, 48 << 10, 40 << 20),
-    "T4": Device(75, 40, 1024, 48 << 10, 4 << 20),
-    "RTX 4090": Device(89, 128, 1536, 48 << 10, 72 << 20),
-    "B200": Device(100, 148, 2048, 48 << 10, 126 << 20),
-    "RTX 5090": Device(120, 170, 1536, 48 << 10, 96 << 20),
-    "H200 1g MIG slice": Device(90, 16, 2048, 48 << 10, 6 << 20),
+    "H200": Device(90, 132, 2048, 50 << 20, 227 * KB, 228 * KB, (66, 32, 16, 8), 4800),
+    "H200 without large clusters": Device(
+        90, 132, 2048, 50 << 20, 227 * KB, 228 * KB, (66, 32, 16, 0), 4800
+    ),
+    "H200 1g MIG slice": Device(90, 16, 2048, 6 << 20, 227 * KB, 228 * KB, (8, 4, 1, 0), 600),
+    "A100": Device(80, 108, 2048, 40 << 20, 163 * KB, 164 * KB, NONE, 1555),
+    "A10": Device(86, 72, 1536, 6 << 20, 99 * KB, 100 * KB, NONE, 600),
+    "T4": Device(75, 40, 1024, 4 << 20, 64 * KB, 64 * KB, NONE, 320),
+    "RTX 4090": Device(89, 128, 1536, 72 << 20, 99 * KB, 100 * KB, NONE, 1008),
+    "B200": Device(100, 148, 2048, 126 << 20, 227 * KB, 228 * KB, (74, 36, 16, 8), 8000),
+    "RTX 5090": Device(120, 170, 1536, 96 << 20, 99 * KB, 100 * KB, (85, 40, 20, 0), 1792),
 }
 
 
@@ -46,8 +62,14 @@ class Query(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_int64 * 4),
         ("stride", ctypes.c_int64 * 4),
-        *((name, ctypes.c_int64) for name in REQUEST + Device._fields),
+        *((name, ctypes.c_int64) for name in REQUEST),
+        *((name, ctypes.c_int64) for name in ("arch", "num_sms", "threads_per_sm")),
+        *((name, ctypes.c_int64) for name in ("shared_bytes_per_block", "l2_bytes")),
+        *((name, ctypes.c_int64) for name in ("shared_bytes_opt_in", "shared_bytes_per_sm")),
+        ("active_clusters", ctypes.c_int64 * 4),
+        ("memory_gb_per_s", ctypes.c_double),
         *((name, ctypes.c_int64) for name in RESULTS),
+        *((name, ctypes.c_double) for name in ("held", "microseconds")),
         ("text", ctypes.c_char * 512),
     )
 
@@ -102,7 +124,7 @@ def plan(
     query.dtype = simt.DTYPES.index(dtype)
     defaults = {"training": 1, "output": 1, "reads_x": 1, "sums": 1}
     for name, value in (defaults | request | device._asdict()).items():
-        setattr(query, name, value)
+        setattr(query, name, (ctypes.c_int64 * 4)(*value) if name == "active_clusters" else value)
     library().plan_run(ctypes.byref(query))
     return query
 

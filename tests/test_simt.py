@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Iterator
-
 import cases
 import pytest
 import reference
 import torch
 from simt import library as simt
-from torch import Tensor
+from simt.checks import bits, both, check_backward, check_forward, far_apart
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
 
@@ -34,55 +31,6 @@ MACHINES = {
     "crowded": simt.Machine(num_sms=40, threads=128),
     "serial": simt.Machine(num_sms=1, threads_per_sm=64, batches=32, threads=256),
 }
-
-
-def invstd_of(x: Tensor, var: Tensor, eps: float = 1e-5) -> Tensor:
-    return (var + eps).rsqrt().to(reference.statistics_dtype(x.dtype))
-
-
-def check_forward(case: cases.Case, label: str, **options: object) -> simt.Forward:
-    got = simt.forward(case.input, **case.arguments, **options)
-    want = reference.forward(case.input, **case.arguments)
-    plan = f"{label}: {got.call.plan.decode()}"
-    want.output.check(got.output, f"{plan}: output")
-    want.mean.check(got.mean, f"{plan}: mean")
-    var = got.invstd.double() ** -2 - 1e-5
-    bar = want.var.bar + 8 * reference.step(case.input.dtype) * (want.var.value + 1e-5)
-    reference.Expected(want.var.value, bar).check(var, f"{plan}: invstd")
-    for name in ("running_mean", "running_var"):
-        if getattr(want, name) is not None:
-            getattr(want, name).check(getattr(got, name), f"{plan}: {name}")
-    assert got.num_batches_tracked == 2 + case.training
-    return got
-
-
-def check_backward(case: cases.Case, label: str, **options: object) -> simt.Backward:
-    x = case.input
-    if case.training:
-        mean, var, _ = reference.batch_statistics(x.double())
-        mean, var = mean.flatten(), var.flatten()
-    else:
-        mean, var = case.running_mean.double(), case.running_var.double()
-    mean = mean.to(reference.statistics_dtype(x.dtype))
-    invstd = invstd_of(x, var)
-    got = simt.backward(case.grad_output, x, mean, invstd, case.weight, case.training, **options)
-    arguments = case.backward_arguments | {"training": case.training}
-    want = reference.backward(case.grad_output, x, **arguments)
-    for name in ("input", "weight", "bias", "mean", "var"):
-        if getattr(got, name) is not None:
-            label_of = f"{label}: {got.call.plan.decode()}: {name}"
-            getattr(want, name).check(getattr(got, name), label_of)
-    return got
-
-
-def both(case: cases.Case, label: str, **options: object) -> None:
-    check_forward(case, label, **options)
-    check_backward(case, label, **options)
-
-
-def moderate(case: cases.Case) -> bool:
-    """Training needs more than one value per channel."""
-    return not case.training or case.input.numel() > case.input.shape[1]
 
 
 @pytest.mark.parametrize("mode", cases.MODES)
@@ -173,11 +121,6 @@ def test_forward_bytes() -> None:
             assert moved == call.planned_bytes == moves * case.input.numel() * 4
 
 
-def bits(*tensors: Tensor | None) -> tuple[bytes, ...]:
-    given = (t.contiguous() for t in tensors if t is not None)
-    return tuple(t.view(torch.uint8).numpy().tobytes() for t in given)
-
-
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "cropped"])
 def test_every_schedule_gives_the_same_bits(layout: str) -> None:
     for machine in MACHINES.values():
@@ -231,27 +174,16 @@ def test_long_sums(layout: str) -> None:
 @pytest.mark.parametrize("dtypes", ["float32", "float16"])
 def test_offsets_beyond_32_bits(dtypes: str) -> None:
     """Planes and rows 2^32 elements apart, in memory that is never touched between them."""
-    distance = 2**32 + 8
     shapes = {"planes": (2, 3, 4, 8), "rows": (2, 8, 3, 2)}
     for walk, shape in shapes.items():
-        channels_last = walk == "rows"
         case = cases.make_case(shape, dtypes)
-        size = (distance + case.input.numel()) * case.input.element_size()
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        try:
-            memory = mmap.mmap(-1, size, flags=flags)
-        except OSError as error:
-            pytest.skip(f"no address space: {error}")
-        flat = torch.frombuffer(memory, dtype=case.input.dtype)
-        _, c, h, w = shape
-        stride = (distance, 1, w * c, c) if channels_last else (distance, h * w, w, 1)
-        far = flat.as_strided(shape, stride).copy_(case.input)
-        dense = torch.channels_last if channels_last else torch.contiguous_format
+        far = far_apart(case.input, walk == "rows")
         call = check_forward(case._replace(input=far), walk).call
         assert call.vec > 1
+        dense = torch.channels_last if walk == "rows" else torch.contiguous_format
         dy = case.grad_output.contiguous(memory_format=dense)
         check_backward(case._replace(input=far, grad_output=dy), walk)
-        check_backward(case._replace(grad_output=flat.as_strided(shape, stride)), walk)
+        check_backward(case._replace(grad_output=far), walk)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -278,58 +210,3 @@ def test_vectors_of_any_stride_and_dtype() -> None:
     mixed = wide | {"bias": case.bias.float(), "running_var": case.running_var.float()}
     for vectors in (wide, mixed):
         both(case._replace(**vectors), "strided vectors")
-
-
-FAULTS = (
-    *("not all threads reach the barrier", "threads are at different barriers"),
-    *("not all lanes reach the shuffle", "a shuffle without all lanes"),
-    *("a load of 16 bytes is misaligned", "a load outside the tensors"),
-    *("a store outside the outputs", "an element is stored twice"),
-    *("wrote beyond its shared memory", ""),
-)
-
-
-@pytest.mark.parametrize("which", range(len(FAULTS)))
-def test_the_shim_notices(which: int) -> None:
-    for seed in range(6):
-        error = simt.fault(which, seed)
-        assert FAULTS[which] in error
-        assert bool(error) == bool(FAULTS[which])
-
-
-def broken_runs(schedule: simt.Schedule) -> Iterator[str]:
-    """What goes wrong in a few passes that reach every barrier."""
-    wide = simt.Machine(threads=128, num_sms=40)
-    for layout, shape, machine in (
-        ("channels_last", (4, 6, 16, 32), wide),
-        ("nchw", (4, 6, 16, 32), wide),
-        (
-            "sliced_w",
-            (9, 2, 32, 32),
-            wide._replace(threads=64),
-        ),  # more splits than a warp has lanes
-    ):
-        case = cases.make_case(shape, layout=layout, grad_layout=layout)
-        for check in (check_forward, check_backward):
-            try:
-                check(case, layout, machine=machine, schedule=schedule)
-            except (AssertionError, simt.ShimError) as error:
-                yield str(error)
-
-
-def test_each_barrier_is_needed() -> None:
-    """A barrier taken away shows in a result: the tests above would notice."""
-    for seed in range(3):
-        assert list(broken_runs(simt.Schedule(seed))) == []
-    found = [barrier for barrier in simt.barriers() if ".cuh:" in barrier]
-    written = [
-        f"{path.name}:{number}"
-        for path in sorted((simt.ROOT / "csrc/cuda").glob("**/*.cuh"))
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if "__syncthreads();" in line
-    ]
-    assert sorted(found) == sorted(written)  # the runs above reach all there are
-    for barrier in found:
-        schedules = (simt.Schedule(seed, barrier) for seed in range(30))
-        caught = next((s for s in schedules if any(True for _ in broken_runs(s))), None)
-        assert caught is not None, f"nothing shows that the barrier at {barrier} is missing"

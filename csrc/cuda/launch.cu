@@ -1,6 +1,7 @@
 // Fills in the kernels' arguments, picks the template instance, launches. Choices are plan.cpp's.
 #include "launch.h"
 
+#include "kernels/on_chip.cuh"
 #include "kernels/streaming.cuh"
 
 namespace bnext::cuda {
@@ -22,49 +23,83 @@ StreamingArgs common_args(const Geometry& g, const Plan& plan, void* workspace) 
   args.num_slabs = plan.num_slabs;
   args.block_packs = plan.block_packs;
   args.block_rows = plan.block_rows;
+  args.cluster_size = plan.cluster;
+  args.num_steps = plan.num_steps;
+  args.held_steps = plan.held_steps;
+  args.run_length = plan.run_length;
+  args.slab_channels = plan.slab_channels;
+  args.layout = plan.layout;
   args.num_positions = static_cast<double>(g.num_positions());
   if (plan.reduce) args.partials = static_cast<double*>(workspace);
   if (plan.finish && plan.apply) args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
   return args;
 }
 
-// The view as the plan sees it: a folded row is `fold` rows long.
+// The view as the plan sees it: a folded row is `fold` rows long, and runs of channels are the columns of rows.
 View plan_view(const View& view, const Plan& plan) {
+  if (view.data == nullptr) return View{};
+  if (plan.run_length > 1) return View{view.data, 1, {0, view.stride[0], view.stride[1]}};
   View folded = view;
   folded.stride[2] *= plan.fold;
-  return view.data == nullptr ? View{} : folded;
+  return folded;
+}
+
+// From a view's strides to the distances that its threads go.
+void set_views(StreamingArgs& args, const Plan& plan, const View& first, const View& second = {},
+               const View& third = {}) {
+  const View* views[] = {&first, &second, &third};
+  for (int k = 0; k < 3; ++k) {
+    const View view = args.view[k] = plan_view(*views[k], plan);
+    const int64_t inner = plan.walk == Walk::kRows || plan.vec == 1 ? view.stride[2] : plan.vec;
+    args.move[k][0] = plan.step[0] * view.stride[0] + plan.step[1] * view.stride[1] + plan.step[2] * inner;
+    args.move[k][1] = view.stride[1] - plan.size[2] * inner;
+    args.move[k][2] = view.stride[0] - plan.size[1] * view.stride[1];
+  }
 }
 
 struct Stages {
-  StreamingArgs reduce, finish, apply;
+  StreamingArgs reduce, finish, apply;  // on-chip kernels take the last
 };
 
-template <typename Kernel>
-cudaError_t launch_kernel(Kernel* kernel, int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
-                          const StreamingArgs& args) {
-  BNEXT_LAUNCH(kernel, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<size_t>(shared_bytes),
-               stream, args);
-  return cudaGetLastError();
+LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster = 1) {
+  return {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<unsigned>(cluster),
+          static_cast<size_t>(shared_bytes)};
+}
+
+template <typename T, int kVec, bool kRows, bool kWhole>
+cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
+  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
+  if (plan.pass == Pass::kBackward) return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
+  if (plan.count_first) {
+    const cudaError_t error = launch_kernel<&count_batch_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
+    if (error != cudaSuccess) return error;
+  }
+  return launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
+}
+
+template <typename T, int kVec, bool kRows>
+cudaError_t run_reduce(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
+  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.reduce_shared_bytes);
+  if (plan.pass == Pass::kForward) {
+    return launch_kernel<&streaming_statistics_kernel<T, kVec, kRows>>(shape, stream, args);
+  }
+  return args.view[2].data != nullptr
+             ? launch_kernel<&streaming_backward_reduce_kernel<T, kVec, kRows, true>>(shape, stream, args)
+             : launch_kernel<&streaming_backward_reduce_kernel<T, kVec, kRows, false>>(shape, stream, args);
 }
 
 template <typename T, int kVec, bool kRows>
 cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stream) {
-  const bool forward = plan.pass == Pass::kForward;
   cudaError_t error = cudaSuccess;
-  if (plan.reduce) {
-    const bool writes_dx = stages.reduce.view[2].data != nullptr;
-    auto* kernel = forward     ? &streaming_statistics_kernel<T, kVec, kRows>
-                   : writes_dx ? &streaming_backward_reduce_kernel<T, kVec, kRows, true>
-                               : &streaming_backward_reduce_kernel<T, kVec, kRows, false>;
-    error = launch_kernel(kernel, plan.num_blocks, plan.threads, plan.reduce_shared_bytes, stream, stages.reduce);
-  }
+  if (plan.reduce) error = run_reduce<T, kVec, kRows>(stages.reduce, plan, stream);
   if (plan.finish && error == cudaSuccess) {
-    error = launch_kernel(&finish_kernel<accumulate_t<T>>, stages.finish.num_channels, plan.finish_threads,
-                          plan.finish_shared_bytes, stream, stages.finish);
+    const int64_t blocks = stages.finish.num_channels;
+    error = launch_kernel<&finish_kernel<accumulate_t<T>>>(
+        launch_shape(blocks, plan.finish_threads, plan.finish_shared_bytes), stream, stages.finish);
   }
   if (plan.apply && error == cudaSuccess) {
-    error = launch_kernel(&streaming_apply_kernel<T, kVec, kRows>, plan.num_blocks, plan.threads,
-                          plan.apply_shared_bytes, stream, stages.apply);
+    error = launch_kernel<&streaming_apply_kernel<T, kVec, kRows>>(
+        launch_shape(plan.num_blocks, plan.threads, plan.apply_shared_bytes), stream, stages.apply);
   }
   return error;
 }
@@ -72,6 +107,11 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
 template <typename T>
 cudaError_t run_dtype(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   constexpr int kVec = kPackBytes / sizeof(T);
+  if (plan.on_chip) {
+    if (plan.walk == Walk::kRows) return run_on_chip<T, kVec, true, true>(stages.apply, plan, stream);
+    return plan.whole_packs ? run_on_chip<T, kVec, false, true>(stages.apply, plan, stream)
+                            : run_on_chip<T, kVec, false, false>(stages.apply, plan, stream);
+  }
   if (plan.walk == Walk::kRows) {
     return plan.vec > 1 ? run_stages<T, kVec, true>(stages, plan, stream)
                         : run_stages<T, 1, true>(stages, plan, stream);
@@ -121,9 +161,8 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
   args.running_var = problem.running_var;
   args.num_batches_tracked = problem.training ? problem.num_batches_tracked : nullptr;
   Stages stages = make_stages(args, plan);
-  stages.reduce.view[0] = plan_view(problem.x, plan);
-  stages.apply.view[0] = plan_view(problem.y, plan);
-  stages.apply.view[1] = plan_view(problem.x, plan);
+  set_views(stages.reduce, plan, problem.x);
+  set_views(stages.apply, plan, problem.y, problem.x);
   return run_plan(stages, plan, stream);
 }
 
@@ -139,13 +178,11 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   args.dmean = problem.dmean;
   args.dvar = problem.dvar;
   Stages stages = make_stages(args, plan);
-  const View x = plan_view(problem.x, plan), dy = plan_view(problem.dy, plan), dx = plan_view(problem.dx, plan);
-  stages.reduce.view[0] = dy;
-  if (make_request(problem).reads_x) stages.reduce.view[1] = x;
-  if (!plan.apply) stages.reduce.view[2] = dx;  // eval, in one pass
-  stages.apply.view[0] = dx;
-  if (problem.training) stages.apply.view[1] = x;
-  stages.apply.view[2] = dy;
+  const View none, &x = problem.x, &dy = problem.dy, &dx = problem.dx;
+  // In eval, one pass does it all.
+  const bool writes_dx = plan.reduce && !plan.apply;
+  set_views(stages.reduce, plan, dy, make_request(problem).reads_x ? x : none, writes_dx ? dx : none);
+  set_views(stages.apply, plan, dx, problem.training ? x : none, dy);
   return run_plan(stages, plan, stream);
 }
 

@@ -5,22 +5,15 @@
 #include <numeric>
 #include <tuple>
 
-#include "kernels/streaming_args.h"
+#include "plan_on_chip.h"
+#include "plan_steps.h"
 
 namespace bnext::cuda {
 namespace {
 
-constexpr int64_t kPackBytes = 16;
-constexpr int kMinThreads = 64;
 // Contiguous bytes of a row that a block reads: a whole cache line and no more, because a block leaves 24 bytes of partial
 // sums for each channel, which should be little beside the rows that it has read for them.
 constexpr int64_t kRowBytes = 128;
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
 bool begins_aligned(const View& view) {
   return view.data == nullptr || reinterpret_cast<uintptr_t>(view.data) % kPackBytes == 0;
 }
@@ -42,11 +35,21 @@ bool rows_follow(const Geometry& g, const View& view) {
          (g.size[2] == 1 || view.stride[2] == g.num_channels);
 }
 
+// Planes of neighbouring channels lie one behind the other, and what comes after all channels begins at 16 bytes.
+bool channels_follow(const Geometry& g, const View& view) {
+  if (view.data == nullptr) return true;
+  const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
+  bool follow = begins_aligned(view) && view.stride_c == g.size[2];
+  for (int d = 0; d < 2; ++d) follow = follow && (g.size[d] == 1 || view.stride[d] % vec == 0);
+  return follow;
+}
+
 void describe_views(Request& request, std::initializer_list<const View*> views) {
-  request.aligned = request.dense_rows = true;
+  request.aligned = request.dense_rows = request.dense_channels = true;
   for (const View* view : views) {
     request.aligned = request.aligned && stays_aligned(request.geometry, *view);
     request.dense_rows = request.dense_rows && rows_follow(request.geometry, *view);
+    request.dense_channels = request.dense_channels && channels_follow(request.geometry, *view);
   }
 }
 
@@ -81,17 +84,7 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   plan.chunk = ceil_div(ceil_div(plan.num_items, splits), parallel_items) * parallel_items;
   plan.num_splits = ceil_div(plan.num_items, plan.chunk);
   plan.num_blocks = columns * plan.num_splits;
-  plan.step[2] = parallel_items % plan.size[2];
-  plan.step[1] = parallel_items / plan.size[2] % plan.size[1];
-  plan.step[0] = parallel_items / plan.size[2] / plan.size[1];
-}
-
-// The fewest threads that still take all items in one batch, within the limits.
-template <typename Fits>
-int choose_threads(const Limits& limits, Fits fits) {
-  int threads = std::min(limits.threads, kMaxThreads);
-  while (threads > kMinThreads && fits(threads / 2)) threads /= 2;
-  return threads;
+  set_step(plan, parallel_items);
 }
 
 void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
@@ -103,7 +96,7 @@ void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.size[1] = g.size[1];
   plan.size[2] = ceil_div(inner, plan.vec);
   plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
-  plan.threads = choose_threads(limits, [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
+  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads, [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
   plan.wide_channels = g.num_channels;
   split_items(device, limits, g.num_channels, plan.threads, plan);
   plan.reduce_shared_bytes = planes_reduce_shared(plan.threads, acc_bytes(g.dtype));
@@ -128,7 +121,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   const int64_t packs = plan.wide_channels / plan.vec;
   const int64_t row_packs = std::min(packs, kRowBytes / (plan.vec * dtype_bytes(g.dtype)));
   auto packs_for = [&](int threads) { return std::min<int64_t>(row_packs, threads / plan.vec); };
-  plan.threads = choose_threads(limits, [&](int threads) {
+  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads, [&](int threads) {
     return packs_for(threads) == packs_for(2 * threads) && plan.num_items <= threads / packs_for(threads) * kUnroll;
   });
   plan.num_slabs = ceil_div(packs, packs_for(plan.threads));
@@ -140,6 +133,12 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   plan.fused = false;  // a block has hundreds of channels: to add up the partial sums once is cheaper
 }
 
+std::string format(const char* how, double number) {
+  char text[32];
+  std::snprintf(text, sizeof text, how, number);
+  return text;
+}
+
 std::string with_unit(double bytes) {
   const char* unit = "B";
   for (const char* larger : {"kB", "MB", "GB", "TB"}) {
@@ -147,37 +146,33 @@ std::string with_unit(double bytes) {
     bytes /= 1000;
     unit = larger;
   }
-  char text[32];
-  std::snprintf(text, sizeof text, "%.4g %s", bytes, unit);
-  return text;
+  return format("%.4g ", bytes) + unit;
 }
 
-}  // namespace
-
-Request make_request(const ForwardProblem& problem) {
-  Request request;
-  request.geometry = problem.geometry;
-  request.pass = Pass::kForward;
-  request.training = request.sums = problem.training;
-  request.output = problem.y.data != nullptr;
-  describe_views(request, {&problem.x, &problem.y});
-  return request;
+// Which kernels run, with their blocks.
+std::string stages_text(const Plan& plan) {
+  const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
+  if (plan.on_chip) {
+    std::string text = plan.count_first ? " count, then" : "";
+    text += grid + (plan.cluster > 1 ? " in clusters of " + std::to_string(plan.cluster) : "") + ", ";
+    text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
+    return text + " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
+  }
+  std::string text;
+  const char* separator = "";
+  if (plan.reduce) {
+    text += " reduce" + grid + " (" + std::to_string(plan.num_splits) + " blocks per channel)";
+    separator = ",";
+  }
+  if (plan.finish) {
+    text += separator + std::string(" finish (") + std::to_string(plan.finish_threads) + " threads per channel)";
+    separator = ",";
+  }
+  if (plan.apply) text += separator + std::string(plan.fused ? " finish and apply" : " apply") + grid;
+  return text.empty() ? " nothing" : text;
 }
 
-Request make_request(const BackwardProblem& problem) {
-  Request request;
-  request.geometry = problem.geometry;
-  request.pass = Pass::kBackward;
-  request.training = problem.training;
-  request.output = problem.dx.data != nullptr;
-  request.reads_x =
-      (request.output && request.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
-  request.sums = request.reads_x || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
-  describe_views(request, {&problem.x, &problem.dy, &problem.dx});
-  return request;
-}
-
-Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits) {
+Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& limits) {
   Plan plan;
   plan.dtype = r.geometry.dtype;
   plan.walk = r.geometry.walk;
@@ -197,13 +192,14 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   plan.apply_shared_bytes = plan.fused ? finish_shared(plan.threads) : 0;
   if (plan.reduce) {
     const int64_t partial_bytes = kNumSums * plan.wide_channels * plan.num_splits * 8;
-    plan.coefficient_offset = ceil_div(partial_bytes, kPackBytes) * kPackBytes;
+    plan.coefficient_offset = round_up(partial_bytes, kPackBytes);
   }
   plan.workspace_bytes = plan.coefficient_offset;
   if (plan.finish && plan.apply) plan.workspace_bytes += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
 
-  const int64_t tensor_bytes = r.geometry.num_channels * r.geometry.num_positions() * dtype_bytes(plan.dtype);
-  plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * tensor_bytes;
+  plan.tensor_bytes = tensor_bytes(r.geometry);
+  plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
+  plan.microseconds = predict_time(plan, r, device);
   if (plan.num_blocks > kMaxBlocks || (plan.finish && r.geometry.num_channels > kMaxBlocks)) {
     plan.error = "it needs more than 2^31 - 1 blocks";
   } else if (std::max({plan.reduce_shared_bytes, plan.apply_shared_bytes, plan.finish_shared_bytes}) >
@@ -213,6 +209,41 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   return plan;
 }
 
+}  // namespace
+
+Request make_request(const ForwardProblem& problem) {
+  Request request;
+  request.geometry = problem.geometry;
+  request.pass = Pass::kForward;
+  request.training = request.sums = problem.training;
+  request.output = problem.y.data != nullptr;
+  request.cumulative = problem.training && problem.cumulative && problem.num_batches_tracked != nullptr;
+  describe_views(request, {&problem.x, &problem.y});
+  return request;
+}
+
+Request make_request(const BackwardProblem& problem) {
+  Request request;
+  request.geometry = problem.geometry;
+  request.pass = Pass::kBackward;
+  request.training = problem.training;
+  request.output = problem.dx.data != nullptr;
+  request.reads_x =
+      (request.output && request.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
+  request.sums = request.reads_x || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
+  describe_views(request, {&problem.x, &problem.dy, &problem.dx});
+  return request;
+}
+
+Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits) {
+  const Plan streaming = plan_streaming(r, device, limits);
+  if (limits.family == Family::kStreaming) return streaming;
+  const Plan on_chip = plan_on_chip(r, device, limits, streaming);
+  if (limits.family != Family::kAuto) return on_chip;
+  const bool better = on_chip.microseconds <= streaming.microseconds || !streaming.error.empty();
+  return on_chip.error.empty() && better ? on_chip : streaming;
+}
+
 bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
     const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,
@@ -220,7 +251,9 @@ bool operator==(const Plan& a, const Plan& b) {
     const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.finish_threads, p.reduce_shared_bytes,
                                  p.apply_shared_bytes, p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
                                  p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    return std::tuple_cat(choice, stages);
+    const auto on_chip = std::tie(p.on_chip, p.count_first, p.cluster, p.num_steps, p.held_steps, p.run_length,
+                                  p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds);
+    return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
 }
@@ -228,33 +261,33 @@ bool operator==(const Plan& a, const Plan& b) {
 std::string to_string(const Plan& plan) {
   std::string text = family_name(plan.family);
   text += plan.pass == Pass::kForward ? " forward, " : " backward, ";
-  text += plan.walk == Walk::kPlanes ? "planes of " : "rows of ";
+  text += plan.run_length > 1 ? "runs of channels of " : plan.walk == Walk::kPlanes ? "planes of " : "rows of ";
   text += std::string(dtype_name(plan.dtype)) + " in " + (plan.vec > 1 ? "packs of 16 bytes" : "single elements");
   if (plan.fold > 1) text += ", " + std::to_string(plan.fold) + " rows as one";
-  text += ":";
-  const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
-  const char* separator = "";
-  if (plan.reduce) {
-    text += " reduce" + grid + " (" + std::to_string(plan.num_splits) + " blocks per channel)";
-    separator = ",";
-  }
-  if (plan.finish) {
-    text += separator + std::string(" finish (") + std::to_string(plan.finish_threads) + " threads per channel)";
-    separator = ",";
-  }
-  if (plan.apply) text += separator + std::string(plan.fused ? " finish and apply" : " apply") + grid;
-  if (!plan.reduce && !plan.finish && !plan.apply) text += " nothing";
-  text += "; moves " + std::to_string(plan.tensors_read + plan.tensors_written) + " tensors, " +
-          with_unit(static_cast<double>(plan.bytes_moved)) + ", workspace " +
-          with_unit(static_cast<double>(plan.workspace_bytes));
+  text += ":" + stages_text(plan) + "; moves ";
+  const double all = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
+  text += format("%.3g", one > 0 ? all / one : 0) + " tensors, " + with_unit(all);
+  text += ", workspace " + with_unit(static_cast<double>(plan.workspace_bytes));
   if (!plan.error.empty()) text += "; cannot run: " + plan.error;
   return text;
 }
 
-const char* family_name(Family family) { return family == Family::kAuto ? "auto" : "streaming"; }
+const char* family_name(Family family) {
+  switch (family) {
+    case Family::kAuto:
+      return "auto";
+    case Family::kStreaming:
+      return "streaming";
+    case Family::kResident:
+      return "resident";
+    case Family::kCluster:
+      return "cluster";
+  }
+  return "?";
+}
 
 bool parse_family(const std::string& name, Family* family) {
-  for (Family known : {Family::kAuto, Family::kStreaming}) {
+  for (Family known : {Family::kAuto, Family::kStreaming, Family::kResident, Family::kCluster}) {
     if (name != family_name(known)) continue;
     *family = known;
     return true;

@@ -6,8 +6,11 @@
 #include <string>
 
 #include "../problem.h"
+#include "kernels/streaming_args.h"
 
 namespace bnext::cuda {
+
+constexpr int kNumClusterSizes = 4;  // 2, 4, 8, 16
 
 struct DeviceInfo {
   int arch = 90;  // 10 * major + minor
@@ -15,10 +18,16 @@ struct DeviceInfo {
   int threads_per_sm = 2048;
   int64_t shared_bytes_per_block = 48 << 10;  // without opting in to more
   int64_t l2_bytes = 50 << 20;
+  int64_t shared_bytes_opt_in = 227 << 10;  // of a block that asks for it
+  int64_t shared_bytes_per_sm = 228 << 10;
+  int registers_per_sm = 64 << 10;
+  // Clusters of 2, 4, 8 and 16 blocks that can run at once when each block needs an SM for itself; 0: none can.
+  int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
+  double memory_gb_per_s = 4800;
 };
 
-// kAuto leaves the choice to make_plan.
-enum class Family : uint8_t { kAuto, kStreaming };
+// kAuto leaves the choice to make_plan. Resident and cluster keep a channel on chip: in one block, or in a cluster.
+enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -34,6 +43,10 @@ struct Request {
   bool aligned = true;
   // Rows follow each other without a gap, and the first begins at a multiple of 16 bytes.
   bool dense_rows = true;
+  // Planes of neighbouring channels follow each other without a gap, and outer steps are multiples of 16 bytes, so that
+  // some channels together begin and end at 16 bytes where one does not.
+  bool dense_channels = true;
+  bool cumulative = false;  // momentum depends on num_batches_tracked
 };
 
 Request make_request(const ForwardProblem& problem);
@@ -42,12 +55,14 @@ Request make_request(const BackwardProblem& problem);
 // Upper bounds that a caller may lower: tests run small blocks, benchmarks try others.
 struct Limits {
   Family family = Family::kAuto;
-  int threads = 256;  // in a block: a power of two from 64 to 256
+  int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
   int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
   // Blocks to fill the device with, as a share of the threads it can hold. Half: registers allow no more than that.
   double waves = 0.5;
+  int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
+  int cluster = 0;                          // blocks in a cluster: exactly this many, or 0 for any number
 };
 
 struct Plan {
@@ -68,8 +83,17 @@ struct Plan {
   int finish_threads = 32;
   int64_t reduce_shared_bytes = 0, apply_shared_bytes = 0, finish_shared_bytes = 0;
   int64_t coefficient_offset = 0, workspace_bytes = 0;
+  // On chip: one kernel for all, after a tiny one where batches have to be counted first.
+  bool on_chip = false, count_first = false;
+  int cluster = 1;                      // blocks that share a channel; num_splits is the same
+  int num_steps = 0, held_steps = 0;    // as in StreamingArgs
+  int run_length = 1, slab_channels = 1;
+  bool whole_packs = false;  // no pack is shared by two planes
+  double held = 0;           // share of the data that stays on chip
+  OnChipLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
-  int64_t bytes_moved = 0;
+  int64_t tensor_bytes = 0, bytes_moved = 0;
+  double microseconds = 0;  // by the model of plan_on_chip.cpp
   // Not empty: the pass cannot run, and why.
   std::string error;
 };

@@ -33,12 +33,13 @@ struct Call {
   Vector weight, bias, mean, invstd, running_mean, running_var, dweight, dbias, dmean, dvar;
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
-  int64_t num_sms, threads_per_sm, threads, batches, fused_splits;
+  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, cluster, shared_bytes;
   double waves;
   int64_t seed;
-  char skipped_barrier[64];
-  // results
-  int64_t bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits;
+  char skipped_barriers[128];
+  // results. illegal: there is no such plan, and nothing ran
+  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length;
+  double held;
   char plan[512], error[256];
 };
 
@@ -77,10 +78,15 @@ void run(Call& call, const Problem& problem) {
   limits.batches = static_cast<int>(call.batches);
   limits.fused_splits = static_cast<int>(call.fused_splits);
   limits.waves = call.waves;
+  limits.family = static_cast<cuda::Family>(call.family);
+  limits.cluster = static_cast<int>(call.cluster);
+  limits.shared_bytes = call.shared_bytes;
   const cuda::Plan plan = cuda::make_plan(cuda::make_request(problem), device, limits);
   std::snprintf(call.plan, sizeof call.plan, "%s", cuda::to_string(plan).c_str());
 
-  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barrier});
+  call.illegal = !plan.error.empty();
+  if (call.illegal != 0) return;
+  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barriers});
   for (const Tensor* t : {&call.x, &call.dy}) {
     if (t->data != nullptr) simt::allow_load(t->storage, t->storage_bytes);
   }
@@ -97,6 +103,8 @@ void run(Call& call, const Problem& problem) {
   call.vec = plan.vec;
   call.fold = plan.fold;
   call.num_splits = plan.num_splits;
+  call.run_length = plan.run_length;
+  call.held = plan.held;
 }
 
 }  // namespace

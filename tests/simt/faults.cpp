@@ -38,6 +38,46 @@ void store_twice(Memory memory) { simt::check_store(memory.stores + threadIdx.x 
 
 void beyond_shared(Memory) { simt::shared_memory()[256 + threadIdx.x] = 0; }
 
+void cluster_barrier_missed(Memory) {
+  if (threadIdx.x >= 32) simt::cluster_arrive(__FILE__, __LINE__);
+  simt::cluster_wait(__FILE__, __LINE__);
+}
+
+void ended_block(Memory) {
+  auto* shared = reinterpret_cast<double*>(simt::shared_memory());
+  shared[0] = 0;
+  simt::cluster_arrive(__FILE__, __LINE__);
+  simt::cluster_wait(__FILE__, __LINE__);
+  const unsigned other = (blockIdx.x + 1) % 2;
+  for (int i = 0; i < 8; ++i) {
+    simt::cluster_memory(shared, sizeof *shared, other);
+    __syncthreads();
+  }
+}
+
+void two_cluster_barriers(Memory) {
+  if (blockIdx.x % 2 == 0) {
+    simt::cluster_arrive(__FILE__, __LINE__);
+  } else {
+    simt::cluster_arrive(__FILE__, __LINE__);
+  }
+  simt::cluster_wait(__FILE__, __LINE__);
+}
+
+void left_in_flight(Memory memory) {
+  simt::copy_async(simt::shared_memory() + 4 * threadIdx.x, memory.loads + threadIdx.x, 4);
+  simt::commit_async();
+}
+
+void early_look(Memory memory) {
+  auto* shared = reinterpret_cast<float*>(simt::shared_memory());
+  simt::copy_async(shared + threadIdx.x, simt::check_load(memory.loads + threadIdx.x, 4), 4);
+  simt::commit_async();
+  const bool early = shared[threadIdx.x] == 0;
+  simt::wait_async(0, __FILE__, __LINE__);
+  if (early || shared[threadIdx.x] != 0) simt::check_store(nullptr, 4);
+}
+
 void nothing_wrong(Memory memory) {
   auto* shared = reinterpret_cast<float*>(simt::shared_memory());
   shared[threadIdx.x] = *static_cast<const float*>(simt::check_load(memory.loads + threadIdx.x, 4));
@@ -49,12 +89,20 @@ void nothing_wrong(Memory memory) {
 }  // namespace
 
 extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t error_bytes) {
-  void (*const kernels[])(Memory) = {skipped_barrier, two_barriers,  half_warp_shuffle, partial_mask,  misaligned_load,
-                                     load_outside,    store_outside, store_twice,       beyond_shared, nothing_wrong};
+  struct Fault {
+    void (*kernel)(Memory);
+    unsigned grid, cluster;
+  };
+  const Fault faults[] = {{skipped_barrier, 2, 1},        {two_barriers, 2, 1},   {half_warp_shuffle, 2, 1},
+                          {partial_mask, 2, 1},           {misaligned_load, 2, 1}, {load_outside, 2, 1},
+                          {store_outside, 2, 1},          {store_twice, 2, 1},    {beyond_shared, 2, 1},
+                          {cluster_barrier_missed, 2, 2}, {ended_block, 2, 2},    {two_cluster_barriers, 2, 2},
+                          {left_in_flight, 2, 1},         {early_look, 2, 1},     {nothing_wrong, 1, 1}};
+  const Fault& fault = faults[which];
   alignas(16) float loads[64] = {}, stores[64] = {};
   simt::begin({static_cast<uint64_t>(seed), ""});
   simt::allow_load(loads, sizeof loads);
   simt::allow_store(stores, sizeof stores);
-  simt::launch(kernels[which], 2 - (which == 9), 64, 256, nullptr, Memory{loads, stores});
+  simt::launch(fault.kernel, fault.grid, 64, fault.cluster, 256, nullptr, Memory{loads, stores});
   std::snprintf(error, error_bytes, "%s", simt::error().c_str());
 }

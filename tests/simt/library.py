@@ -23,10 +23,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the or
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
 # A checked longjmp refuses to leave a fiber's stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DBNEXT_SIMT", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/simt"]
-PLAN_SOURCES = ("tests/simt/plan_driver.cpp", "csrc/cuda/plan.cpp", "csrc/layout.cpp")
+PLANS = ("csrc/cuda/plan.cpp", "csrc/cuda/plan_on_chip.cpp", "csrc/layout.cpp")
+PLAN_SOURCES = ("tests/simt/plan_driver.cpp", *PLANS)
 SIMT_SOURCES = (
     *("tests/simt/driver.cpp", "tests/simt/faults.cpp", "tests/simt/simt.cpp"),
-    *("csrc/cuda/launch.cu", "csrc/cuda/plan.cpp", "csrc/layout.cpp"),
+    *("csrc/cuda/launch.cu", *PLANS),
 )
 MESSAGE_BYTES = 512
 
@@ -85,8 +86,11 @@ VECTORS = (
     *("weight", "bias", "mean", "invstd", "running_mean", "running_var"),
     *("dweight", "dbias", "dmean", "dvar"),
 )
+FAMILIES = ("auto", "streaming", "resident", "cluster")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
-RESULTS = ("bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold", "num_splits")
+LIMITS += ("family", "cluster", "shared_bytes")
+RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold")
+RESULTS += ("num_splits", "run_length")
 
 
 class Call(ctypes.Structure):
@@ -100,8 +104,9 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in LIMITS),
         ("waves", ctypes.c_double),
         ("seed", ctypes.c_int64),
-        ("skipped_barrier", ctypes.c_char * 64),
+        ("skipped_barriers", ctypes.c_char * 128),
         *((name, ctypes.c_int64) for name in RESULTS),
+        ("held", ctypes.c_double),
         ("plan", ctypes.c_char * MESSAGE_BYTES),
         ("error", ctypes.c_char * 256),
     )
@@ -116,15 +121,22 @@ class Machine(NamedTuple):
     batches: int = 2
     fused_splits: int = 64
     waves: float = 1.0
+    family: str = "streaming"
+    cluster: int = 0
+    shared_bytes: int = 1 << 30
 
 
 class Schedule(NamedTuple):
     seed: int = 0
-    skipped_barrier: str = ""
+    skipped_barriers: tuple[str, ...] = ()
 
 
 class ShimError(Exception):
     """What the shim caught a kernel at."""
+
+
+class NoPlanError(Exception):
+    """The family that was asked for cannot do this."""
 
 
 @cache
@@ -141,7 +153,7 @@ def library() -> ctypes.CDLL:
 
 
 def barriers() -> list[str]:
-    """Barriers that kernels have reached so far, as "file.cuh:line"."""
+    """Barriers and waits that kernels have reached so far, as "file.cuh:line"."""
     lib = library()
     return [lib.simt_barrier(i).decode() for i in range(lib.simt_num_barriers())]
 
@@ -194,10 +206,12 @@ def run(
     if num_batches_tracked is not None:
         call.num_batches_tracked = num_batches_tracked.data_ptr()
     for name, value in (machine or Machine())._asdict().items():
-        setattr(call, name, value)
+        setattr(call, name, FAMILIES.index(value) if name == "family" else value)
     schedule = schedule or Schedule()
-    call.seed, call.skipped_barrier = schedule.seed, schedule.skipped_barrier.encode()
+    call.seed, call.skipped_barriers = schedule.seed, " ".join(schedule.skipped_barriers).encode()
     library().simt_run(ctypes.byref(call))
+    if call.illegal:
+        raise NoPlanError(call.plan.decode())
     if call.error:
         raise ShimError(f"{call.error.decode()}; {call.plan.decode()}")
     return call

@@ -14,12 +14,17 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
+  int64_t family, cumulative;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
+  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
+  double memory_gb_per_s;
   // results
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads, reduce_shared_bytes, apply_shared_bytes;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
-  int64_t steps_add_up;
+  int64_t steps_add_up, family_chosen, on_chip, count_first, cluster, num_steps, held_steps, run_length, slab_channels;
+  int64_t shared_bytes, tensor_bytes;
+  double held, microseconds;
   char text[512];
 };
 
@@ -53,11 +58,23 @@ void plan_run(Query* q) {
     p.x = x;
     p.training = q->training != 0;
     if (q->output != 0) p.y = x;
+    p.cumulative = q->cumulative != 0;
+    p.num_batches_tracked = static_cast<int64_t*>(data);
     r = make_request(p);
   }
-  const DeviceInfo device{static_cast<int>(q->arch), static_cast<int>(q->num_sms), static_cast<int>(q->threads_per_sm),
-                          q->shared_bytes_per_block, q->l2_bytes};
-  const Plan p = make_plan(r, device);
+  DeviceInfo device;
+  device.arch = static_cast<int>(q->arch);
+  device.num_sms = static_cast<int>(q->num_sms);
+  device.threads_per_sm = static_cast<int>(q->threads_per_sm);
+  device.shared_bytes_per_block = q->shared_bytes_per_block;
+  device.l2_bytes = q->l2_bytes;
+  device.shared_bytes_opt_in = q->shared_bytes_opt_in;
+  device.shared_bytes_per_sm = q->shared_bytes_per_sm;
+  for (int i = 0; i < kNumClusterSizes; ++i) device.active_clusters[i] = static_cast<int>(q->active_clusters[i]);
+  device.memory_gb_per_s = q->memory_gb_per_s;
+  Limits limits;
+  limits.family = static_cast<Family>(q->family);
+  const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
   q->vec = p.vec;
   q->fold = p.fold;
@@ -83,7 +100,7 @@ void plan_run(Query* q) {
   q->bytes_moved = p.bytes_moved;
   q->has_error = !p.error.empty();
   q->acc_bytes = p.dtype == DType::kFloat64 ? 8 : 4;
-  Plan other = make_plan(r, device);
+  Plan other = make_plan(r, device, limits);
   q->same_again = p == other;
   other.threads += 1;
   q->same_again = q->same_again != 0 && p != other;
@@ -91,6 +108,18 @@ void plan_run(Query* q) {
   const int64_t distance = p.walk == Walk::kRows ? p.block_rows : p.threads;
   q->steps_add_up = (p.step[0] * p.size[1] + p.step[1]) * p.size[2] + p.step[2] == distance && p.step[1] < p.size[1] &&
                     p.step[2] < p.size[2];
+  q->family_chosen = static_cast<int64_t>(p.family);
+  q->on_chip = p.on_chip;
+  q->count_first = p.count_first;
+  q->cluster = p.cluster;
+  q->num_steps = p.num_steps;
+  q->held_steps = p.held_steps;
+  q->run_length = p.run_length;
+  q->slab_channels = p.slab_channels;
+  q->shared_bytes = p.layout.bytes;
+  q->tensor_bytes = p.tensor_bytes;
+  q->held = p.held;
+  q->microseconds = p.microseconds;
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
 }
 

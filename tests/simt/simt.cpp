@@ -4,16 +4,24 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <random>
 
 namespace simt {
 namespace {
 
-constexpr int kWarp = 32, kMaxThreads = 1024;
+constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCluster = 16;
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kDone };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
 
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
@@ -23,6 +31,11 @@ struct Fiber {
   State state = State::kDone;
   const char* file = nullptr;  // of the barrier
   int line = 0;                // of the barrier or the shuffle
+  bool arrived = false;        // at the cluster's barrier, where others are missing yet
+  int passed = 0, waited = 0;  // cluster barriers
+  std::string arrived_at;
+  std::vector<Copy> copies;                 // begun, and in no group yet
+  std::deque<std::vector<Copy>> in_flight;  // groups
   uint64_t slot[2] = {0, 0};   // values left for other lanes, alternating: a fast lane cannot overwrite what is read
   unsigned num_shuffles = 0;
   uint32_t priority = 0;
@@ -36,11 +49,11 @@ struct Range {
 struct Machine {
   Session session;
   std::mt19937_64 random;
-  std::vector<Fiber> fibers = std::vector<Fiber>(kMaxThreads);
+  std::deque<Fiber> fibers;  // of all blocks of a cluster
   jmp_buf scheduler;
-  unsigned thread = 0, block = 0, num_threads = 0, num_blocks = 0;
+  unsigned fiber = 0, first_block = 0, num_threads = 0, cluster = 1, num_blocks = 0;
   const std::function<void()>* kernel = nullptr;
-  std::vector<unsigned char> shared;
+  std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
   int64_t bytes_loaded = 0, bytes_stored = 0;
   std::string error;
@@ -49,7 +62,15 @@ struct Machine {
 
 Machine m;
 
-Fiber& current() { return m.fibers[m.thread]; }
+Fiber& current() { return m.fibers[m.fiber]; }
+
+unsigned thread() { return m.fiber % m.num_threads; }
+unsigned rank() { return m.fiber / m.num_threads; }
+unsigned num_fibers() { return m.num_threads * m.cluster; }
+
+std::string where() {
+  return " (thread " + std::to_string(thread()) + " of block " + std::to_string(m.first_block + rank()) + ")";
+}
 
 // Back to the scheduler until it picks this fiber again.
 void yield() {
@@ -58,15 +79,18 @@ void yield() {
 
 // Ends the launch. The fibers are left where they are and start anew in the next launch.
 [[noreturn]] void fail(const std::string& what) {
-  if (m.error.empty()) {
-    m.error = what + " (thread " + std::to_string(m.thread) + " of block " + std::to_string(m.block) + ")";
-  }
+  if (m.error.empty()) m.error = what + where();
   _longjmp(m.scheduler, 2);
 }
 
 void fiber_main() {
   for (;;) {
     (*m.kernel)();
+    if (current().arrived) fail("a thread ends without waiting at the cluster's barrier");
+    if (!current().copies.empty()) fail("an asynchronous copy that nobody waits for");
+    for (const auto& group : current().in_flight) {
+      if (!group.empty()) fail("an asynchronous copy that nobody waits for");
+    }
     current().state = State::kDone;
     yield();
   }
@@ -77,91 +101,135 @@ std::string place(const char* file, int line) {
   return std::string(slash == nullptr ? file : slash + 1) + ":" + std::to_string(line);
 }
 
+// Notes that a barrier has been reached; true if it is to be passed over.
+bool skipped(const char* file, int line) {
+  const std::string name = place(file, line);
+  if (std::find(m.barriers.begin(), m.barriers.end(), name) == m.barriers.end()) m.barriers.push_back(name);
+  return (" " + m.session.skipped_barriers + " ").find(" " + name + " ") != std::string::npos;
+}
+
 // Lets a warp go on whose lanes have all reached the same shuffle.
-void release_warp(unsigned warp) {
-  Fiber* lanes = &m.fibers[warp * kWarp];
-  for (int i = 0; i < kWarp; ++i) {
-    if (lanes[i].state != State::kAtShuffle) return;
+void release_warp(unsigned first) {
+  Fiber& leader = m.fibers[first];
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    if (m.fibers[i].state != State::kAtShuffle) return;
   }
-  for (int i = 1; i < kWarp; ++i) {
-    if (lanes[i].line != lanes[0].line || lanes[i].num_shuffles != lanes[0].num_shuffles) {
+  for (unsigned i = first; i < first + kWarp; ++i) {
+    if (m.fibers[i].line != leader.line || m.fibers[i].num_shuffles != leader.num_shuffles) {
       fail("lanes of a warp are at different shuffles");
     }
   }
-  for (int i = 0; i < kWarp; ++i) lanes[i].state = State::kReady;
+  for (unsigned i = first; i < first + kWarp; ++i) m.fibers[i].state = State::kReady;
 }
 
-void release_block() {
-  for (unsigned i = 0; i < m.num_threads; ++i) {
+void release_block(unsigned first) {
+  Fiber& leader = m.fibers[first];
+  for (unsigned i = first; i < first + m.num_threads; ++i) {
     if (m.fibers[i].state != State::kAtBarrier) return;
   }
-  for (unsigned i = 0; i < m.num_threads; ++i) {
-    if (m.fibers[i].line != m.fibers[0].line || m.fibers[i].file != m.fibers[0].file) {
-      fail("threads are at different barriers");
-    }
+  for (unsigned i = first; i < first + m.num_threads; ++i) {
+    if (m.fibers[i].line != leader.line || m.fibers[i].file != leader.file) fail("threads are at different barriers");
     m.fibers[i].state = State::kReady;
   }
 }
 
-// Three kinds of schedule. Uniformly random order rarely lets one warp run far ahead of another, and that is what shows
-// some missing barriers; so others prefer warps, or threads, in a random order that is drawn anew now and then.
-unsigned pick(const std::vector<unsigned>& ready) {
-  const unsigned kind = m.session.seed % 3;
-  if (kind == 0) return ready[m.random() % ready.size()];
-  if (m.random() % 256 == 0) {
-    for (unsigned i = 0; i < m.num_threads; ++i) {
-      const bool follows = kind == 1 && i % kWarp != 0;
-      m.fibers[i].priority = follows ? m.fibers[i - 1].priority : static_cast<uint32_t>(m.random());
-    }
+// When all threads have arrived, those that wait go on; the others need not wait when they come to it.
+void release_cluster() {
+  for (unsigned i = 0; i < num_fibers(); ++i) {
+    if (!m.fibers[i].arrived) return;
   }
+  for (unsigned i = 0; i < num_fibers(); ++i) {
+    Fiber& fiber = m.fibers[i];
+    if (fiber.arrived_at != m.fibers[0].arrived_at) fail("threads are at different cluster barriers");
+    fiber.arrived = false;
+    if (fiber.state == State::kAtClusterBarrier) fiber.state = State::kReady;
+  }
+  for (unsigned i = 0; i < num_fibers(); ++i) m.fibers[i].passed += 1;
+}
+
+bool has_ended(unsigned rank) {
+  for (unsigned i = rank * m.num_threads; i < (rank + 1) * m.num_threads; ++i) {
+    if (m.fibers[i].state != State::kDone) return false;
+  }
+  return true;
+}
+
+// The same for groups of threads.
+void draw_priorities(unsigned together) {
+  for (unsigned i = 0; i < num_fibers(); ++i) {
+    const bool follows = i % together != 0;
+    m.fibers[i].priority = follows ? m.fibers[i - 1].priority : static_cast<uint32_t>(m.random());
+  }
+}
+
+// Four kinds of schedule. Uniformly random order rarely lets one warp run far ahead of another, and that is what shows
+// some missing barriers; so others prefer threads, warps or blocks, in a random order that is drawn anew now and then.
+unsigned pick(const std::vector<unsigned>& ready) {
+  const unsigned kinds[] = {0, 1, kWarp, m.num_threads};
+  const unsigned together = kinds[m.session.seed % 4];
+  if (together == 0) return ready[m.random() % ready.size()];
+  if (m.random() % (8 * num_fibers()) == 0) draw_priorities(together);
   return *std::max_element(ready.begin(), ready.end(),
                            [](unsigned a, unsigned b) { return m.fibers[a].priority < m.fibers[b].priority; });
 }
 
-void run_block(unsigned block) {
-  m.block = block;
-  std::fill(m.shared.begin(), m.shared.end() - kGuardBytes, kPoison);
-  for (unsigned i = 0; i < m.num_threads; ++i) {
-    m.fibers[i].state = State::kReady;
-    m.fibers[i].num_shuffles = 0;
-    m.fibers[i].priority = static_cast<uint32_t>(m.random());
+void start_fiber(Fiber& fiber) {
+  fiber.started = true;
+  if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = kStackBytes;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, fiber_main, 0);
+  setcontext(&fiber.context);
+}
+
+void report_deadlock() {
+  for (m.fiber = 0; current().state == State::kDone;) ++m.fiber;
+  const Fiber& fiber = current();
+  m.error = fiber.state == State::kAtBarrier || fiber.state == State::kAtClusterBarrier
+                ? "not all threads reach the barrier at " + place(fiber.file, fiber.line)
+                : "not all lanes reach the shuffle at line " + std::to_string(fiber.line);
+  m.error += where() + " does";
+}
+
+void run_cluster(unsigned first_block) {
+  m.first_block = first_block;
+  for (auto& memory : m.shared) std::fill(memory.begin(), memory.end() - kGuardBytes, kPoison);
+  for (unsigned i = 0; i < num_fibers(); ++i) {
+    Fiber& fiber = m.fibers[i];
+    fiber.state = State::kReady;
+    fiber.num_shuffles = 0;
+    fiber.arrived = false;
+    fiber.passed = fiber.waited = 0;
+    fiber.copies.clear();
+    fiber.in_flight.clear();
   }
+  const unsigned kinds[] = {1, 1, kWarp, m.num_threads};
+  draw_priorities(kinds[m.session.seed % 4]);
   std::vector<unsigned> ready;
   for (;;) {
     ready.clear();
     bool all_done = true;
-    for (unsigned i = 0; i < m.num_threads; ++i) {
+    for (unsigned i = 0; i < num_fibers(); ++i) {
       if (m.fibers[i].state == State::kReady) ready.push_back(i);
       all_done = all_done && m.fibers[i].state == State::kDone;
     }
     if (all_done) break;
-    if (ready.empty()) {
-      for (m.thread = 0; m.fibers[m.thread].state == State::kDone;) ++m.thread;
-      const bool barrier = current().state == State::kAtBarrier;
-      m.error = (barrier ? "not all threads reach the barrier at " + place(current().file, current().line)
-                         : "not all lanes reach the shuffle at line " + std::to_string(current().line)) +
-                " (thread " + std::to_string(m.thread) + " of block " + std::to_string(block) + " does)";
-      return;
-    }
+    if (ready.empty()) return report_deadlock();
     // Runs until it waits or ends. Those that wait for others are looked at again when the others arrive.
-    m.thread = pick(ready);
+    m.fiber = pick(ready);
     Fiber& fiber = current();
     const int from = _setjmp(m.scheduler);
     if (from == 2) return;
     if (from == 1) continue;
     if (fiber.started) _longjmp(fiber.resume, 1);
-    fiber.started = true;
-    if (!fiber.stack) fiber.stack.reset(new unsigned char[kStackBytes]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
-    setcontext(&fiber.context);
+    start_fiber(fiber);
   }
-  for (size_t i = m.shared.size() - kGuardBytes; i < m.shared.size(); ++i) {
-    if (m.shared[i] == kGuard) continue;
-    m.error = "block " + std::to_string(block) + " wrote beyond its shared memory";
+  for (unsigned rank = 0; rank < m.cluster; ++rank) {
+    const auto& memory = m.shared[rank];
+    if (std::all_of(memory.end() - kGuardBytes, memory.end(), [](unsigned char c) { return c == kGuard; })) continue;
+    m.error = "block " + std::to_string(first_block + rank) + " wrote beyond its shared memory";
     return;
   }
 }
@@ -175,22 +243,65 @@ Range* find(std::vector<Range>& ranges, uintptr_t begin, uintptr_t end) {
 
 }  // namespace
 
-Index thread_index() { return {m.thread}; }
-Index block_index() { return {m.block}; }
+Index thread_index() { return {thread()}; }
+Index block_index() { return {m.first_block + rank()}; }
 Index block_size() { return {m.num_threads}; }
 Index grid_size() { return {m.num_blocks}; }
 
-unsigned char* shared_memory() { return m.shared.data(); }
+unsigned char* shared_memory() { return m.shared[rank()].data(); }
 
 void barrier(const char* file, int line) {
-  const std::string name = place(file, line);
-  if (std::find(m.barriers.begin(), m.barriers.end(), name) == m.barriers.end()) m.barriers.push_back(name);
-  if (name == m.session.skipped_barrier) return;
+  if (skipped(file, line)) return;
   current().state = State::kAtBarrier;
   current().file = file;
   current().line = line;
-  release_block();
+  release_block(rank() * m.num_threads);
   yield();
+}
+
+void cluster_arrive(const char* file, int line) {
+  if (skipped(file, line)) return;
+  Fiber& fiber = current();
+  if (fiber.arrived || fiber.passed != fiber.waited) fail("a thread arrives twice at the cluster's barrier");
+  fiber.arrived = true;
+  fiber.arrived_at = place(file, line);
+  release_cluster();
+}
+
+void cluster_wait(const char* file, int line) {
+  if (skipped(file, line)) return;
+  Fiber& fiber = current();
+  if (!fiber.arrived && fiber.passed == fiber.waited) fail("a thread waits at the cluster's barrier without arriving");
+  fiber.waited += 1;
+  if (fiber.passed >= fiber.waited) return;
+  fiber.state = State::kAtClusterBarrier;
+  fiber.file = file;
+  fiber.line = line;
+  yield();
+}
+
+const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other) {
+  const auto& mine = m.shared[rank()];
+  const size_t offset = static_cast<const unsigned char*>(own) - mine.data();
+  if (offset + bytes > mine.size() - kGuardBytes) fail("a load outside the block's shared memory");
+  if (rank_of_other >= m.cluster) fail("a load from a block that is not in the cluster");
+  if (has_ended(rank_of_other)) fail("a load from a block that has ended");
+  return m.shared[rank_of_other].data() + offset;
+}
+
+void copy_async(void* to, const void* from, size_t bytes) { current().copies.push_back({to, from, bytes}); }
+
+void commit_async() {
+  current().in_flight.push_back(std::move(current().copies));
+  current().copies.clear();
+}
+
+void wait_async(int groups, const char* file, int line) {
+  if (skipped(file, line)) return;
+  auto& in_flight = current().in_flight;
+  for (; in_flight.size() > static_cast<size_t>(groups); in_flight.pop_front()) {
+    for (const Copy& copy : in_flight.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+  }
 }
 
 uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line) {
@@ -200,10 +311,10 @@ uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line) {
   fiber.slot[turn] = bits;
   fiber.state = State::kAtShuffle;
   fiber.line = line;
-  const unsigned thread = m.thread;
-  release_warp(thread / kWarp);
+  const unsigned self = m.fiber;
+  release_warp(self / kWarp * kWarp);
   yield();
-  return m.fibers[thread ^ static_cast<unsigned>(distance)].slot[turn];
+  return m.fibers[self ^ static_cast<unsigned>(distance)].slot[turn];
 }
 
 const void* check_load(const void* from, size_t bytes) {
@@ -227,21 +338,26 @@ void* check_store(void* to, size_t bytes) {
   return to;
 }
 
-void run_grid(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel) {
+void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
+              const std::function<void()>& kernel) {
   if (!m.error.empty()) return;
-  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0) {
-    m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " cannot run";
+  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 || cluster > kMaxCluster ||
+      grid % cluster != 0) {
+    m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
+              std::to_string(cluster) + " cannot run";
     return;
   }
   m.kernel = &kernel;
   m.num_blocks = grid;
   m.num_threads = block;
-  m.shared.assign(shared_bytes + kGuardBytes, kGuard);
-  std::vector<unsigned> order(grid);
-  for (unsigned i = 0; i < grid; ++i) order[i] = i;
+  m.cluster = cluster;
+  if (m.fibers.size() < num_fibers()) m.fibers.resize(num_fibers());
+  m.shared.assign(cluster, std::vector<unsigned char>(shared_bytes + kGuardBytes, kGuard));
+  std::vector<unsigned> order(grid / cluster);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), m.random);
   for (unsigned i : order) {
-    run_block(i);
+    run_cluster(i * cluster);
     if (m.error.empty()) continue;
     for (Fiber& fiber : m.fibers) fiber.started = false;
     return;

@@ -2,9 +2,10 @@
 // decides. Included by csrc/cuda/device/portability.cuh in place of the CUDA runtime.
 //
 // It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned pack;
-// a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size. Shared
-// memory starts as NaN, so a value read before it is written shows in the result, and so does a missing barrier, since
-// some seeds run the reader first.
+// a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size, or that
+// of a block that has ended; an asynchronous copy that nobody waits for. Shared memory starts as NaN, and asynchronous
+// copies arrive when they are waited for, no sooner: a value read too early shows in the result, and so does a missing
+// barrier, since some seeds run the reader first. The blocks of a cluster run at the same time, others one by one.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +25,6 @@
 #define gridDim (simt::grid_size())
 #define __syncthreads() simt::barrier(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, distance) simt::shuffle_xor(mask, value, distance, __LINE__)
-#define BNEXT_LAUNCH(kernel, grid, block, shared_bytes, stream, args) \
-  simt::launch(kernel, grid, block, shared_bytes, stream, args)
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 using cudaStream_t = void*;
@@ -44,6 +43,17 @@ Index grid_size();
 void barrier(const char* file, int line);
 unsigned char* shared_memory();
 
+// Both halves of the barrier of a cluster.
+void cluster_arrive(const char* file, int line);
+void cluster_wait(const char* file, int line);
+// What lies at `own`'s place in the shared memory of another block of the cluster.
+const void* cluster_memory(const void* own, size_t bytes, unsigned rank);
+
+void copy_async(void* to, const void* from, size_t bytes);
+void commit_async();
+// Until all groups of this thread but the last `groups` have arrived.
+void wait_async(int groups, const char* file, int line);
+
 // Leaves `bits` for the other lanes, waits for all of them, returns what lane ^ distance has left.
 uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line);
 
@@ -60,18 +70,21 @@ T shuffle_xor(unsigned mask, T value, int distance, int line) {
 const void* check_load(const void* from, size_t bytes);
 void* check_store(void* to, size_t bytes);
 
-void run_grid(unsigned grid, unsigned block, size_t shared_bytes, const std::function<void()>& kernel);
+void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
+              const std::function<void()>& kernel);
 
 template <typename Args>
-void launch(void (*kernel)(Args), unsigned grid, unsigned block, size_t shared_bytes, cudaStream_t, const Args& args) {
-  run_grid(grid, block, shared_bytes, [=] { kernel(args); });
+void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, cudaStream_t,
+            const Args& args) {
+  run_grid(grid, block, cluster, shared_bytes, [=] { kernel(args); });
 }
 
 // ---- for the driver ----------------------------------------------------------------------------------------------
 
 struct Session {
   uint64_t seed = 0;
-  std::string skipped_barrier;  // "file.cuh:line": as if this one had been deleted
+  // "file.cuh:line file.cuh:line": as if these barriers, or waits for copies, had been deleted.
+  std::string skipped_barriers;
 };
 
 // Forgets memory, counts and errors of the session before.
@@ -83,7 +96,7 @@ void allow_store(const void* data, size_t bytes);
 const std::string& error();
 int64_t bytes_loaded();
 int64_t bytes_stored();
-// Barriers that some thread has reached since the library was loaded, each as "file.cuh:line".
+// Barriers and waits that some thread has reached since the library was loaded, each as "file.cuh:line".
 const std::vector<std::string>& barriers();
 
 }  // namespace simt

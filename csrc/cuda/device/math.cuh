@@ -1,6 +1,8 @@
 // Element types and their arithmetic: what a dtype accumulates in, conversions, and vectors of one number per channel.
 #pragma once
 
+#include <cstring>
+
 #include "../../cpu/half.h"
 #include "../../problem.h"
 #include "portability.cuh"
@@ -39,6 +41,30 @@ __device__ inline float widen(BFloat16 value) { return __uint_as_float(static_ca
 __device__ inline float widen(Float16 value) { return __half2float(__ushort_as_half(value.bits)); }
 __device__ inline void narrow(BFloat16& to, float value) { to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
 __device__ inline void narrow(Float16& to, float value) { to.bits = __half_as_ushort(__float2half_rn(value)); }
+
+// Two of them in one register; the first argument only names the type.
+__device__ inline void widen_pair(BFloat16, unsigned pair, float& first, float& second) {
+  first = __uint_as_float(pair << 16);
+  second = __uint_as_float(pair & 0xffff0000u);
+}
+__device__ inline void widen_pair(Float16, unsigned pair, float& first, float& second) {
+  __half2 halves;
+  memcpy(&halves, &pair, sizeof pair);
+  first = __low2float(halves);
+  second = __high2float(halves);
+}
+__device__ inline unsigned narrow_pair(BFloat16, float first, float second) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+  unsigned bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
+__device__ inline unsigned narrow_pair(Float16, float first, float second) {
+  const __half2 pair = __floats2half2_rn(first, second);
+  unsigned bits;
+  memcpy(&bits, &pair, sizeof bits);
+  return bits;
+}
 #endif
 __device__ inline void narrow(float& to, float value) { to = value; }
 __device__ inline void narrow(double& to, double value) { to = value; }

@@ -2,14 +2,17 @@
 // Everything CUDA-specific that is not in math.cuh or pack.cuh is behind this header.
 #pragma once
 
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
 #ifdef BNEXT_SIMT
-#include "simt.h"  // threadIdx, __syncthreads, shuffles, cudaError_t, BNEXT_LAUNCH: the shim's own
+#include "simt.h"  // threadIdx, __syncthreads, shuffles, cudaError_t: the shim's own
+// The shim knows a barrier by the place that calls it.
+#define BNEXT_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #else
 #include <cuda_runtime.h>
-
-// The only <<<>>> of the package. `kernel` is a pointer, so template arguments never meet the preprocessor's commas.
-#define BNEXT_LAUNCH(kernel, grid, block, shared_bytes, stream, args) \
-  kernel<<<grid, block, shared_bytes, stream>>>(args)
+#define BNEXT_CALLER
 #endif
 
 namespace bnext::cuda {
@@ -25,5 +28,69 @@ __device__ inline unsigned char* shared_memory() {
   return bnext_shared_memory;
 #endif
 }
+
+// Blocks of `cluster` neighbours run together and see each other's shared memory.
+struct LaunchShape {
+  unsigned blocks = 0, threads = 0, cluster = 1;
+  size_t shared_bytes = 0;
+};
+
+#ifdef BNEXT_SIMT
+template <auto kKernel, typename Args>
+cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
+  simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.shared_bytes, stream, args);
+  return cudaGetLastError();
+}
+#else
+constexpr size_t kSharedBytesWithoutAsking = 48 << 10;
+constexpr unsigned kPortableCluster = 8;
+
+// What a kernel must be told once per device before it may have large shared memory or large clusters.
+template <auto kKernel>
+cudaError_t prepare_kernel() {
+  static std::atomic<uint64_t> prepared{0};  // one bit per device
+  int device = 0, shared_bytes = 0, arch_major = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (error != cudaSuccess || (device < 64 && (prepared.load(std::memory_order_relaxed) & bit) != 0)) return error;
+  const void* kernel = reinterpret_cast<const void*>(kKernel);
+  auto attempt = [&](auto call) {
+    if (error == cudaSuccess) error = call();
+  };
+  attempt([&] { return cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); });
+  attempt([&] { return cudaDeviceGetAttribute(&arch_major, cudaDevAttrComputeCapabilityMajor, device); });
+  attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes); });
+  // Several blocks on an SM need all of its memory as shared memory.
+  attempt([&] {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+  });
+  if (arch_major >= 9) {
+    attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
+  }
+  if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// The only launch of the package.
+template <auto kKernel, typename Args>
+cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
+  if (shape.shared_bytes > kSharedBytesWithoutAsking || shape.cluster > kPortableCluster) {
+    const cudaError_t error = prepare_kernel<kKernel>();
+    if (error != cudaSuccess) return error;
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = shape.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kKernel, args);
+}
+#endif
 
 }  // namespace bnext::cuda

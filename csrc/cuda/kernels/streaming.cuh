@@ -3,25 +3,12 @@
 // backward pass is the reduce kernel alone: dx does not wait for the sums.
 #pragma once
 
+#include "elementwise.cuh"
 #include "finish.cuh"
-#include "walk.cuh"
 
 namespace bnext::cuda {
 
 // ---- from a thread's sums to the workspace -----------------------------------------------------------------------
-
-// Rows: each lane is a channel of its own. Planes: lanes share a channel, and a few running sums are enough to keep the
-// sums short; one for each lane of a half would cost registers that spill.
-template <bool kRows, int kVec>
-constexpr int kSumLanes = kRows || kVec < 4 ? kVec : 4;
-
-template <typename Acc, int kLanes>
-__device__ inline Acc add_lanes(const Acc (&value)[kLanes]) {
-  Acc sum = value[0];
-#pragma unroll
-  for (int v = 1; v < kLanes; ++v) sum += value[v];
-  return sum;
-}
 
 __device__ inline void store_partial(const StreamingArgs& args, int64_t wide_channel, int64_t split,
                                      const double (&value)[kNumSums]) {
@@ -146,15 +133,13 @@ template <bool kRows, typename T, int kVec, typename Acc>
 __device__ inline void find_pivots(const Pack<T, kVec> (&x)[kUnroll], const Item<T, 1> (&items)[kUnroll],
                                    Acc (&pivot)[kVec]) {
   Acc sum[kVec];
-  int count = 0;
+  int count = count_positions<kRows>(items);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     sum[v] = 0;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) sum[v] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
   }
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u) count += kRows ? !items[u].empty() : popcount(items[u].lanes);
   if (!kRows) {
     sum[0] = warp_sum(add_lanes(sum));
     count = warp_sum(count);
@@ -171,32 +156,23 @@ template <typename T, int kVec, bool kRows>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
-  Cursor<T, kVec, kRows, 1> cursor(args, tile);
+  constexpr bool kWhole = kRows || kVec == 1;
+  Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
   // Nobody else reads it before this kernel ends.
   if (args.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
   int count = 0;
-  for (bool first = true; cursor.more(); first = false) {
+  const int batches = num_batches<kRows>(args, tile);
+  for (int b = 0; b < batches; ++b) {
     Item<T, 1> items[kUnroll];
     Pack<T, kVec> x[kUnroll];
     for (auto& item : items) item = cursor.next();
-    load_batch<Cache::kKeep, kRows>(x, items, 0);
-    if (first) find_pivots<kRows>(x, items, pivot);
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      Acc b1 = 0, b2 = 0;  // of the batch: short sums first, for less rounding
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const Acc d = items[u].has(v) ? widen(x[u].value[v]) - pivot[v] : Acc(0);
-        b1 += d;
-        b2 += d * d;
-      }
-      s1[v % kLanes] += b1;
-      s2[v % kLanes] += b2;
-    }
-    for (const auto& item : items) count += kRows ? !item.empty() : popcount(item.lanes);
+    load_batch<Cache::kKeep, kWhole>(x, items, 0);
+    if (b == 0) find_pivots<kRows>(x, items, pivot);
+    add_moments(x, items, pivot, s1, s2);
+    count += count_positions<kRows>(items);
   }
   if constexpr (kRows) {
     Acc value[kNumSums][kVec];
@@ -220,8 +196,9 @@ template <typename T, int kVec, bool kRows, bool kWritesDx>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
+  constexpr bool kWhole = kRows || kVec == 1;
   constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && kVec == 8 ? kUnroll / 2 : kUnroll;
-  Cursor<T, kVec, kRows, kViews> cursor(args, tile);
+  Cursor<T, kVec, kRows, kWhole, kViews> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr;
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
@@ -229,42 +206,29 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     const bool same = !kRows && v > 0;  // planes: one channel
-    const int64_t c = cursor.channel(v);
+    const int64_t c = lane_channel<kRows, kVec>(args, tile, v);
     mean[v] = same ? mean[0] : has_x ? static_cast<Acc>(load_channel(args.mean, c, 0)) : Acc(0);
     scale[v] = same ? scale[0] : kWritesDx ? constant_coefficients<Acc>(args, c, false).scale_dy : Acc(0);
   }
-  while (cursor.more()) {
+  const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
+  for (int b = 0; b < batches; ++b) {
     Item<T, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
     for (auto& item : items) item = cursor.next();
-    load_batch<Cache::kKeep, kRows>(dy, items, 0);
+    load_batch<Cache::kKeep, kWhole>(dy, items, 0);
     if (has_x) {
-      load_batch<Cache::kKeep, kRows>(x, items, 1);
+      load_batch<Cache::kKeep, kWhole>(x, items, 1);
     } else {
       for (auto& pack : x) pack = {};
     }
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      Acc b0 = 0, b1 = 0, b2 = 0;
-#pragma unroll
-      for (int u = 0; u < kItems; ++u) {
-        const bool has = items[u].has(v);
-        const Acc d = has ? widen(dy[u].value[v]) : Acc(0), xmu = has ? widen(x[u].value[v]) - mean[v] : Acc(0);
-        b0 += d;
-        b1 += d * xmu;
-        b2 += xmu;
-      }
-      sum[0][v % kLanes] += b0;
-      sum[1][v % kLanes] += b1;
-      sum[2][v % kLanes] += b2;
-    }
+    add_gradients(x, dy, items, mean, sum);
     if constexpr (kWritesDx) {
 #pragma unroll
       for (int u = 0; u < kItems; ++u) {
         Pack<T, kVec> dx;
 #pragma unroll
         for (int v = 0; v < kVec; ++v) narrow(dx.value[v], scale[v] * widen(dy[u].value[v]));
-        store_item<kRows>(dx, items[u], 2);
+        store_item<kWhole>(dx, items[u], 2);
       }
     }
   }
@@ -285,7 +249,8 @@ template <typename T, int kVec, bool kRows>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
-  Cursor<T, kVec, kRows, 3> cursor(args, tile);
+  constexpr bool kWhole = kRows || kVec == 1;
+  Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr, has_dy = args.view[2].data != nullptr;
 
   Coefficients<Acc> of_block;
@@ -300,7 +265,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const S
   Coefficients<Acc> coefficients[kVec];
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    const int64_t c = cursor.channel(v);
+    const int64_t c = lane_channel<kRows, kVec>(args, tile, v);
     if (!kRows && v > 0) {
       coefficients[v] = coefficients[0];
     } else if (!kRows && args.source == Source::kPartials) {
@@ -313,24 +278,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const S
       coefficients[v] = constant_coefficients<Acc>(args, c, first_row && tile.split == 0);
     }
   }
-  while (cursor.more()) {
+  const int batches = num_batches<kRows>(args, tile);
+  for (int b = 0; b < batches; ++b) {
     Item<T, 3> items[kUnroll];
     Pack<T, kVec> x[kUnroll], dy[kUnroll];
     for (auto& item : items) item = cursor.next();
-    if (has_x) load_batch<Cache::kLastUse, kRows>(x, items, 1);
-    if (has_dy) load_batch<Cache::kLastUse, kRows>(dy, items, 2);
+    if (has_x) load_batch<Cache::kLastUse, kWhole>(x, items, 1);
+    if (has_dy) load_batch<Cache::kLastUse, kWhole>(dy, items, 2);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      Pack<T, kVec> out;
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        const Coefficients<Acc>& k = coefficients[v];
-        Acc value = 0;
-        if (has_x) value = k.scale_x * (widen(x[u].value[v]) - k.centre) + k.shift;
-        if (has_dy) value = k.scale_dy * widen(dy[u].value[v]) + value;
-        narrow(out.value[v], value);
-      }
-      store_item<kRows>(out, items[u], 0);
+      store_item<kWhole>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);
     }
   }
 }

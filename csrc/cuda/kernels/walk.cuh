@@ -47,114 +47,130 @@ struct Item {
   __device__ bool empty() const { return lanes == 0; }
 };
 
-template <typename T, int kVec, bool kRows, int kViews>
+// kWhole: every pack belongs to one row or plane entirely and is aligned in every view. Index holds numbers of items.
+template <typename T, int kVec, bool kRows, bool kWhole, int kViews, typename Index = int64_t>
 class Cursor {
  public:
-  __device__ Cursor(const StreamingArgs& args, const Tile& tile) : args_(args) {
+  // Begins at the first step of each thread, or at a later one.
+  __device__ Cursor(const StreamingArgs& args, const Tile& tile, Index step = 0) : args_(args) {
+    static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
     const int thread = threadIdx.x;
     int64_t start = thread, offset_c = tile.column;
+    bool idle = false;
     num_threads_ = blockDim.x;
     if (kRows) {
       const int row = thread / args.block_packs;
       offset_c = (tile.column * args.block_packs + thread % args.block_packs) * kVec;
       start = row;
       num_threads_ = args.block_rows;
-      idle_ = row >= args.block_rows || offset_c >= args.wide_channels;
+      idle = row >= args.block_rows || offset_c >= args.wide_channels;
     }
-    int64_t unused;
-    first_channel_ = offset_c;
-    if (kRows && args.wide_channels > args.num_channels) {
-      divide(offset_c, args.num_channels, unused, first_channel_);
-    }
+    const int64_t block_item = tile.split * args.chunk, block_end = block_item + args.chunk;
+    end_ = static_cast<Index>(idle ? 0 : block_end < args.num_items ? block_end : args.num_items);
+    const int64_t item = block_item + int64_t{step} * num_threads_ + start;
+    item_ = static_cast<Index>(item);
+    int64_t digit[3];
+    divide(item, args.size[2], digit[1], digit[2]);
+    digit[0] = 0;
+    if (args.size[0] > 1) divide(digit[1], args.size[1], digit[0], digit[1]);
+    for (int d = 0; d < 3; ++d) digit_[d] = static_cast<Index>(digit[d]);
 #pragma unroll
     for (int k = 0; k < kViews; ++k) {
-      base_[k] = static_cast<T*>(args.view[k].data);
-      if (base_[k] != nullptr) base_[k] += offset_c * args.view[k].stride_c;
+      const View& view = args.view[k];
+      const int64_t inner = kRows || kVec == 1 ? view.stride[2] : kVec;
+      at_[k] = static_cast<T*>(view.data);
+      if (at_[k] == nullptr) continue;
+      at_[k] += offset_c * view.stride_c + digit[0] * view.stride[0] + digit[1] * view.stride[1] + digit[2] * inner;
     }
-    block_item_ = tile.split * args.chunk;
-    end_ = block_item_ + args.chunk < args.num_items ? block_item_ + args.chunk : args.num_items;
-    item_ = block_item_ + start;
-    divide(item_, args.size[2], digit_[1], digit_[2]);
-    digit_[0] = 0;
-    if (args.size[0] > 1) divide(digit_[1], args.size[1], digit_[0], digit_[1]);
-  }
-
-  // The same answer for all threads of the block.
-  __device__ bool more() const { return block_item_ < end_; }
-
-  // Channel of a lane.
-  __device__ int64_t channel(int lane) const {
-    int64_t c = first_channel_ + (kRows ? lane : 0);
-    if (kRows && idle_) return 0;
-    while (c >= args_.num_channels) c -= args_.num_channels;
-    return c;
   }
 
   // True for threads that the shape of the block has no use for.
-  __device__ bool idle() const { return idle_; }
+  __device__ bool idle() const { return end_ == 0; }
 
   __device__ Item<T, kViews> next() {
-    Item<T, kViews> item;
-    constexpr unsigned kAllLanes = (1u << kVec) - 1;
-    item.lanes = item_ < end_ && !idle_ ? kAllLanes : 0;
-    int64_t first = 0;  // position of lane 0 in the plane: negative where the plane begins inside a pack
-#pragma unroll
-    for (int k = 0; k < kViews; ++k) {
-      const View& view = args_.view[k];
-      int64_t offset = digit_[1] * view.stride[1];
-      if (args_.size[0] > 1) offset += digit_[0] * view.stride[0];
-      if (kRows || kVec == 1) {
-        offset += digit_[2] * view.stride[2];
-      } else {
-        if (k == 0) {
-          const int64_t skew = reinterpret_cast<uintptr_t>(base_[0] + offset) % kPackBytes / sizeof(T);
-          first = digit_[2] * kVec - skew;
-        }
-        offset += first;
-      }
-      item.at[k] = base_[k] + offset;
-    }
-    if (!kRows && kVec > 1) {
-      if (first < 0) item.lanes &= kAllLanes << static_cast<int>(-first);
-      const int64_t left = args_.plane_size - first;
-      if (left < kVec) item.lanes &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
-    }
-    advance();
+    const Item<T, kViews> item = here();
+    item_ += num_threads_;
+    move(1);
+    digit_[2] += static_cast<Index>(args_.step[2]);
+    digit_[1] += static_cast<Index>(args_.step[1]);
+    if (digit_[2] >= static_cast<Index>(args_.size[2])) carry(2, 1);
+    if (args_.size[0] > 1 && digit_[1] >= static_cast<Index>(args_.size[1])) carry(1, 1);
+    return item;
+  }
+
+  // The other way round.
+  __device__ Item<T, kViews> previous() {
+    const Item<T, kViews> item = here();
+    item_ -= num_threads_;
+    move(-1);
+    digit_[2] -= static_cast<Index>(args_.step[2]);
+    digit_[1] -= static_cast<Index>(args_.step[1]);
+    if (digit_[2] < 0) carry(2, -1);
+    if (args_.size[0] > 1 && digit_[1] < 0) carry(1, -1);
     return item;
   }
 
  private:
-  // item_ += num_threads_, in digits: without a division.
-  __device__ void advance() {
-    block_item_ += num_threads_;
-    item_ += num_threads_;
-    digit_[2] += args_.step[2];
-    digit_[1] += args_.step[1];
-    if (digit_[2] >= args_.size[2]) {
-      digit_[2] -= args_.size[2];
-      digit_[1] += 1;
+  __device__ Item<T, kViews> here() const {
+    Item<T, kViews> item;
+    constexpr unsigned kAllLanes = (1u << kVec) - 1;
+    item.lanes = item_ < end_ ? kAllLanes : 0;
+    if constexpr (kWhole) {
+      for (int k = 0; k < kViews; ++k) item.at[k] = at_[k];
+    } else {
+      // The plane begins inside a pack, and lane 0 of its first pack before it.
+      const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(at_[0]) % kPackBytes / sizeof(T));
+      for (int k = 0; k < kViews; ++k) item.at[k] = at_[k] - skew;
+      if (digit_[2] == 0) item.lanes &= kAllLanes << skew;
+      const int64_t left = args_.plane_size + skew - int64_t{digit_[2]} * kVec;
+      if (left < kVec) item.lanes &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
     }
-    if (digit_[1] >= args_.size[1]) {
-      digit_[1] -= args_.size[1];
-      digit_[0] += 1;
-    }
-    digit_[0] += args_.step[0];
+    return item;
+  }
+
+  // One step of all threads in every view. Where a digit overflows, carry moves on to the next row, plane or group.
+  __device__ void move(int direction) {
+#pragma unroll
+    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_.move[k][0];
+  }
+  __device__ void carry(int d, int direction) {
+    digit_[d] -= direction * static_cast<Index>(args_.size[d]);
+    digit_[d - 1] += direction;
+#pragma unroll
+    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_.move[k][3 - d];
   }
 
   const StreamingArgs& args_;
-  T* base_[kViews];
-  int64_t first_channel_, block_item_, item_, end_;
-  int64_t digit_[3];
+  T* at_[kViews];  // of lane 0 if planes began at packs
+  Index item_, end_, digit_[3];
   int num_threads_;
-  bool idle_ = false;
 };
+
+// How often each thread of a block takes kUnroll items: as often as the one that has most. The same for all threads.
+template <bool kRows>
+__device__ inline int num_batches(const StreamingArgs& args, const Tile& tile) {
+  const int64_t left = args.num_items - tile.split * args.chunk, items = left < args.chunk ? left : args.chunk;
+  const int at_once = kUnroll * (kRows ? args.block_rows : blockDim.x);
+  return static_cast<int>((items + at_once - 1) / at_once);
+}
+
+// The channel of a lane: of the block's, or of the thread's pack.
+template <bool kRows, int kVec>
+__device__ inline int64_t lane_channel(const StreamingArgs& args, const Tile& tile, int lane) {
+  if (!kRows) return tile.column;
+  int64_t c = (tile.column * args.block_packs + threadIdx.x % args.block_packs) * kVec, unused;
+  if (args.wide_channels > args.num_channels) divide(c, args.num_channels, unused, c);
+  c += lane;
+  while (c >= args.num_channels) c -= args.num_channels;
+  return c;
+}
 
 // View k of a batch of items. An aligned pack is read whole also where only some of its lanes are in the item: they share
 // 16 aligned bytes with one that is, so they are memory of the same allocation. Lanes outside the item hold anything.
-template <Cache kCache, bool kRows, int kVec, int kItems, typename T, int kViews>
+template <Cache kCache, bool kWhole, int kVec, int kItems, typename T, int kViews>
 __device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, kViews> (&items)[kItems], int k) {
   bool aligned = true;
-  if (!kRows && kVec > 1 && k > 0) {
+  if (!kWhole && k > 0) {
 #pragma unroll
     for (int u = 0; u < kItems; ++u) aligned = aligned && (items[u].empty() || is_aligned(items[u].at[k]));
   }
@@ -179,12 +195,13 @@ __device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, 
   }
 }
 
-template <bool kRows, int kVec, typename T, int kViews>
+template <bool kWhole, int kVec, typename T, int kViews>
 __device__ inline void store_item(const Pack<T, kVec>& pack, const Item<T, kViews>& item, int k) {
-  if (item.lanes == (1u << kVec) - 1 && (kRows || kVec == 1 || k == 0 || is_aligned(item.at[k]))) {
+  if (item.lanes == (1u << kVec) - 1 && (kWhole || k == 0 || is_aligned(item.at[k]))) {
     store_pack(item.at[k], pack);
     return;
   }
+  if (kWhole) return;
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     if (item.has(v)) store_pack(item.at[k] + v, Pack<T, 1>{{pack.value[v]}});

@@ -1,0 +1,45 @@
+// Copies from global to shared memory that take no registers and go on while the thread does something else. Before
+// sm_80 they are plain loads and stores.
+#pragma once
+
+#include "pack.cuh"
+
+namespace bnext::cuda {
+
+// Only this thread may look at `to`, and only after wait_async: for others it takes a barrier as well.
+template <typename T, int kVec>
+__device__ inline void copy_async(Pack<T, kVec>* to, const T* from) {
+  static_assert(sizeof(Pack<T, kVec>) == kPackBytes, "whole packs only");
+#ifdef BNEXT_SIMT
+  simt::copy_async(to, simt::check_load(from, kPackBytes), kPackBytes);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+#else
+  Pack<T, kVec> pack;
+  load_pack<Cache::kLastUse>(pack, from);
+  *to = pack;
+#endif
+}
+
+// Ends a group of copies: all since the last call, or none.
+__device__ inline void commit_async() {
+#ifdef BNEXT_SIMT
+  simt::commit_async();
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups of this thread but the last kGroups.
+template <int kGroups>
+__device__ inline void wait_async(BNEXT_CALLER) {
+#ifdef BNEXT_SIMT
+  simt::wait_async(kGroups, file, line);
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+#endif
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,48 @@
+// Thread-block clusters (sm_90+): the barrier over all their blocks, and reads of another block's shared memory. With one
+// block a cluster is that block, on any architecture.
+#pragma once
+
+#include "portability.cuh"
+
+namespace bnext::cuda {
+
+// The two halves of a barrier over all threads of the cluster: what a thread wrote to shared memory before it arrived is
+// seen by all who have waited.
+__device__ inline void cluster_arrive(BNEXT_CALLER) {
+#ifdef BNEXT_SIMT
+  simt::cluster_arrive(file, line);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ inline void cluster_wait(BNEXT_CALLER) {
+#ifdef BNEXT_SIMT
+  simt::cluster_wait(file, line);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// The number at the same place in the shared memory of block `rank` of the cluster. That block must not have ended.
+__device__ inline double load_cluster(const double* own, unsigned rank) {
+#ifdef BNEXT_SIMT
+  return *static_cast<const double*>(simt::cluster_memory(own, sizeof *own, rank));
+#elif __CUDA_ARCH__ >= 900
+  double value;
+  asm volatile(
+      "{\n"
+      ".reg .u32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.f64 %0, [remote];\n"
+      "}"
+      : "=d"(value)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(own))), "r"(rank)
+      : "memory");
+  return value;
+#else
+  return *own;
+#endif
+}
+
+}  // namespace bnext::cuda

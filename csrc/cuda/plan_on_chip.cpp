@@ -1,0 +1,249 @@
+#include "plan_on_chip.h"
+
+#include <cmath>
+#include <numeric>
+
+#include "plan_steps.h"
+
+namespace bnext::cuda {
+namespace {
+
+// ---- what plans cost: all of it a model, until a GPU has been asked ------------------------------------------------
+
+constexpr double kLaunchUs = 2.5;    // a kernel more in a stream, from the last block of one to full speed of the next
+constexpr double kReductionUs = 1;   // from the last load of a block to its first store
+constexpr double kClusterUs = 1.5;   // the same again for a cluster's barrier and remote reads
+constexpr double kBusyShare = 0.6;   // of the SMs: as many as it takes to keep memory busy
+constexpr double kL2Time = 0.6;      // of a byte from L2, with a byte from memory as 1
+constexpr double kL2Share = 0.5;     // of L2 that still holds what was read a while ago
+constexpr double kNarrowRows = 1.05; // reading rows by halves of a cache line
+
+// An on-chip kernel may have that many (its launch bounds say so).
+constexpr int kOnChipRegisters = 128;
+constexpr int kMaxBlocksPerSm = 32;
+constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
+// Less than half on chip does not pay, and statistics rely on half: see on_chip_forward_kernel.
+constexpr double kMinHeld = 0.5;
+constexpr int kClusterSizes[kNumClusterSizes] = {2, 4, 8, 16};
+
+// Microseconds for `bytes` of memory traffic, `again` of which were read before; `recent` of those may still be in L2.
+double traffic_time(const DeviceInfo& device, double bytes, double again, double recent) {
+  const double hits = std::min(again, recent > 0 ? again * std::min(1.0, kL2Share * device.l2_bytes / recent) : 0);
+  return (bytes - hits + kL2Time * hits) / (device.memory_gb_per_s * 1e3);
+}
+
+int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
+  const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
+  const int by_threads = device.threads_per_sm / plan.threads;
+  const int by_registers = device.registers_per_sm / (plan.threads * kOnChipRegisters);
+  return static_cast<int>(std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1,
+                                                                       kMaxBlocksPerSm)));
+}
+
+int active_clusters(const DeviceInfo& device, int cluster) {
+  for (int i = 0; i < kNumClusterSizes; ++i) {
+    if (kClusterSizes[i] == cluster) return device.active_clusters[i];
+  }
+  return 0;
+}
+
+// ---- from a request to blocks ------------------------------------------------------------------------------------
+
+// Planes where each channel by itself begins inside a pack, but g neighbours together do not: rows of columns, one row
+// for each of the outer positions. False where the walk stays as it is.
+bool take_runs(const Request& r, Plan& plan) {
+  const Geometry& g = r.geometry;
+  const int64_t vec = kPackBytes / dtype_bytes(g.dtype), S = g.size[2];
+  const int64_t run = vec / std::gcd(vec, S), run_packs = run * S / vec;
+  if (g.walk != Walk::kPlanes || !g.unit_stride || !r.dense_channels || run == 1 || S == 1) return false;
+  if (g.num_channels % run != 0 || run_packs > kMaxThreads) return false;
+  plan.walk = Walk::kRows;
+  plan.run_length = static_cast<int>(S);
+  plan.wide_channels = g.num_channels * S;
+  plan.size[0] = 1;
+  plan.size[1] = g.size[0];
+  plan.size[2] = g.size[1];
+  plan.num_items = g.size[0] * g.size[1];
+  // Some runs side by side, where one is less than a cache line.
+  const int64_t runs = std::min(ceil_div(128, run_packs * kPackBytes), g.num_channels / run);
+  plan.block_packs = static_cast<int>(runs * run_packs);
+  plan.slab_channels = static_cast<int>(runs * run);
+  plan.num_slabs = ceil_div(g.num_channels, plan.slab_channels);
+  return true;
+}
+
+// Slabs of at most row_bytes, or whole folded rows.
+bool take_rows(const Geometry& g, int64_t row_bytes, Plan& plan) {
+  const int64_t packs = plan.wide_channels / plan.vec;
+  const int64_t most = plan.fold > 1 ? packs : std::min(packs, row_bytes / kPackBytes);
+  if (most > kMaxThreads) return false;
+  plan.num_slabs = ceil_div(packs, most);
+  plan.block_packs = static_cast<int>(ceil_div(packs, plan.num_slabs));
+  plan.slab_channels = static_cast<int>(plan.fold > 1 ? g.num_channels : plan.block_packs * plan.vec);
+  return true;
+}
+
+OnChipLayout make_layout(const Plan& plan, int num_tensors, int64_t held_steps) {
+  const int64_t acc = acc_bytes(plan.dtype);
+  OnChipLayout layout;
+  layout.scratch = held_steps * num_tensors * plan.threads * kPackBytes;
+  int64_t scratch_bytes = kNumSums * (plan.threads / 32) * acc, merged_bytes = 0;
+  if (plan.walk == Walk::kRows) {
+    const int columns = plan.block_packs * plan.vec;
+    scratch_bytes = on_chip_parts(plan.threads, plan.block_packs) * columns * acc;
+    merged_bytes = on_chip_helpers(plan.threads, columns) * columns * 8;
+  }
+  layout.merged = layout.scratch + round_up(scratch_bytes, kPackBytes);
+  layout.totals = layout.merged + merged_bytes;
+  layout.coefficients = round_up(layout.totals + kOnChipTotals * plan.slab_channels * 8, kPackBytes);
+  layout.pivots = layout.coefficients + 4 * plan.slab_channels * acc;
+  layout.bytes = round_up(layout.pivots + plan.slab_channels * acc, kPackBytes);
+  return layout;
+}
+
+// Threads, steps, and how many of them stay on chip.
+void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan& plan) {
+  const bool rows = plan.walk == Walk::kRows;
+  const int64_t shared_bytes = std::min(limits.shared_bytes, device.shared_bytes_opt_in);
+  auto parallel = [&](int threads) { return rows ? threads / plan.block_packs : threads; };
+  auto try_threads = [&](int threads) {
+    plan.threads = threads;
+    plan.num_steps = static_cast<int>(ceil_div(plan.chunk, parallel(threads)));
+    const int64_t slot = int64_t{num_tensors} * threads * kPackBytes;
+    const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, num_tensors, 0).bytes) / slot);
+    plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
+    plan.layout = make_layout(plan, num_tensors, plan.held_steps);
+  };
+  int fewest = kMinThreads;
+  while (fewest < plan.block_packs) fewest *= 2;
+  const int most = std::max(fewest, std::min(limits.threads, kMaxThreads));
+  try_threads(choose_threads(most, fewest, [&](int threads) { return plan.chunk <= parallel(threads) * kUnroll; }));
+  // A block that has an SM for itself needs more threads to keep it busy.
+  const int twice = 2 * plan.threads;
+  if (2 * plan.layout.bytes > device.shared_bytes_per_sm && plan.threads == kMaxThreads && twice <= limits.threads) {
+    try_threads(twice);
+  }
+  set_step(plan, parallel(plan.threads));
+}
+
+// Items of a channel, or rows of a slab, that are read a second time.
+int64_t items_again(const Plan& plan) {
+  const int64_t held = int64_t{plan.held_steps} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
+  int64_t items = 0;
+  for (int rank = 0; rank < plan.cluster; ++rank) {
+    const int64_t own = std::clamp<int64_t>(plan.num_items - rank * plan.chunk, 0, plan.chunk);
+    items += own - std::min(own, held);
+  }
+  return items;
+}
+
+// Finishes a plan whose walk and slab are chosen, for clusters of `cluster` blocks.
+void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, int cluster, Plan& plan) {
+  const int num_tensors = r.pass == Pass::kForward ? 1 : 2;
+  plan.family = cluster > 1 ? Family::kCluster : Family::kResident;
+  plan.cluster = cluster;
+  plan.num_splits = cluster;
+  plan.chunk = ceil_div(plan.num_items, cluster);
+  plan.num_blocks = plan.num_slabs * cluster;
+  hold(device, limits, num_tensors, plan);
+  plan.block_rows = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : 1;
+  const int64_t again = items_again(plan);
+  const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
+  plan.tensors_read = num_tensors;
+  plan.tensors_written = 1;
+  plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
+  plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
+  plan.microseconds = predict_time(plan, r, device);
+  if (plan.num_blocks > kMaxBlocks) {
+    plan.error = "it needs more than 2^31 - 1 blocks";
+  } else if (cluster > 1 && (device.arch < 90 || active_clusters(device, cluster) == 0)) {
+    plan.error = "the device runs no clusters of " + std::to_string(cluster) + " such blocks";
+  } else if (plan.num_items < cluster) {
+    plan.error = "a channel has less to read than a cluster has blocks";
+  } else if (plan.held < kMinHeld || plan.held_steps == 0) {
+    plan.error = "less than half of it fits on chip";
+  }
+}
+
+// Why no on-chip kernel can do this, whatever the device; or nothing.
+const char* refuse(const Request& r, const Plan& streaming) {
+  if (!streaming.reduce || !streaming.apply) return "this pass reads the tensors once at most: only streaming does it";
+  if (r.geometry.num_channels == 0 || r.geometry.num_positions() == 0) return "there is nothing to keep on chip";
+  if (streaming.vec == 1) return "the elements do not fill packs of 16 bytes";
+  return nullptr;
+}
+
+}  // namespace
+
+double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
+  const double bytes = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
+  if (!plan.on_chip) {
+    const int launches = plan.reduce + plan.finish + plan.apply;
+    const double again = plan.reduce && plan.apply ? (r.pass == Pass::kForward ? 1 : 2) * one : 0;
+    return launches * kLaunchUs + traffic_time(device, bytes, again, again);
+  }
+  const int blocks = blocks_per_sm(plan, device);
+  const int sms = plan.cluster == 1 ? device.num_sms
+                                    : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
+  if (sms == 0) return HUGE_VAL;
+  const double num_blocks = static_cast<double>(plan.num_blocks), at_once = std::min(num_blocks, double(sms) * blocks);
+  const double again = bytes - (plan.tensors_read + plan.tensors_written) * one;
+  // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for.
+  const double shared = traffic_time(device, bytes, again, again * at_once / num_blocks);
+  const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
+  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
+                      plan.block_packs * kPackBytes < 128;
+  const int rounds = r.pass == Pass::kForward ? 2 : 1;
+  const double reduction = rounds * (kReductionUs + (plan.cluster > 1 ? kClusterUs : 0));
+  const double waves = std::ceil(num_blocks / (double(sms) * blocks));
+  return kLaunchUs * (1 + plan.count_first) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
+         reduction * (1 + (waves - 1) / blocks);
+}
+
+Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
+  Plan base = streaming;
+  base.family = limits.family == Family::kCluster ? Family::kCluster : Family::kResident;
+  if (const char* reason = refuse(r, streaming)) {
+    base.error = reason;
+    return base;
+  }
+  base.on_chip = true;
+  base.whole_packs = r.aligned && r.geometry.size[2] % streaming.vec == 0;
+  base.count_first = r.pass == Pass::kForward && r.cumulative;
+  base.reduce = base.finish = base.apply = base.fused = false;
+  base.reduce_shared_bytes = base.apply_shared_bytes = base.finish_shared_bytes = 0;
+  base.coefficient_offset = base.workspace_bytes = 0;
+  base.error.clear();
+  Plan best;
+  best.error = "rows are too wide for a block";
+  auto consider = [&](const Plan& walk) {
+    for (int cluster : {1, 2, 4, 8, 16}) {
+      if (cluster == 1 ? limits.family == Family::kCluster : limits.family == Family::kResident) continue;
+      if (limits.cluster != 0 && limits.cluster != cluster) continue;
+      Plan plan = walk;
+      finish_plan(r, device, limits, cluster, plan);
+      const bool first_legal = plan.error.empty() && !best.error.empty();
+      const bool same_kind = plan.error.empty() == best.error.empty();
+      if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
+    }
+  };
+  Plan walk = base;
+  if (take_runs(r, walk)) {
+    consider(walk);
+  } else if (base.walk == Walk::kPlanes) {
+    walk.num_slabs = r.geometry.num_channels;
+    consider(walk);
+  } else {
+    for (int64_t row_bytes : {128, 64}) {
+      if (take_rows(r.geometry, row_bytes, walk)) consider(walk);
+      walk = base;
+    }
+  }
+  if (!best.on_chip) {
+    base.error = best.error;
+    return base;
+  }
+  return best;
+}
+
+}  // namespace bnext::cuda

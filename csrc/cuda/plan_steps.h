@@ -1,0 +1,36 @@
+// Arithmetic that plans of all families share.
+#pragma once
+
+#include <algorithm>
+
+#include "plan.h"
+
+namespace bnext::cuda {
+
+constexpr int64_t kPackBytes = 16;
+constexpr int kMinThreads = 64;
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+
+inline int64_t tensor_bytes(const Geometry& g) { return g.num_channels * g.num_positions() * dtype_bytes(g.dtype); }
+
+// Items that lie `distance` apart, as digits of (i0, i1, i2).
+inline void set_step(Plan& plan, int64_t distance) {
+  plan.step[2] = distance % plan.size[2];
+  plan.step[1] = distance / plan.size[2] % plan.size[1];
+  plan.step[0] = distance / plan.size[2] / plan.size[1];
+}
+
+// The fewest threads, a power of two, that still take all items in one batch.
+template <typename Fits>
+int choose_threads(int most, int fewest, Fits fits) {
+  int threads = most;
+  while (threads > fewest && fits(threads / 2)) threads /= 2;
+  return threads;
+}
+
+}  // namespace bnext::cuda

@@ -1,0 +1,224 @@
+"""The families that keep a channel on chip, on the SIMT shim: results, bytes, schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import cases
+import pytest
+import reference
+import torch
+from simt import library as simt
+from simt.checks import bits, both, check_backward, check_forward, far_apart
+from test_simt import LAYOUTS, SHAPES
+
+pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+
+RESIDENT = simt.Machine(family="resident")
+CLUSTER = simt.Machine(family="cluster")
+# Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
+TIGHT = {
+    "planes": ("nchw", (2, 3, 32, 32), 17000, 4300),
+    "rows": ("channels_last", (3, 32, 9, 9), 65000, 10500),
+    "folded": ("channels_last", (4, 6, 16, 16), 54000, 17000),
+    "runs": ("nchw", (30, 16, 7, 7), 67000, 21500),
+    "skewed": ("nchw", (2, 3, 33, 35), 21000, 7000),
+}
+# A way through the kernels each: layout, shape, machine.
+WAYS = {
+    "planes": ("nchw", (4, 3, 16, 16), RESIDENT),
+    "planes, cluster": ("nchw", (4, 3, 16, 16), CLUSTER._replace(cluster=4)),
+    "rows": ("channels_last", (3, 40, 9, 9), RESIDENT),
+    "rows, cluster": ("channels_last", (3, 40, 9, 9), CLUSTER._replace(cluster=2)),
+    "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(cluster=2)),
+    "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
+    "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(cluster=4)),
+}
+
+
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("family", ["resident", "cluster"])
+def test_shapes(family: str, layout: str, dtypes: str) -> None:
+    affine, ran = list(cases.AFFINE), 0
+    for number, shape in enumerate(SHAPES):
+        mode = "no_stats" if number % 5 == 0 else "train"
+        options = {"layout": layout, "grad_layout": layout, "seed": number}
+        case = cases.make_case(shape, dtypes, affine[number % 4], mode, **options)
+        cluster = 2 << number % 3 if family == "cluster" else 0
+        machine = simt.Machine(family=family, cluster=cluster)
+        try:
+            both(case, f"{shape}", machine=machine, schedule=simt.Schedule(number))
+        except simt.NoPlanError as error:
+            reasons = ("do not fill packs", "has less to read", "too wide")
+            assert any(reason in str(error) for reason in reasons)
+        else:
+            ran += 1
+    assert ran >= len(SHAPES) // 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtypes", ["float32", "float16"])
+def test_layouts(dtypes: str, layout: str) -> None:
+    """In their own strides, and dy in other strides than x where one walk serves both."""
+    for shape in ((3, 8, 7, 6), (2, 8, 5, 9)):
+        for machine in (RESIDENT, CLUSTER._replace(cluster=2)):
+            for grad_layout in (
+                layout,
+                "nchw" if "channels_last" not in layout else "channels_last",
+            ):
+                case = cases.make_case(shape, dtypes, layout=layout, grad_layout=grad_layout)
+                label = f"{shape} dy {grad_layout}"
+                for check in (check_forward, check_backward):
+                    try:
+                        check(case, label, machine=machine, schedule=simt.Schedule(1))
+                    except simt.NoPlanError as error:
+                        reasons = ("do not fill packs", "has less to read")
+                        assert any(reason in str(error) for reason in reasons)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_byte_moves_once(way: str) -> None:
+    """2 tensors forward, 3 backward, whole packs: the plan says so, and the kernels do it."""
+    layout, shape, machine = WAYS[way]
+    for dtypes in ("float32", "float16", "float64"):
+        case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
+        tensor_bytes = case.input.numel() * case.input.element_size()
+        for tensors, check in ((2, check_forward), (3, check_backward)):
+            call = check(case, way, machine=machine).call
+            assert call.held == 1
+            assert call.planned_bytes == tensors * tensor_bytes
+            assert call.bytes_stored == tensor_bytes
+            assert call.bytes_loaded == (tensors - 1) * tensor_bytes
+            assert (call.run_length > 1) == ("runs" in way)
+
+
+@pytest.mark.parametrize("walk", TIGHT)
+def test_what_does_not_fit_is_read_again(walk: str) -> None:
+    layout, shape, shared_bytes, _ = TIGHT[walk]
+    shares = set()
+    for dtypes in ("float32", "float16"):
+        for family in ("resident", "cluster"):
+            case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
+            for check in (check_forward, check_backward):
+                least = 1.0
+                # From all on chip to nothing: every plan on the way there is right.
+                for share in (1, 0.8, 0.6, 0.4, 0.3):
+                    machine = simt.Machine(
+                        family=family,
+                        cluster=2 if family == "cluster" else 0,
+                        shared_bytes=int(share * shared_bytes),
+                    )
+                    try:
+                        call = check(case, walk, machine=machine).call
+                    except simt.NoPlanError as error:
+                        assert "less than half" in str(error)
+                        break
+                    assert 0.5 <= call.held <= least
+                    least = call.held
+                    shares.add(call.held)
+                    if walk != "skewed":
+                        assert call.bytes_loaded + call.bytes_stored == call.planned_bytes
+    assert min(shares) < 0.8, shares
+
+
+def test_only_training_has_a_second_pass() -> None:
+    """What streaming does in one pass, the other families refuse."""
+    for machine in (RESIDENT, CLUSTER):
+        case = cases.make_case((2, 8, 8, 8), mode="eval")
+        for check in (check_forward, check_backward):
+            with pytest.raises(simt.NoPlanError, match="only streaming"):
+                check(case, "eval", machine=machine)
+        case = cases.make_case((2, 8, 8, 8))
+        with pytest.raises(simt.NoPlanError, match="only streaming"):
+            check_backward(case, "sums", want=(False, True, True, True, True), machine=machine)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_dx_alone(way: str) -> None:
+    layout, shape, machine = WAYS[way]
+    case = cases.make_case(shape, layout=layout, grad_layout=layout)
+    for want in ((True, False, False, False, False), (True, False, True, False, True)):
+        check_backward(case, way, want=want, machine=machine)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_schedule_gives_the_same_bits(way: str) -> None:
+    layout, shape, machine = WAYS[way]
+    case = cases.make_case(shape, "bfloat16-float32", layout=layout, grad_layout=layout)
+    seen = set()
+    for seed in range(4):
+        run = {"machine": machine, "schedule": simt.Schedule(seed)}
+        there, back = check_forward(case, way, **run), check_backward(case, way, **run)
+        seen.add(bits(*there[:-2], *back[:-1]))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_cumulative_momentum(way: str) -> None:
+    """The third batch counts one third, whichever block reads the count."""
+    layout, shape, machine = WAYS[way]
+    case = cases.make_case(shape, layout=layout)
+    got = simt.forward(case.input, **case.arguments, momentum=None, machine=machine)
+    want = reference.forward(case.input, **case.arguments, momentum=1 / 3)
+    want.running_mean.check(got.running_mean, "running_mean")
+    want.running_var.check(got.running_var, "running_var")
+    assert got.num_batches_tracked == 3
+
+
+def far_cases(layout: str, shape: tuple[int, int, int, int]) -> Iterator[tuple[str, cases.Case]]:
+    for spread in (1e2, 1e4):
+        options = {"layout": layout, "grad_layout": layout, "spread": spread}
+        case = cases.make_case(shape, **options)
+        yield f"spread {spread}", case
+        dark = case.input.clone(memory_format=torch.preserve_format)
+        dark[:, :, :2] = 0
+        dark[0, :, 0, 0] = -5 * spread
+        yield f"border, spread {spread}", case._replace(input=dark)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_far_from_zero(way: str) -> None:
+    """A mean of 1e4 deviations, and a border unlike the rest."""
+    layout, shape, machine = WAYS[way]
+    for label, case in far_cases(layout, shape):
+        both(case, label, machine=machine)
+
+
+@pytest.mark.parametrize("walk", TIGHT)
+def test_far_from_zero_half_on_chip(walk: str) -> None:
+    """The pivot is the mean of what is on chip: some of it a border, and the rest far off."""
+    layout, shape, _, shared_bytes = TIGHT[walk]
+    machine = RESIDENT._replace(shared_bytes=shared_bytes)
+    for label, case in far_cases(layout, shape):
+        held = check_forward(case, label, machine=machine).call.held
+        assert 0.5 <= held < 1
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "float16"])
+@pytest.mark.parametrize("walk", ["planes", "rows", "runs"])
+def test_offsets_beyond_32_bits(walk: str, dtypes: str) -> None:
+    shape = (2, 8, 7, 7) if walk == "runs" else (2, 8, 4, 8)
+    case = cases.make_case(shape, dtypes)
+    far = far_apart(case.input, walk == "rows")
+    dense = torch.channels_last if walk == "rows" else torch.contiguous_format
+    dy = case.grad_output.contiguous(memory_format=dense)
+    for machine in (RESIDENT, CLUSTER._replace(cluster=2)):
+        both(case._replace(input=far, grad_output=dy), walk, machine=machine)
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_stays_in_its_channel(way: str, poison: float) -> None:
+    """Also where neighbouring channels share packs."""
+    layout, shape, machine = WAYS[way]
+    clean = cases.make_case(shape, layout=layout)
+    data = clean.input.clone(memory_format=torch.preserve_format)
+    data[1, 2, 2, 3] = poison
+    got = simt.forward(data, **clean.arguments, machine=machine)
+    want = simt.forward(clean.input, **clean.arguments, machine=machine)
+    others = [c for c in range(shape[1]) if c != 2]
+    assert torch.equal(got.output[:, others], want.output[:, others])
+    assert torch.equal(got.running_var[others], want.running_var[others])
+    assert got.output[:, 2].isnan().all()
+    assert not got.running_mean[2].isfinite()

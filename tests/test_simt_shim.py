@@ -1,0 +1,95 @@
+"""The SIMT shim: it notices what kernels do wrong, and kernels need every barrier they have."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import cases
+import pytest
+from simt import library as simt
+from simt.checks import check_backward, check_forward
+
+pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+
+FAULTS = (
+    *("not all threads reach the barrier", "threads are at different barriers"),
+    *("not all lanes reach the shuffle", "a shuffle without all lanes"),
+    *("a load of 16 bytes is misaligned", "a load outside the tensors"),
+    *("a store outside the outputs", "an element is stored twice"),
+    *("wrote beyond its shared memory", "waits at the cluster's barrier without arriving"),
+    *("a load from a block that has ended", "threads are at different cluster barriers"),
+    *("an asynchronous copy that nobody waits for", "", ""),
+)
+
+
+@pytest.mark.parametrize("which", range(len(FAULTS)))
+def test_the_shim_notices(which: int) -> None:
+    errors = [simt.fault(which, seed) for seed in range(12)]
+    if FAULTS[which] == "a load from a block that has ended":  # in some orders only
+        errors = [error for error in errors if error]
+        assert errors
+    for error in errors:
+        assert FAULTS[which] in error
+        assert bool(error) == bool(FAULTS[which])
+
+
+BARRIER = re.compile(r"(__syncthreads|cluster_arrive|cluster_wait|wait_async<\w+>)\(\);")
+WIDE = simt.Machine(threads=128, num_sms=40)
+RESIDENT = simt.Machine(threads=128, family="resident")
+CLUSTER = simt.Machine(threads=64, family="cluster", cluster=2)
+# A few passes that reach every barrier: layout, shape, machine.
+RUNS = {
+    "streaming": (
+        ("channels_last", (4, 6, 16, 32), WIDE),
+        ("nchw", (4, 6, 16, 32), WIDE),
+        # more splits than a warp has lanes
+        ("sliced_w", (9, 2, 32, 32), WIDE._replace(threads=64)),
+    ),
+    "on chip": (
+        ("nchw", (4, 2, 16, 32), RESIDENT),
+        ("channels_last", (4, 16, 16, 16), RESIDENT),
+        ("nchw", (20, 4, 7, 7), RESIDENT),
+        ("nchw", (4, 2, 16, 16), CLUSTER),
+        ("channels_last", (4, 16, 8, 8), CLUSTER),
+    ),
+}
+
+
+def broken_runs(kind: str, schedule: simt.Schedule) -> Iterator[str]:
+    """What goes wrong in them."""
+    for layout, shape, machine in RUNS[kind]:
+        case = cases.make_case(shape, layout=layout, grad_layout=layout)
+        for check in (check_forward, check_backward):
+            try:
+                check(case, layout, machine=machine, schedule=schedule)
+            except (AssertionError, simt.ShimError) as error:
+                yield str(error)
+
+
+def needed(kind: str, *barriers: str) -> bool:
+    """Without these barriers some schedule shows a wrong result, or the shim reports an error."""
+    schedules = (simt.Schedule(seed, barriers) for seed in range(30))
+    return any(next(broken_runs(kind, schedule), None) for schedule in schedules)
+
+
+def test_each_barrier_is_needed() -> None:
+    """A barrier taken away shows in a result: the other tests would notice."""
+    for kind in RUNS:
+        for seed in range(4):
+            assert list(broken_runs(kind, simt.Schedule(seed))) == []
+    found = [barrier for barrier in simt.barriers() if ".cuh:" in barrier]
+    written = {
+        f"{path.name}:{number}": match[1]
+        for path in sorted((simt.ROOT / "csrc/cuda").glob("**/*.cuh"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (match := BARRIER.search(line))
+    }
+    assert sorted(found) == sorted(written)  # the runs above reach all there are
+    for barrier in found:
+        kind = "on chip" if barrier.startswith("on_chip") else "streaming"
+        assert needed(kind, barrier), f"nothing shows that the barrier at {barrier} is missing"
+    # Half a barrier is an error by itself. Both halves at once, in the order of their writing:
+    halves = [[b for b in written if written[b] == h] for h in ("cluster_arrive", "cluster_wait")]
+    for pair in zip(*halves, strict=True):
+        assert needed("on chip", *pair), f"nothing shows that the barrier at {pair} is missing"
