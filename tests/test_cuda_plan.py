@@ -11,6 +11,8 @@ import pytest
 import torch
 from simt import library as simt
 
+from bnext._extension import _C
+
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
 
 RESULTS = (
@@ -26,36 +28,29 @@ REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misali
 REQUEST += ("family", "cumulative")
 
 
-KB = 1 << 10
-
-
 class Device(NamedTuple):
     arch: int
     num_sms: int
     threads_per_sm: int
     l2_bytes: int
+    shared_bytes_per_block: int
     shared_bytes_opt_in: int
     shared_bytes_per_sm: int
-    active_clusters: tuple[int, int, int, int]
     memory_gb_per_s: float
-    shared_bytes_per_block: int = 48 * KB
+    active_clusters: tuple[int, int, int, int]
 
 
-# Vendors' figures. How many clusters run at once is for a device to say; here it is a guess.
-NONE = (0, 0, 0, 0)
-DEVICES = {
-    "H200": Device(90, 132, 2048, 50 << 20, 227 * KB, 228 * KB, (66, 32, 16, 8), 4800),
-    "H200 without large clusters": Device(
-        90, 132, 2048, 50 << 20, 227 * KB, 228 * KB, (66, 32, 16, 0), 4800
-    ),
-    "H200 1g MIG slice": Device(90, 16, 2048, 6 << 20, 227 * KB, 228 * KB, (8, 4, 1, 0), 600),
-    "A100": Device(80, 108, 2048, 40 << 20, 163 * KB, 164 * KB, NONE, 1555),
-    "A10": Device(86, 72, 1536, 6 << 20, 99 * KB, 100 * KB, NONE, 600),
-    "T4": Device(75, 40, 1024, 4 << 20, 64 * KB, 64 * KB, NONE, 320),
-    "RTX 4090": Device(89, 128, 1536, 72 << 20, 99 * KB, 100 * KB, NONE, 1008),
-    "B200": Device(100, 148, 2048, 126 << 20, 227 * KB, 228 * KB, (74, 36, 16, 8), 8000),
-    "RTX 5090": Device(120, 170, 1536, 96 << 20, 99 * KB, 100 * KB, (85, 40, 20, 0), 1792),
-}
+def named(name: str) -> Device:
+    """A kind of device that csrc/cuda/plan_names.cpp knows."""
+    fields = _C.cuda_device(name)
+    numbers = {
+        n: fields[n] if n == "memory_gb_per_s" else int(fields[n]) for n in Device._fields[:-1]
+    }
+    clusters = tuple(int(fields[f"active_clusters_{size}"]) for size in (2, 4, 8, 16))
+    return Device(**numbers, active_clusters=clusters)
+
+
+DEVICES = {name: named(name) for name in _C.cuda_devices()}
 
 
 class Query(ctypes.Structure):
@@ -205,7 +200,7 @@ def test_common_shapes_get_packs(name: str) -> None:
 
 def moves(**request: int) -> float:
     shape = (32, 64, 56, 56)
-    q = plan(DEVICES["H200"], shape, **request)
+    q = plan(DEVICES["h200"], shape, **request)
     return q.bytes_moved / (4 * 32 * 64 * 56 * 56)
 
 
@@ -226,7 +221,7 @@ def test_bytes() -> None:
 
 def test_folded_rows() -> None:
     """Rows that do not fill packs are taken several at a time, where they divide evenly."""
-    device = DEVICES["H200"]
+    device = DEVICES["h200"]
     folds = {3: 8, 6: 4, 4: 2, 12: 2, 8: 1, 65: 8}
     for c, fold in folds.items():
         q = plan(device, (4, c, 16, 16), torch.float16, "channels_last")
@@ -236,13 +231,13 @@ def test_folded_rows() -> None:
 
 
 def test_too_many_blocks_is_an_error() -> None:
-    q = plan(DEVICES["H200"], (2, 1 << 31, 2, 2))
+    q = plan(DEVICES["h200"], (2, 1 << 31, 2, 2))
     assert q.has_error
     assert b"cannot run" in q.text
 
 
 def test_text() -> None:
-    q = plan(DEVICES["H200"], (32, 64, 56, 56), torch.float16, backward=1)
+    q = plan(DEVICES["h200"], (32, 64, 56, 56), torch.float16, backward=1)
     text = q.text.decode()
     assert text.startswith("streaming backward, planes of float16 in packs of 16 bytes: reduce ")
     assert "moves 5 tensors, 64.23 MB" in text

@@ -1,41 +1,66 @@
 #include "plan_names.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <stdexcept>
 
 namespace bnext::cuda {
 namespace {
 
-DeviceInfo device(int arch, int num_sms, int threads_per_sm, int64_t l2_bytes) {
+constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
+
+// Shared memory by architecture (CUDA programming guide, "Compute capabilities"); the rest by product.
+NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, double memory_gb_per_s,
+                   std::initializer_list<int> active_clusters = {0, 0, 0, 0}) {
   DeviceInfo info;
   info.arch = arch;
   info.num_sms = num_sms;
-  info.threads_per_sm = threads_per_sm;
+  info.threads_per_sm = arch == 75 ? 1024 : arch == 80 || arch == 90 || arch == 100 ? 2048 : 1536;
+  const int64_t shared_kib = arch == 75 ? 64 : arch == 80 ? 164 : arch == 90 || arch == 100 ? 228 : 100;
+  info.shared_bytes_per_sm = shared_kib * kKiB;
+  info.shared_bytes_opt_in = (arch == 75 ? shared_kib : shared_kib - 1) * kKiB;  // a block's own KiB is the system's
   info.l2_bytes = l2_bytes;
-  return info;
+  info.memory_gb_per_s = memory_gb_per_s;
+  std::copy(active_clusters.begin(), active_clusters.end(), info.active_clusters);
+  return {name, info};
 }
 
 }  // namespace
 
 const std::vector<NamedDevice>& named_devices() {
-  constexpr int64_t kMiB = 1 << 20;
+  // How many clusters run at once is for a device to say; here it is a guess.
   static const std::vector<NamedDevice> devices = {
-      {"t4", device(75, 40, 1024, 4 * kMiB)},        {"a100", device(80, 108, 2048, 40 * kMiB)},
-      {"rtx4090", device(89, 128, 1536, 72 * kMiB)}, {"h100", device(90, 132, 2048, 50 * kMiB)},
-      {"h200", device(90, 132, 2048, 60 * kMiB)},    {"h200-mig-1g", device(90, 16, 2048, 6 * kMiB)},
-      {"b200", device(100, 148, 2048, 126 * kMiB)},  {"rtx5090", device(120, 170, 1536, 96 * kMiB)},
+      device("t4", 75, 40, 4 * kMiB, 320),
+      device("a100", 80, 108, 40 * kMiB, 1555),
+      device("a10", 86, 72, 6 * kMiB, 600),
+      device("rtx4090", 89, 128, 72 * kMiB, 1008),
+      device("h100", 90, 132, 50 * kMiB, 3350, {66, 32, 16, 8}),
+      device("h200", 90, 132, 60 * kMiB, 4800, {66, 32, 16, 8}),
+      device("h200-portable", 90, 132, 60 * kMiB, 4800, {66, 32, 16, 0}),  // no clusters of 16
+      device("h200-mig-1g", 90, 16, 6 * kMiB, 600, {8, 4, 1, 0}),
+      device("b200", 100, 148, 126 * kMiB, 8000, {74, 36, 16, 8}),
+      device("rtx5090", 120, 170, 96 * kMiB, 1792, {85, 40, 20, 0}),
   };
   return devices;
 }
 
 std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info) {
-  return {
+  std::vector<std::pair<std::string, double>> fields = {
       {"arch", info.arch},
       {"num_sms", info.num_sms},
       {"threads_per_sm", info.threads_per_sm},
       {"shared_bytes_per_block", info.shared_bytes_per_block},
       {"l2_bytes", info.l2_bytes},
+      {"shared_bytes_opt_in", info.shared_bytes_opt_in},
+      {"shared_bytes_per_sm", info.shared_bytes_per_sm},
+      {"registers_per_sm", info.registers_per_sm},
+      {"memory_gb_per_s", info.memory_gb_per_s},
   };
+  for (int i = 0; i < kNumClusterSizes; ++i) {
+    fields.emplace_back("active_clusters_" + std::to_string(2 << i), info.active_clusters[i]);
+  }
+  return fields;
 }
 
 std::vector<Family> all_families() {
