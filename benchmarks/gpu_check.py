@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_summary import write_summary
+from benchmarks.gpu_summary import count_outcomes, write_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
@@ -163,6 +163,8 @@ def pytest_stage(run: Run, result: Result, name: str, *selection: str) -> None:
     limits = () if missing(("pytest_timeout",)) else ("--timeout=180",)
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", *limits)
     result.add(*run.command(name, sys.executable, *command, *selection, *run.pytest))
+    if result.status == "passed" and not count_outcomes(xml).passed:
+        result.add("failed", "every test was skipped, or there was none")
 
 
 def tests(run: Run, result: Result) -> None:
@@ -292,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = (a.output or ROOT / "benchmarks/results/local" / f"gpu-check-{now}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
-    found["driver, clock, power"] = first_line("nvidia-smi", query, "--format=csv,noheader")
-    found["commit"] = first_line("git", "describe", "--always", "--dirty")
+    found["driver"] = first_line("nvidia-smi", query, "--format=csv,noheader") or "unknown"
+    found["commit"] = first_line("git", "describe", "--always", "--dirty") or "unknown"
     found["python"] = sys.version.split()[0]
     print(f"gpu-check on {found['name']}: {' '.join(stages)}\n  into {folder}", flush=True)
     run = Run(folder, time.monotonic() + a.seconds, a.pytest_args.split())

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from xml.etree import ElementTree
 
 FLOORS = ("add", "clone", "clone+add")
@@ -46,25 +46,38 @@ def stage_table(results: Sequence[StageResult]) -> str:
     return table(("stage", "result", "time", "notes"), rows)
 
 
-def test_section(path: Path) -> str:
-    """Counts, the first failures, and why tests were skipped."""
-    try:
-        cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-    except ElementTree.ParseError as error:  # stopped while it was written
-        return f"### {path.name}\n\nnot readable: {error}"
+class Outcomes(NamedTuple):
+    """Of the tests in a JUnit file."""
+
+    passed: int
+    failures: list[tuple[str, str]]  # name and message
+    skips: dict[str, int]  # reason and how often
+
+
+def count_outcomes(path: Path) -> Outcomes:
+    """Raises ElementTree.ParseError for a file that was not written to its end."""
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
     failures, skips = [], defaultdict(int)
     for case in cases:
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         for child in case:
             message = (child.get("message") or "").strip().split("\n")[0][:160]
             if child.tag in ("failure", "error"):
-                failures.append(f"- `{name}`: {message}")
+                failures.append((name, message))
             elif child.tag == "skipped":
                 skips[message] += 1
-    skipped = sum(skips.values())
-    passed = len(cases) - skipped - len(failures)
-    lines = [f"### {path.name}: {passed} passed, {len(failures)} failed, {skipped} skipped", ""]
-    lines += failures[:15]
+    return Outcomes(len(cases) - len(failures) - sum(skips.values()), failures, dict(skips))
+
+
+def test_section(path: Path) -> str:
+    """Counts, the first failures, and why tests were skipped."""
+    try:
+        passed, failures, skips = count_outcomes(path)
+    except ElementTree.ParseError as error:
+        return f"### {path.name}\n\nnot readable: {error}"
+    head = f"{passed} passed, {len(failures)} failed, {sum(skips.values())} skipped"
+    lines = [f"### {path.name}: {head}", ""]
+    lines += [f"- `{name}`: {message}" for name, message in failures[:15]]
     if len(failures) > 15:
         lines.append(f"- and {len(failures) - 15} more")
     lines += [f"- {n} skipped: {why}" for why, n in sorted(skips.items(), key=lambda x: -x[1])[:6]]

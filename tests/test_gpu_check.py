@@ -147,6 +147,22 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
     assert "streaming: 40 steps" in done.stdout
 
 
+def test_tests_that_are_all_skipped_are_no_success(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build without CUDA kernels skips them all."""
+    for number, (body, status) in enumerate((("pass", "passed"), ("pytest.skip('no')", "failed"))):
+        tests = tmp_path / f"test_{number}.py"
+        tests.write_text(f"import pytest\n\ndef test_it():\n    {body}\n")
+
+        def stage(run: gpu_check.Run, result: gpu_check.Result, path: Path = tests) -> None:
+            gpu_check.pytest_stage(run, result, "tests", str(path))
+
+        monkeypatch.setattr(gpu_check, "STAGES", {"tests": stage})
+        assert run(tmp_path / str(number)) == (status == "failed")
+        assert f"| tests | {status} |" in (tmp_path / str(number) / "summary.md").read_text()
+
+
 def row(provider: str, ratio: float, side: int = 56, **other: object) -> dict[str, object]:
     """A timed row of a backward pass that takes `ratio` ms where bnext takes 1."""
     case = shapes.Case("resnet50", shapes.Shape(32, 64, side, side), device="cuda", level="op")
