@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_summary import count_outcomes, write_summary
-
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
 GRACE = 20.0  # for a stage that is told to stop, to save what it has
@@ -45,6 +43,7 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("--suite", "few-channels", "odd", "detection", *PASSES),
     ("--suite", "resnet50", "--batch", "256", *PASSES),
     ("--suite", "tiny", "--direction", "forward", "backward", "step", "inference"),
+    ("--suite", "resnet50", "--batch", "32", *PASSES, "--providers", "families"),
     ("--suite", "resnet50", "--batch", "32", *PASSES, "--providers", "inductor"),
     ("--suite", "resnet50", "--batch", "32", "--direction", "step", "derivative", "inference"),
     ("--suite", "huge", "--dtype", "float16", *PASSES),
@@ -154,6 +153,8 @@ def build(run: Run, result: Result) -> None:
 
 
 def pytest_stage(run: Run, result: Result, name: str, *selection: str) -> None:
+    from benchmarks.gpu_summary import count_outcomes
+
     lacking = missing(("pytest", "hypothesis", "numpy"))
     if lacking:
         result.add("failed", f"missing: pip install {' '.join(lacking)}")
@@ -290,6 +291,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found is None:
         print(f"gpu-check: {why}", file=sys.stderr)
         return 2
+    from benchmarks.gpu_summary import write_summary  # needs torch, which is known to be there now
+
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M")
     folder = (a.output or ROOT / "benchmarks/results/local" / f"gpu-check-{now}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
