@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.gpu_summary import write_summary
-
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
 GRACE = 20.0  # for a stage that is told to stop, to save what it has
@@ -45,6 +43,7 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("--suite", "few-channels", "odd", "detection", *PASSES),
     ("--suite", "resnet50", "--batch", "256", *PASSES),
     ("--suite", "tiny", "--direction", "forward", "backward", "step", "inference"),
+    ("--suite", "resnet50", "--batch", "32", *PASSES, "--providers", "families"),
     ("--suite", "resnet50", "--batch", "32", *PASSES, "--providers", "inductor"),
     ("--suite", "resnet50", "--batch", "32", "--direction", "step", "derivative", "inference"),
     ("--suite", "huge", "--dtype", "float16", *PASSES),
@@ -154,6 +153,8 @@ def build(run: Run, result: Result) -> None:
 
 
 def pytest_stage(run: Run, result: Result, name: str, *selection: str) -> None:
+    from benchmarks.gpu_summary import count_outcomes
+
     lacking = missing(("pytest", "hypothesis", "numpy"))
     if lacking:
         result.add("failed", f"missing: pip install {' '.join(lacking)}")
@@ -163,6 +164,8 @@ def pytest_stage(run: Run, result: Result, name: str, *selection: str) -> None:
     limits = () if missing(("pytest_timeout",)) else ("--timeout=180",)
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", *limits)
     result.add(*run.command(name, sys.executable, *command, *selection, *run.pytest))
+    if result.status == "passed" and not count_outcomes(xml).passed:
+        result.add("failed", "every test was skipped, or there was none")
 
 
 def tests(run: Run, result: Result) -> None:
@@ -288,12 +291,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if found is None:
         print(f"gpu-check: {why}", file=sys.stderr)
         return 2
+    from benchmarks.gpu_summary import write_summary  # needs torch, which is known to be there now
+
     now = datetime.datetime.now().strftime("%Y-%m-%d-%H%M")
     folder = (a.output or ROOT / "benchmarks/results/local" / f"gpu-check-{now}").resolve()
     folder.mkdir(parents=True, exist_ok=True)
     query = "--query-gpu=driver_version,clocks.max.sm,power.limit"
-    found["driver, clock, power"] = first_line("nvidia-smi", query, "--format=csv,noheader")
-    found["commit"] = first_line("git", "describe", "--always", "--dirty")
+    found["driver"] = first_line("nvidia-smi", query, "--format=csv,noheader") or "unknown"
+    found["commit"] = first_line("git", "describe", "--always", "--dirty") or "unknown"
     found["python"] = sys.version.split()[0]
     print(f"gpu-check on {found['name']}: {' '.join(stages)}\n  into {folder}", flush=True)
     run = Run(folder, time.monotonic() + a.seconds, a.pytest_args.split())

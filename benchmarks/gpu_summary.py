@@ -7,14 +7,17 @@ extension only for the families, so that it can be written when the build has fa
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from xml.etree import ElementTree
 
-FLOORS = ("add", "clone", "clone+add")
+import torch
+
+from benchmarks.shapes import DTYPES, FLOOR_NAMES, LAYOUTS, is_peer
+from benchmarks.timing import geomean
+
 PLAN_FOR = "cuda"  # the device that families are asked for
 HEADLINES = ("forward", "backward", "step", "inference")
 
@@ -33,11 +36,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def geomean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def stage_table(results: Sequence[StageResult]) -> str:
     rows = [
         (r.stage, r.status, f"{r.seconds:.0f} s", "; ".join(r.notes).replace("|", "/") or "–")
@@ -46,25 +44,38 @@ def stage_table(results: Sequence[StageResult]) -> str:
     return table(("stage", "result", "time", "notes"), rows)
 
 
-def test_section(path: Path) -> str:
-    """Counts, the first failures, and why tests were skipped."""
-    try:
-        cases = list(ElementTree.parse(path).getroot().iter("testcase"))
-    except ElementTree.ParseError as error:  # stopped while it was written
-        return f"### {path.name}\n\nnot readable: {error}"
+class Outcomes(NamedTuple):
+    """Of the tests in a JUnit file."""
+
+    passed: int
+    failures: list[tuple[str, str]]  # name and message
+    skips: dict[str, int]  # reason and how often
+
+
+def count_outcomes(path: Path) -> Outcomes:
+    """Raises ElementTree.ParseError for a file that was not written to its end."""
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
     failures, skips = [], defaultdict(int)
     for case in cases:
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         for child in case:
             message = (child.get("message") or "").strip().split("\n")[0][:160]
             if child.tag in ("failure", "error"):
-                failures.append(f"- `{name}`: {message}")
+                failures.append((name, message))
             elif child.tag == "skipped":
                 skips[message] += 1
-    skipped = sum(skips.values())
-    passed = len(cases) - skipped - len(failures)
-    lines = [f"### {path.name}: {passed} passed, {len(failures)} failed, {skipped} skipped", ""]
-    lines += failures[:15]
+    return Outcomes(len(cases) - len(failures) - sum(skips.values()), failures, dict(skips))
+
+
+def test_section(path: Path) -> str:
+    """Counts, the first failures, and why tests were skipped."""
+    try:
+        passed, failures, skips = count_outcomes(path)
+    except ElementTree.ParseError as error:
+        return f"### {path.name}\n\nnot readable: {error}"
+    head = f"{passed} passed, {len(failures)} failed, {sum(skips.values())} skipped"
+    lines = [f"### {path.name}: {head}", ""]
+    lines += [f"- `{name}`: {message}" for name, message in failures[:15]]
     if len(failures) > 15:
         lines.append(f"- and {len(failures) - 15} more")
     lines += [f"- {n} skipped: {why}" for why, n in sorted(skips.items(), key=lambda x: -x[1])[:6]]
@@ -99,7 +110,7 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
             peers = {
                 name: row["vs_bnext"]
                 for name, row in found.items()
-                if name not in (*FLOORS, "bnext") and row.get("vs_bnext")
+                if is_peer(name) and row.get("vs_bnext")
             }
             if ours and peers:
                 best = min(peers, key=lambda name: peers[name])
@@ -140,7 +151,7 @@ def peer_kernels(rows: Iterable[dict[str, Any]]) -> str:
     for row in rows:
         if (
             row.get("kernels")
-            and row["provider"] not in FLOORS
+            and row["provider"] not in FLOOR_NAMES
             and row["direction"] in HEADLINES[:2]
         ):
             names = "; ".join(name.split("(")[0][:70] for name in row["kernels"].split("; "))
@@ -153,18 +164,12 @@ def peer_kernels(rows: Iterable[dict[str, Any]]) -> str:
 
 def families(rows: Iterable[dict[str, Any]]) -> str:
     """Which family each case takes on the device that is here, asked anew."""
-    import torch
-
     from bnext._extension import _C
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    layouts = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
     keys = {(*(row[k] for k in "NCHW"), row["dtype"], row["layout"]) for row in rows}
     chosen: dict[tuple[str, str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for *shape, dtype, layout in keys:
-        if dtype not in dtypes:
-            continue
-        x = torch.empty(shape, dtype=dtypes[dtype], device="meta", memory_format=layouts[layout])
+        x = torch.empty(shape, dtype=DTYPES[dtype], device="meta", memory_format=LAYOUTS[layout])
         for plan in _C.cuda_plans(x, PLAN_FOR, "", True):
             chosen[plan["pass"], layout, dtype][plan["family"]] += 1
     lines = [
@@ -172,6 +177,26 @@ def families(rows: Iterable[dict[str, Any]]) -> str:
         for group, found in sorted(chosen.items())
     ]
     return table(("pass", "layout", "dtype", "shapes by family"), lines)
+
+
+def forced_families(rows: Sequence[dict[str, Any]]) -> str:
+    """Whether another family would have been faster than the one that the plan chose."""
+    lines = []
+    for group, cases in sorted(grouped(rows).items()):
+        ratios: dict[str, dict[tuple[Any, ...], float]] = defaultdict(dict)
+        for case, found in cases.items():
+            for name, row in found.items():
+                if name.startswith("bnext-") and row.get("vs_bnext"):
+                    ratios[name.removeprefix("bnext-")][case] = row["vs_bnext"]
+        for family, times in sorted(ratios.items()):
+            best = min(times, key=lambda case: times[case])
+            shape = "×".join(map(str, best[1:5]))
+            mean = f"{geomean(times.values()):.2f}"
+            lines.append((*group, family, len(times), mean, f"{times[best]:.2f} ({shape})"))
+    if not lines:
+        return ""
+    head = ("direction", "layout", "dtype", "family", "cases", "its time ÷ the choice's", "least")
+    return table(head, lines)
 
 
 def probe_section(found: dict[str, Any]) -> str:
@@ -217,10 +242,11 @@ def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageR
         ]
         sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
         try:
-            sections += ["## Families", families(rows)]
+            sections += ["## Families", families(rows), forced_families(rows)]
         except (ImportError, RuntimeError) as error:
             sections.append(f"not known: {str(error).splitlines()[0]}")
         sections += ["## Kernels", peer_kernels(rows)]
     if (folder / "probe.json").exists():
         sections += ["## Probe", probe_section(load(folder / "probe.json"))]
-    (folder / "summary.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    text = "\n\n".join(section for section in sections if section)
+    (folder / "summary.md").write_text(text + "\n", encoding="utf-8")

@@ -229,9 +229,9 @@ cuda::DeviceInfo device_named(const std::string& name) {
                     name);
 #ifdef BNEXT_WITH_CUDA
   const at::Device device(name);
-  const int index = device.has_index() ? device.index() : c10::cuda::current_device();
-  TORCH_CHECK_VALUE(index < c10::cuda::device_count(), "device is ", name, ", but there are ",
-                    static_cast<int>(c10::cuda::device_count()), " CUDA devices here");
+  const int count = c10::cuda::device_count();
+  const int index = device.has_index() ? device.index() : count > 0 ? c10::cuda::current_device() : 0;
+  TORCH_CHECK_VALUE(index < count, "device is ", name, ", but there are ", count, " CUDA devices here");
   return cuda::device_info(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
 #else
   TORCH_CHECK(false, "device is ", name, ", but this build of bnext holds CPU kernels only and cannot ask it for its ",

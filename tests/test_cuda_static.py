@@ -189,18 +189,23 @@ def narrow_kernels(functions: dict[str, Counter[str]], arch: int) -> list[str]:
     return bad
 
 
+def fail_with(lines: list[str], arch: int) -> None:
+    if lines:
+        pytest.fail("\n".join([f"sm_{arch}:", *lines]), pytrace=False)
+
+
 def test_nothing_spills(arch: int, compiled: Compiled) -> None:
     assert len({kernel.name for kernel in compiled.kernels}) == len(compiled.kernels) >= 66
     bad = [k for k in compiled.kernels if k.stack or k.spill_stores or k.spill_loads]
-    assert not bad, f"sm_{arch}: {bad}"
+    fail_with([str(kernel) for kernel in bad], arch)
 
 
 def test_machine_code(arch: int, compiled: Compiled) -> None:
     functions = disassemble(compiled.cubin)
     assert functions.keys() >= {kernel.name for kernel in compiled.kernels}
-    local = {name: [i for i in f if LOCAL.match(i)] for name, f in functions.items()}
-    assert not {name: found for name, found in local.items() if found}, f"sm_{arch}"
-    assert not narrow_kernels(functions, arch), f"sm_{arch}"
+    local = {name: sorted(i for i in f if LOCAL.match(i)) for name, f in functions.items()}
+    lines = [f"{name}: {', '.join(found)}" for name, found in local.items() if found]
+    fail_with(lines + narrow_kernels(functions, arch), arch)
 
 
 SPILLING = """

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_check, gpu_summary, probe_device, results, shapes  # noqa: E402
+from benchmarks import checks, gpu_check, gpu_summary, probe_device, providers, results, shapes  # noqa: E402  # noqa: E402
 
 DEVICE = {"name": "Stand-in 1", "arch": "9.0", "torch": "2.0"}
 
@@ -147,6 +147,22 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
     assert "streaming: 40 steps" in done.stdout
 
 
+def test_tests_that_are_all_skipped_are_no_success(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build without CUDA kernels skips them all."""
+    for number, (body, status) in enumerate((("pass", "passed"), ("pytest.skip('no')", "failed"))):
+        tests = tmp_path / f"test_{number}.py"
+        tests.write_text(f"import pytest\n\ndef test_it():\n    {body}\n")
+
+        def stage(run: gpu_check.Run, result: gpu_check.Result, path: Path = tests) -> None:
+            gpu_check.pytest_stage(run, result, "tests", str(path))
+
+        monkeypatch.setattr(gpu_check, "STAGES", {"tests": stage})
+        assert run(tmp_path / str(number)) == (status == "failed")
+        assert f"| tests | {status} |" in (tmp_path / str(number) / "summary.md").read_text()
+
+
 def row(provider: str, ratio: float, side: int = 56, **other: object) -> dict[str, object]:
     """A timed row of a backward pass that takes `ratio` ms where bnext takes 1."""
     case = shapes.Case("resnet50", shapes.Shape(32, 64, side, side), device="cuda", level="op")
@@ -177,6 +193,47 @@ def test_headline() -> None:
     assert "| cudnn | backward | nchw | float32 | `cudnn_k` | 2 |" in kernels
     assert "add_k" not in kernels
     assert gpu_summary.headline([]) == "no case was timed with a peer"
+
+
+def test_forced_families() -> None:
+    """They are no peers of bnext; where one is faster than the choice of the plan, it shows."""
+    rows = [
+        *(row("bnext", 1.0), row("bnext-streaming", 1.6), row("bnext-resident", 0.9)),
+        *(row("bnext", 1.0, 7), row("bnext-streaming", 0.4, 7), row("cudnn", 2.0, 7)),
+    ]
+    assert "| 1 | **2.00** |" in gpu_summary.headline(rows)
+    lines = gpu_summary.forced_families(rows).splitlines()[2:]
+    assert [line.split(" | ")[3:] for line in lines] == [
+        ["resident", "1", "0.90", "0.90 (32×64×56×56) |"],
+        ["streaming", "2", "0.80", "0.40 (32×64×7×7) |"],
+    ]
+    assert gpu_summary.forced_families(rows[3:4]) == ""
+
+
+def test_a_forced_family_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it runs, and no longer; forward passes before a backward one are not concerned."""
+    seen: list[tuple[str, str]] = []
+
+    def spy(name: str) -> gpu_check.Callable[..., object]:
+        original = getattr(providers.Bnext, name)
+
+        def call(self: providers.Bnext, *arguments: object) -> object:
+            seen.append((name, os.environ.get("BNEXT_CUDA_FAMILY", "")))
+            return original(self, *arguments)
+
+        return call
+
+    for name in ("op_forward", "op_backward"):
+        monkeypatch.setattr(providers.Bnext, name, spy(name))
+    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "auto")
+    forced = providers.FORCED[0]()
+    assert forced.name == "bnext-streaming" and not shapes.is_peer(forced.name)
+    case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
+    assert "CUDA" in str(forced.why_not(case))
+    call = forced.prepare(case, checks.make_tensors(case))
+    call()
+    assert seen == [("op_forward", "auto"), ("op_backward", "streaming")]
+    assert os.environ["BNEXT_CUDA_FAMILY"] == "auto"
 
 
 JUNIT = """<testsuites><testsuite name="pytest" tests="4">
