@@ -87,9 +87,14 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   set_step(plan, parallel_items);
 }
 
+// Kernels that take packs count a channel's items in an int.
+bool few_items(int64_t num_positions) { return num_positions < (int64_t{1} << 31) - kMaxThreads * kUnroll; }
+
 void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
   const Geometry& g = r.geometry;
-  plan.vec = g.unit_stride ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
+  const bool packs = g.unit_stride && few_items(g.num_positions());
+  plan.vec = packs ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
+  plan.whole_packs = plan.vec == 1 || (r.aligned && g.size[2] % plan.vec == 0);
   // A plane that begins inside a pack may touch one pack more.
   const int64_t inner = g.size[2] + (r.aligned ? 0 : plan.vec - 1);
   plan.size[0] = g.size[0];
@@ -106,7 +111,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   const Geometry& g = r.geometry;
   const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
   for (int d = 0; d < 3; ++d) plan.size[d] = g.size[d];
-  if (g.unit_stride) {
+  if (g.unit_stride && few_items(g.num_positions())) {
     const int64_t fold = vec / std::gcd(vec, g.num_channels);
     if (fold == 1 && r.aligned) {
       plan.vec = static_cast<int>(vec);

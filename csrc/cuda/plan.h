@@ -70,6 +70,7 @@ struct Plan {
   Walk walk = Walk::kPlanes;
   DType dtype = DType::kFloat32;
   Pass pass = Pass::kForward;
+  bool whole_packs = true;  // no pack is shared by two planes
   int vec = 1;       // elements in one access: 16 bytes of them, or one
   int64_t fold = 1;  // rows taken as one, where a row does not fill packs
   int threads = 0;
@@ -88,8 +89,7 @@ struct Plan {
   int cluster = 1;                      // blocks that share a channel; num_splits is the same
   int num_steps = 0, held_steps = 0;    // as in StreamingArgs
   int run_length = 1, slab_channels = 1;
-  bool whole_packs = false;  // no pack is shared by two planes
-  double held = 0;           // share of the data that stays on chip
+  double held = 0;  // share of the data that stays on chip
   OnChipLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;

@@ -58,6 +58,7 @@ bool take_runs(const Request& r, Plan& plan) {
   if (g.walk != Walk::kPlanes || !g.unit_stride || !r.dense_channels || run == 1 || S == 1) return false;
   if (g.num_channels % run != 0 || run_packs > kMaxThreads) return false;
   plan.walk = Walk::kRows;
+  plan.whole_packs = true;
   plan.run_length = static_cast<int>(S);
   plan.wide_channels = g.num_channels * S;
   plan.size[0] = 1;
@@ -208,7 +209,6 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     return base;
   }
   base.on_chip = true;
-  base.whole_packs = r.aligned && r.geometry.size[2] % streaming.vec == 0;
   base.count_first = r.pass == Pass::kForward && r.cumulative;
   base.reduce = base.finish = base.apply = base.fused = false;
   base.reduce_shared_bytes = base.apply_shared_bytes = base.finish_shared_bytes = 0;

@@ -78,7 +78,7 @@ class OnChip {
   }
 
  private:
-  using Steps = Cursor<T, kVec, kRows, kWhole, kViews, int>;
+  using Steps = Cursor<T, kVec, kRows, kWhole, kViews>;
 
   // held_steps is all of them, or whole batches.
   __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
