@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <cstdlib>
+#include <mutex>
 #include <vector>
 
 #include "launch.h"
@@ -23,21 +24,38 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
-// Asked for once. (torch has device properties at hand, too, but its header needs all of the CUDA libraries' headers.)
+// (torch has device properties at hand, too, but its header needs all of the CUDA libraries' headers.)
+DeviceInfo ask_device(int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  auto ask = [&](cudaDeviceAttr name) { return attribute(name, device); };
+  DeviceInfo info;
+  info.arch = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+  info.num_sms = ask(cudaDevAttrMultiProcessorCount);
+  info.threads_per_sm = ask(cudaDevAttrMaxThreadsPerMultiProcessor);
+  info.registers_per_sm = ask(cudaDevAttrMaxRegistersPerMultiprocessor);
+  info.shared_bytes_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlock);
+  info.shared_bytes_opt_in = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  info.shared_bytes_per_sm = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  info.l2_bytes = ask(cudaDevAttrL2CacheSize);
+  // kHz and bits, two transfers in each clock. A driver that does not tell leaves the default.
+  const double gb_per_s = 2e-6 / 8 * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth);
+  if (gb_per_s > 0) info.memory_gb_per_s = gb_per_s;
+  for (int i = 0; i < kNumClusterSizes; ++i) {
+    info.active_clusters[i] = info.arch < 90 ? 0 : active_clusters(2 << i, info.shared_bytes_opt_in);
+  }
+  return info;
+}
+
+// Each device is asked once, and only when it is used: to count clusters takes memory on it.
 const DeviceInfo& device_info(at::Device device) {
-  static const std::vector<DeviceInfo> infos = [] {
-    std::vector<DeviceInfo> all(c10::cuda::device_count());
-    for (int i = 0; i < static_cast<int>(all.size()); ++i) {
-      all[i].arch =
-          10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i);
-      all[i].num_sms = attribute(cudaDevAttrMultiProcessorCount, i);
-      all[i].threads_per_sm = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, i);
-      all[i].shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlock, i);
-      all[i].l2_bytes = attribute(cudaDevAttrL2CacheSize, i);
-    }
-    return all;
-  }();
-  return infos.at(device.index());
+  struct Answer {
+    std::once_flag asked;
+    DeviceInfo info;
+  };
+  static std::vector<Answer> answers(c10::cuda::device_count());
+  Answer& answer = answers.at(device.index());
+  std::call_once(answer.asked, [&] { answer.info = ask_device(device.index()); });
+  return answer.info;
 }
 
 // For tests and measurements: BNEXT_CUDA_FAMILY names the kernels to use, in place of the best ones.
@@ -45,7 +63,8 @@ Limits limits_from_environment() {
   Limits limits;
   const char* name = std::getenv("BNEXT_CUDA_FAMILY");
   if (name == nullptr || *name == '\0') return limits;
-  TORCH_CHECK_VALUE(parse_family(name, &limits.family), "BNEXT_CUDA_FAMILY should be auto or streaming, not ", name);
+  TORCH_CHECK_VALUE(parse_family(name, &limits.family),
+                    "BNEXT_CUDA_FAMILY should be auto, streaming, resident or cluster, not ", name);
   return limits;
 }
 

@@ -69,7 +69,8 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int 
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
   const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
-  if (plan.pass == Pass::kBackward) return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
+  if (plan.pass == Pass::kBackward)
+    return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
   if (plan.count_first) {
     const cudaError_t error = launch_kernel<&count_batch_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
@@ -189,6 +190,12 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   set_views(stages.reduce, plan, dy, make_request(problem).reads_x ? x : none, writes_dx ? dx : none);
   set_views(stages.apply, plan, dx, problem.training ? x : none, dy);
   return run_plan(stages, plan, stream);
+}
+
+// All on-chip kernels have the same launch bounds: one stands for all.
+int active_clusters(int cluster, int64_t shared_bytes) {
+  return count_clusters<&on_chip_backward_kernel<float, 4, false, true>>(
+      launch_shape(cluster, kMaxThreads, shared_bytes, cluster));
 }
 
 }  // namespace bnext::cuda

@@ -101,7 +101,8 @@ void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.size[1] = g.size[1];
   plan.size[2] = ceil_div(inner, plan.vec);
   plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
-  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads, [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
+  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads,
+                                [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
   plan.wide_channels = g.num_channels;
   split_items(device, limits, g.num_channels, plan.threads, plan);
   plan.reduce_shared_bytes = planes_reduce_shared(plan.threads, acc_bytes(g.dtype));

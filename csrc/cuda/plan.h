@@ -71,8 +71,8 @@ struct Plan {
   DType dtype = DType::kFloat32;
   Pass pass = Pass::kForward;
   bool whole_packs = true;  // no pack is shared by two planes
-  int vec = 1;       // elements in one access: 16 bytes of them, or one
-  int64_t fold = 1;  // rows taken as one, where a row does not fill packs
+  int vec = 1;              // elements in one access: 16 bytes of them, or one
+  int64_t fold = 1;         // rows taken as one, where a row does not fill packs
   int threads = 0;
   int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in StreamingArgs
   int64_t num_items = 0, chunk = 0, num_splits = 1;
@@ -86,8 +86,8 @@ struct Plan {
   int64_t coefficient_offset = 0, workspace_bytes = 0;
   // On chip: one kernel for all, after a tiny one where batches have to be counted first.
   bool on_chip = false, count_first = false;
-  int cluster = 1;                      // blocks that share a channel; num_splits is the same
-  int num_steps = 0, held_steps = 0;    // as in StreamingArgs
+  int cluster = 1;                    // blocks that share a channel; num_splits is the same
+  int num_steps = 0, held_steps = 0;  // as in StreamingArgs
   int run_length = 1, slab_channels = 1;
   double held = 0;  // share of the data that stays on chip
   OnChipLayout layout;

@@ -10,13 +10,13 @@ namespace {
 
 // ---- what plans cost: all of it a model, until a GPU has been asked ------------------------------------------------
 
-constexpr double kLaunchUs = 2.5;    // a kernel more in a stream, from the last block of one to full speed of the next
-constexpr double kReductionUs = 1;   // from the last load of a block to its first store
-constexpr double kClusterUs = 1.5;   // the same again for a cluster's barrier and remote reads
-constexpr double kBusyShare = 0.6;   // of the SMs: as many as it takes to keep memory busy
-constexpr double kL2Time = 0.6;      // of a byte from L2, with a byte from memory as 1
-constexpr double kL2Share = 0.5;     // of L2 that still holds what was read a while ago
-constexpr double kNarrowRows = 1.05; // reading rows by halves of a cache line
+constexpr double kLaunchUs = 2.5;     // a kernel more in a stream, from the last block of one to full speed of the next
+constexpr double kReductionUs = 1;    // from the last load of a block to its first store
+constexpr double kClusterUs = 1.5;    // the same again for a cluster's barrier and remote reads
+constexpr double kBusyShare = 0.6;    // of the SMs: as many as it takes to keep memory busy
+constexpr double kL2Time = 0.6;       // of a byte from L2, with a byte from memory as 1
+constexpr double kL2Share = 0.5;      // of L2 that still holds what was read a while ago
+constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // An on-chip kernel may have that many (its launch bounds say so).
 constexpr int kOnChipRegisters = 128;
@@ -36,8 +36,8 @@ int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
   const int by_threads = device.threads_per_sm / plan.threads;
   const int by_registers = device.registers_per_sm / (plan.threads * kOnChipRegisters);
-  return static_cast<int>(std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1,
-                                                                       kMaxBlocksPerSm)));
+  return static_cast<int>(
+      std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1, kMaxBlocksPerSm)));
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {
@@ -192,8 +192,8 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
   // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for.
   const double shared = traffic_time(device, bytes, again, again * at_once / num_blocks);
   const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
-  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
-                      plan.block_packs * kPackBytes < 128;
+  const bool narrow =
+      plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
   const int rounds = r.pass == Pass::kForward ? 2 : 1;
   const double reduction = rounds * (kReductionUs + (plan.cluster > 1 ? kClusterUs : 0));
   const double waves = std::ceil(num_blocks / (double(sms) * blocks));

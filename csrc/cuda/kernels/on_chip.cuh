@@ -245,9 +245,8 @@ template <bool kRows, int kVec, typename Acc, typename F>
 __device__ inline void finish_on_chip(const StreamingArgs& args, const Tile& tile, F totals_of,
                                       Coefficients<Acc> (&coefficients)[kVec]) {
   auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + args.layout.coefficients);
-  for_each_channel(args, tile, [&](int i, int64_t c) {
-    shared[i] = finish_channel<Acc>(args, c, totals_of(i), tile.split == 0);
-  });
+  for_each_channel(args, tile,
+                   [&](int i, int64_t c) { shared[i] = finish_channel<Acc>(args, c, totals_of(i), tile.split == 0); });
   if (args.cluster_size > 1) cluster_arrive();  // this thread reads no other block's memory any more
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
