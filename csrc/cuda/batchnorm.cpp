@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
 #include <cstdlib>
 #include <mutex>
 #include <vector>
@@ -68,10 +69,35 @@ Limits limits_from_environment() {
   return limits;
 }
 
+// A plan takes a microsecond or two to make, and a network asks for the same ones again and again.
+const Plan& find_plan(const Request& request, at::Device device, const Limits& limits) {
+  struct Entry {
+    Request request;
+    int device = -1;
+    Family family = Family::kAuto;
+    Plan plan;
+  };
+  thread_local std::array<Entry, 64> entries;
+  const Geometry& g = request.geometry;
+  uint64_t key = 0;
+  for (int64_t part : {g.num_channels, g.size[0], g.size[1], g.size[2], static_cast<int64_t>(request.pass)}) {
+    key = (key ^ static_cast<uint64_t>(part)) *
+          0x9e3779b97f4a7c15u;  // a multiplier that spreads bits: 2^64 / golden ratio
+  }
+  Entry& entry = entries[key >> 58];
+  if (entry.device != device.index() || entry.family != limits.family || !(entry.request == request)) {
+    entry.plan = make_plan(request, device_info(device), limits);
+    entry.request = request;
+    entry.device = device.index();
+    entry.family = limits.family;
+  }
+  return entry.plan;
+}
+
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  const Plan plan = make_plan(make_request(problem), device_info(device), limits_from_environment());
+  const Plan& plan = find_plan(make_request(problem), device, limits_from_environment());
   TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
   // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
   const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));

@@ -250,6 +250,16 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   return on_chip.error.empty() && better ? on_chip : streaming;
 }
 
+bool operator==(const Request& a, const Request& b) {
+  auto fields = [](const Request& r) {
+    const Geometry& g = r.geometry;
+    const auto geometry = std::tie(g.num_channels, g.size[0], g.size[1], g.size[2], g.walk, g.unit_stride, g.dtype);
+    return std::tuple_cat(geometry, std::tie(r.pass, r.training, r.output, r.sums, r.reads_x, r.aligned, r.dense_rows,
+                                             r.dense_channels, r.cumulative));
+  };
+  return fields(a) == fields(b);
+}
+
 bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
     const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,

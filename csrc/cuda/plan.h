@@ -49,6 +49,7 @@ struct Request {
   bool cumulative = false;  // momentum depends on num_batches_tracked
 };
 
+bool operator==(const Request& a, const Request& b);
 Request make_request(const ForwardProblem& problem);
 Request make_request(const BackwardProblem& problem);
 

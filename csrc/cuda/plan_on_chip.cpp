@@ -18,8 +18,8 @@ constexpr double kL2Time = 0.6;       // of a byte from L2, with a byte from mem
 constexpr double kL2Share = 0.5;      // of L2 that still holds what was read a while ago
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
-// An on-chip kernel may have that many (its launch bounds say so).
-constexpr int kOnChipRegisters = 128;
+// Registers of a thread: what ptxas takes for forward kernels, and what launch bounds allow backward ones.
+constexpr int kForwardRegisters = 80, kBackwardRegisters = 128;
 constexpr int kMaxBlocksPerSm = 32;
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 // Less than half on chip does not pay, and statistics rely on half: see on_chip_forward_kernel.
@@ -34,8 +34,9 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
+  const int registers = plan.pass == Pass::kForward ? kForwardRegisters : kBackwardRegisters;
   const int by_threads = device.threads_per_sm / plan.threads;
-  const int by_registers = device.registers_per_sm / (plan.threads * kOnChipRegisters);
+  const int by_registers = device.registers_per_sm / (plan.threads * registers);
   return static_cast<int>(
       std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1, kMaxBlocksPerSm)));
 }
