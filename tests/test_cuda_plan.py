@@ -28,6 +28,9 @@ REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misali
 REQUEST += ("family", "cumulative")
 
 
+KB = 1 << 10
+
+
 class Device(NamedTuple):
     arch: int
     num_sms: int
@@ -128,37 +131,84 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+AUTO, STREAMING, RESIDENT, CLUSTER = range(4)
+
+
 def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    n, c, h, w = shape
     text = f"{device} {shape} {dtype}: {q.text.decode()}"
-    rows = q.walk == 1
     assert not q.has_error, text
     assert q.same_again, text
     assert q.steps_add_up, text
+    assert 1 <= q.num_blocks < 2**31, text
+    assert q.vec in (1, 16 // dtype.itemsize), text
+    assert q.num_items < 2**31 or q.vec == 1, text
+    n, c, h, w = shape
+    if q.walk == 1:
+        columns = q.wide_channels // q.vec
+        assert q.wide_channels % q.vec == 0, text
+        assert q.num_items * q.wide_channels == n * c * h * w, text
+        assert q.block_packs * q.block_rows <= q.threads, text
+        assert q.block_packs * (q.num_slabs - 1) < columns <= q.block_packs * q.num_slabs, text
+    else:
+        assert q.num_items * q.vec >= n * h * w, text
+    if q.on_chip:
+        check_on_chip(q, device, c, text)
+    else:
+        check_streaming(q, device, shape, dtype, text)
+
+
+def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
+    tensors = 1 + q.backward
+    assert q.vec > 1, text
+    assert q.threads in (64, 128, 256, 512), text
+    assert q.threads * 128 <= 64 * KB, text  # registers: the launch bounds allow 128
+    assert q.family_chosen == (RESIDENT if q.cluster == 1 else CLUSTER), text
+    if q.cluster > 1:
+        assert device.arch >= 90, text
+        assert device.active_clusters[(2, 4, 8, 16).index(q.cluster)] > 0, text
+    # Every item is in exactly one block, and no thread has more steps than it takes.
+    assert q.chunk * q.cluster >= q.num_items >= q.cluster, text
+    at_once = q.block_rows if q.walk == 1 else q.threads
+    assert at_once * (q.num_steps - 1) < q.chunk <= at_once * q.num_steps, text
+    assert q.num_blocks == q.cluster * (q.num_slabs if q.walk == 1 else channels), text
+    assert q.slab_channels * (q.num_blocks // q.cluster - 1) < channels, text
+    assert q.slab_channels * (q.num_blocks // q.cluster) >= channels, text
+    # What is held fits, and is half at least.
+    slots = q.held_steps * tensors * q.threads * 16
+    assert 0 < slots < q.shared_bytes <= device.shared_bytes_opt_in, text
+    assert 0.5 <= q.held <= 1, text
+    assert (q.held == 1) == (q.held_steps == q.num_steps), text
+    assert q.held_steps % 2 == 0 or q.held == 1, text
+    # Everything once, and what is not held, in whole packs, once more.
+    packs = q.wide_channels // q.vec if q.walk == 1 else channels
+    again = (1 - q.held) * q.num_items * packs * 16 * tensors
+    assert q.bytes_moved == pytest.approx((tensors + 1) * q.tensor_bytes + again, rel=1e-9), text
+    assert q.workspace_bytes == 0, text
+
+
+def check_streaming(
+    q: Query, device: Device, shape: tuple[int, int, int, int], dtype: torch.dtype, text: str
+) -> None:
+    n, c, h, w = shape
+    rows = q.walk == 1
+    assert q.family_chosen == STREAMING, text
     for threads in (q.threads, q.finish_threads):
         assert 32 <= threads <= 256, text
         assert threads & (threads - 1) == 0, text
     for name in ("reduce_shared_bytes", "apply_shared_bytes", "finish_shared_bytes"):
         assert 0 <= getattr(q, name) <= device.shared_bytes_per_block, text
-    assert 1 <= q.num_blocks < 2**31, text
     # Every item is in exactly one block, and no block is empty.
     assert q.chunk * (q.num_splits - 1) < q.num_items <= q.chunk * q.num_splits, text
-    assert q.vec in (1, 16 // dtype.itemsize), text
     positions = n * h * w
     if rows:
         assert q.wide_channels == c * q.fold, text
         assert q.num_items * q.fold == positions, text
-        assert q.wide_channels % q.vec == 0, text
-        assert q.block_packs * q.block_rows <= q.threads, text
         assert q.block_packs * q.vec <= q.threads, text
-        packs = q.wide_channels // q.vec
-        assert q.block_packs * (q.num_slabs - 1) < packs <= q.block_packs * q.num_slabs, text
         assert q.num_blocks == q.num_slabs * q.num_splits, text
         columns = q.block_packs * q.vec
         assert q.reduce_shared_bytes >= 3 * q.block_rows * columns * q.acc_bytes, text
         steps = q.block_rows
     else:
-        assert q.num_items * q.vec >= positions, text
         assert q.num_blocks == c * q.num_splits, text
         steps = q.threads
     # Sums in float32 stay short.
@@ -185,8 +235,76 @@ def test_every_plan_is_legal(name: str, layout: str) -> None:
     for shape, dtype, backward, misaligned in itertools.product(
         SHAPES, (torch.float64, torch.float32, torch.float16), (0, 1), (0, 1)
     ):
-        q = plan(device, shape, dtype, layout, backward=backward, misaligned=misaligned)
-        check(q, device, shape, dtype)
+        request = {"backward": backward, "misaligned": misaligned}
+        auto = plan(device, shape, dtype, layout, **request)
+        streaming = plan(device, shape, dtype, layout, **request, family=STREAMING)
+        check(auto, device, shape, dtype)
+        check(streaming, device, shape, dtype)
+        assert auto.microseconds <= streaming.microseconds
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_forced_families(name: str) -> None:
+    """A family is what was asked for, or an error says why not; auto is none the worse for it."""
+    device, ran = DEVICES[name], set()
+    for shape, dtype, backward, layout in itertools.product(
+        SHAPES, (torch.float32, torch.bfloat16), (0, 1), ("nchw", "channels_last")
+    ):
+        auto = plan(device, shape, dtype, layout, backward=backward)
+        for family in (RESIDENT, CLUSTER):
+            q = plan(device, shape, dtype, layout, backward=backward, family=family)
+            assert q.family_chosen == family
+            if q.has_error:
+                assert b"cannot run: " in q.text
+                continue
+            ran.add(family)
+            check(q, device, shape, dtype)
+            assert auto.microseconds <= q.microseconds
+    assert ran == ({RESIDENT, CLUSTER} if any(device.active_clusters) else {RESIDENT})
+
+
+def test_what_runs_where() -> None:
+    """A few choices that would be wrong otherwise, whatever the model's constants."""
+    h200, a100 = DEVICES["h200"], DEVICES["a100"]
+    half = torch.float16
+    # One kernel beats two launches where a call is all launch.
+    assert plan(h200, (8, 64, 8, 8), backward=1).family_chosen == RESIDENT
+    # A channel of 1.6 MB of x and dy needs a cluster; without one it is streamed.
+    q = plan(h200, (32, 64, 112, 112), half, backward=1)
+    assert (q.family_chosen, q.held) == (CLUSTER, 1)
+    assert plan(a100, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
+    # 12.8 MB fit in no cluster.
+    assert plan(h200, (256, 64, 112, 112), half, backward=1).family_chosen == STREAMING
+    # Six channels, whole, would leave most of the device idle.
+    assert plan(h200, (20, 6, 64, 64), backward=1).cluster > 1
+    assert plan(a100, (20, 6, 256, 256), backward=1).family_chosen == STREAMING
+    # Planes of 98 bytes, eight of them one run.
+    q = plan(h200, (32, 512, 7, 7), half, backward=1)
+    assert (q.run_length, q.slab_channels, q.held) == (49, 8, 1)
+    assert plan(h200, (32, 512, 7, 7), half, backward=1, misaligned=1).run_length == 1
+    assert plan(h200, (32, 512, 14, 14), torch.float32, backward=1).run_length == 1
+
+
+def test_only_second_passes_are_kept_on_chip() -> None:
+    for request in (
+        {"backward": 0, "training": 0},
+        {"backward": 1, "training": 0},
+        {"backward": 1, "output": 0},
+        {"backward": 0, "output": 0},
+    ):
+        for family in (RESIDENT, CLUSTER):
+            q = plan(DEVICES["h200"], (8, 64, 8, 8), **request, family=family)
+            assert q.has_error
+            assert b"only streaming does it" in q.text
+        assert plan(DEVICES["h200"], (8, 64, 8, 8), **request).family_chosen == STREAMING
+
+
+def test_batches_are_counted_before_they_are_read() -> None:
+    shape = (8, 64, 8, 8)
+    for family, first in ((STREAMING, 0), (RESIDENT, 1), (CLUSTER, 1)):
+        for cumulative in (0, 1):
+            q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
+            assert q.count_first == (first and cumulative)
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -198,9 +316,9 @@ def test_common_shapes_get_packs(name: str) -> None:
         assert q.vec == 16 // dtype.itemsize, q.text.decode()
 
 
-def moves(**request: int) -> float:
+def moves(family: int = STREAMING, **request: int) -> float:
     shape = (32, 64, 56, 56)
-    q = plan(DEVICES["h200"], shape, **request)
+    q = plan(DEVICES["h200"], shape, family=family, **request)
     return q.bytes_moved / (4 * 32 * 64 * 56 * 56)
 
 
@@ -217,6 +335,10 @@ def test_bytes() -> None:
     assert moves(backward=1, training=0) == 3
     assert moves(backward=1, training=0, reads_x=0, sums=0) == 2
     assert moves(backward=1, training=0, reads_x=0) == 2
+    for family in (AUTO, CLUSTER):
+        assert moves(family, backward=0) == 2
+        assert moves(family, backward=1) == 3
+    assert 2 < moves(RESIDENT, backward=0) < 2.5
 
 
 def test_folded_rows() -> None:
@@ -224,7 +346,7 @@ def test_folded_rows() -> None:
     device = DEVICES["h200"]
     folds = {3: 8, 6: 4, 4: 2, 12: 2, 8: 1, 65: 8}
     for c, fold in folds.items():
-        q = plan(device, (4, c, 16, 16), torch.float16, "channels_last")
+        q = plan(device, (4, c, 16, 16), torch.float16, "channels_last", family=STREAMING)
         assert (q.vec, q.fold) == (8, fold)
     assert plan(device, (1, 3, 5, 5), torch.float16, "channels_last").vec == 1
     assert plan(device, (4, 3, 16, 16), torch.float16, "channels_last", misaligned=1).vec == 1
@@ -237,12 +359,20 @@ def test_too_many_blocks_is_an_error() -> None:
 
 
 def test_text() -> None:
-    q = plan(DEVICES["h200"], (32, 64, 56, 56), torch.float16, backward=1)
+    request = {"dtype": torch.float16, "backward": 1}
+    q = plan(DEVICES["h200"], (32, 64, 56, 56), **request, family=STREAMING)
     text = q.text.decode()
     assert text.startswith("streaming backward, planes of float16 in packs of 16 bytes: reduce ")
     assert "moves 5 tensors, 64.23 MB" in text
+    text = plan(DEVICES["h200"], (32, 64, 56, 56), **request, family=CLUSTER).text.decode()
+    assert text.startswith("cluster backward, planes of float16 in packs of 16 bytes: ")
+    assert " in clusters of " in text
+    assert "all on chip" in text
+    assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
+    text = plan(DEVICES["h200"], (32, 64, 7, 7), **request).text.decode()
+    assert "runs of channels of float16" in text
 
 
 def test_families() -> None:
-    for name, known in (("auto", 1), ("streaming", 1), ("resident", 0), ("", 0)):
+    for name, known in (*((name, 1) for name in simt.FAMILIES), ("rows", 0), ("", 0), ("?", 0)):
         assert library().plan_knows_family(name.encode()) == known

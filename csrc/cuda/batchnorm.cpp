@@ -8,6 +8,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <mutex>
 #include <vector>
 
 #include "launch.h"
@@ -22,33 +24,75 @@ int attribute(cudaDeviceAttr name, int device) {
   return value;
 }
 
+// (torch has device properties at hand, too, but its header needs all of the CUDA libraries' headers.)
+DeviceInfo ask_device(int device) {
+  const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+  auto ask = [&](cudaDeviceAttr name) { return attribute(name, device); };
+  DeviceInfo info;
+  info.arch = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+  info.num_sms = ask(cudaDevAttrMultiProcessorCount);
+  info.threads_per_sm = ask(cudaDevAttrMaxThreadsPerMultiProcessor);
+  info.registers_per_sm = ask(cudaDevAttrMaxRegistersPerMultiprocessor);
+  info.shared_bytes_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlock);
+  info.shared_bytes_opt_in = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  info.shared_bytes_per_sm = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  info.l2_bytes = ask(cudaDevAttrL2CacheSize);
+  // kHz and bits, two transfers in each clock. A driver that does not tell leaves the default.
+  const double gb_per_s = 2e-6 / 8 * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth);
+  if (gb_per_s > 0) info.memory_gb_per_s = gb_per_s;
+  for (int i = 0; i < kNumClusterSizes; ++i) {
+    info.active_clusters[i] = info.arch < 90 ? 0 : active_clusters(2 << i, info.shared_bytes_opt_in);
+  }
+  return info;
+}
+
 }  // namespace
 
-// Asked for once. (torch has device properties at hand, too, but its header needs all of the CUDA libraries' headers.)
+// Each device is asked once, and only when it is used: to count clusters takes memory on it.
 const DeviceInfo& device_info(at::Device device) {
-  static const std::vector<DeviceInfo> infos = [] {
-    std::vector<DeviceInfo> all(c10::cuda::device_count());
-    for (int i = 0; i < static_cast<int>(all.size()); ++i) {
-      all[i].arch =
-          10 * attribute(cudaDevAttrComputeCapabilityMajor, i) + attribute(cudaDevAttrComputeCapabilityMinor, i);
-      all[i].num_sms = attribute(cudaDevAttrMultiProcessorCount, i);
-      all[i].threads_per_sm = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, i);
-      all[i].shared_bytes_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlock, i);
-      all[i].l2_bytes = attribute(cudaDevAttrL2CacheSize, i);
-    }
-    return all;
-  }();
-  return infos.at(device.index());
+  struct Answer {
+    std::once_flag asked;
+    DeviceInfo info;
+  };
+  static std::vector<Answer> answers(c10::cuda::device_count());
+  Answer& answer = answers.at(device.index());
+  std::call_once(answer.asked, [&] { answer.info = ask_device(device.index()); });
+  return answer.info;
 }
 
 namespace {
+
+// A plan takes a microsecond or two to make, and a network asks for the same ones again and again.
+const Plan& find_plan(const Request& request, at::Device device, const Limits& limits) {
+  struct Entry {
+    Request request;
+    int device = -1;
+    Family family = Family::kAuto;
+    Plan plan;
+  };
+  thread_local std::array<Entry, 64> entries;
+  const Geometry& g = request.geometry;
+  uint64_t key = 0;
+  for (int64_t part : {g.num_channels, g.size[0], g.size[1], g.size[2], static_cast<int64_t>(request.pass)}) {
+    key = (key ^ static_cast<uint64_t>(part)) *
+          0x9e3779b97f4a7c15u;  // a multiplier that spreads bits: 2^64 / golden ratio
+  }
+  Entry& entry = entries[key >> 58];
+  if (entry.device != device.index() || entry.family != limits.family || !(entry.request == request)) {
+    entry.plan = make_plan(request, device_info(device), limits);
+    entry.request = request;
+    entry.device = device.index();
+    entry.family = limits.family;
+  }
+  return entry.plan;
+}
 
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
   Limits limits;
   limits.family = forced_family();
-  const Plan plan = make_plan(make_request(problem), device_info(device), limits);
+  const Plan& plan = find_plan(make_request(problem), device, limits);
   TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
   // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
   const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));

@@ -69,7 +69,8 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int 
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
   const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
-  if (plan.pass == Pass::kBackward) return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
+  if (plan.pass == Pass::kBackward)
+    return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
   if (plan.count_first) {
     const cudaError_t error = launch_kernel<&count_batch_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
@@ -77,47 +78,52 @@ cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_
   return launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
 }
 
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_reduce(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
   const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.reduce_shared_bytes);
   if (plan.pass == Pass::kForward) {
-    return launch_kernel<&streaming_statistics_kernel<T, kVec, kRows>>(shape, stream, args);
+    return launch_kernel<&streaming_statistics_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
   }
   return args.view[2].data != nullptr
-             ? launch_kernel<&streaming_backward_reduce_kernel<T, kVec, kRows, true>>(shape, stream, args)
-             : launch_kernel<&streaming_backward_reduce_kernel<T, kVec, kRows, false>>(shape, stream, args);
+             ? launch_kernel<&streaming_backward_reduce_kernel<T, kVec, kRows, kWhole, true>>(shape, stream, args)
+             : launch_kernel<&streaming_backward_reduce_kernel<T, kVec, kRows, kWhole, false>>(shape, stream, args);
 }
 
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  if (plan.reduce) error = run_reduce<T, kVec, kRows>(stages.reduce, plan, stream);
+  if (plan.reduce) error = run_reduce<T, kVec, kRows, kWhole>(stages.reduce, plan, stream);
   if (plan.finish && error == cudaSuccess) {
     const int64_t blocks = stages.finish.num_channels;
     error = launch_kernel<&finish_kernel<accumulate_t<T>>>(
         launch_shape(blocks, plan.finish_threads, plan.finish_shared_bytes), stream, stages.finish);
   }
   if (plan.apply && error == cudaSuccess) {
-    error = launch_kernel<&streaming_apply_kernel<T, kVec, kRows>>(
+    error = launch_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole>>(
         launch_shape(plan.num_blocks, plan.threads, plan.apply_shared_bytes), stream, stages.apply);
   }
   return error;
 }
 
+template <typename T, int kVec, bool kRows, bool kWhole>
+cudaError_t run_family(const Stages& stages, const Plan& plan, cudaStream_t stream) {
+  if constexpr (kVec > 1) {
+    if (plan.on_chip) return run_on_chip<T, kVec, kRows, kWhole>(stages.apply, plan, stream);
+  }
+  return run_stages<T, kVec, kRows, kWhole>(stages, plan, stream);
+}
+
 template <typename T>
 cudaError_t run_dtype(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   constexpr int kVec = kPackBytes / sizeof(T);
-  if (plan.on_chip) {
-    if (plan.walk == Walk::kRows) return run_on_chip<T, kVec, true, true>(stages.apply, plan, stream);
-    return plan.whole_packs ? run_on_chip<T, kVec, false, true>(stages.apply, plan, stream)
-                            : run_on_chip<T, kVec, false, false>(stages.apply, plan, stream);
+  const bool rows = plan.walk == Walk::kRows;
+  if (plan.vec == 1) {
+    return rows ? run_family<T, 1, true, true>(stages, plan, stream)
+                : run_family<T, 1, false, true>(stages, plan, stream);
   }
-  if (plan.walk == Walk::kRows) {
-    return plan.vec > 1 ? run_stages<T, kVec, true>(stages, plan, stream)
-                        : run_stages<T, 1, true>(stages, plan, stream);
-  }
-  return plan.vec > 1 ? run_stages<T, kVec, false>(stages, plan, stream)
-                      : run_stages<T, 1, false>(stages, plan, stream);
+  if (rows) return run_family<T, kVec, true, true>(stages, plan, stream);
+  return plan.whole_packs ? run_family<T, kVec, false, true>(stages, plan, stream)
+                          : run_family<T, kVec, false, false>(stages, plan, stream);
 }
 
 cudaError_t run_plan(const Stages& stages, const Plan& plan, cudaStream_t stream) {
@@ -184,6 +190,12 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   set_views(stages.reduce, plan, dy, make_request(problem).reads_x ? x : none, writes_dx ? dx : none);
   set_views(stages.apply, plan, dx, problem.training ? x : none, dy);
   return run_plan(stages, plan, stream);
+}
+
+// All on-chip kernels have the same launch bounds: one stands for all.
+int active_clusters(int cluster, int64_t shared_bytes) {
+  return count_clusters<&on_chip_backward_kernel<float, 4, false, true>>(
+      launch_shape(cluster, kMaxThreads, shared_bytes, cluster));
 }
 
 }  // namespace bnext::cuda

@@ -10,4 +10,8 @@ namespace bnext::cuda {
 cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream);
 cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream);
 
+// How many clusters of on-chip blocks with so much shared memory can run at once on the current device. 0 where they
+// cannot run, for whatever reason: a size that the device does not have is no error.
+int active_clusters(int cluster, int64_t shared_bytes);
+
 }  // namespace bnext::cuda

@@ -87,16 +87,22 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   set_step(plan, parallel_items);
 }
 
+// Kernels that take packs count a channel's items in an int.
+bool few_items(int64_t num_positions) { return num_positions < (int64_t{1} << 31) - kMaxThreads * kUnroll; }
+
 void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
   const Geometry& g = r.geometry;
-  plan.vec = g.unit_stride ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
+  const bool packs = g.unit_stride && few_items(g.num_positions());
+  plan.vec = packs ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
+  plan.whole_packs = plan.vec == 1 || (r.aligned && g.size[2] % plan.vec == 0);
   // A plane that begins inside a pack may touch one pack more.
   const int64_t inner = g.size[2] + (r.aligned ? 0 : plan.vec - 1);
   plan.size[0] = g.size[0];
   plan.size[1] = g.size[1];
   plan.size[2] = ceil_div(inner, plan.vec);
   plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
-  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads, [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
+  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads,
+                                [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
   plan.wide_channels = g.num_channels;
   split_items(device, limits, g.num_channels, plan.threads, plan);
   plan.reduce_shared_bytes = planes_reduce_shared(plan.threads, acc_bytes(g.dtype));
@@ -106,7 +112,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   const Geometry& g = r.geometry;
   const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
   for (int d = 0; d < 3; ++d) plan.size[d] = g.size[d];
-  if (g.unit_stride) {
+  if (g.unit_stride && few_items(g.num_positions())) {
     const int64_t fold = vec / std::gcd(vec, g.num_channels);
     if (fold == 1 && r.aligned) {
       plan.vec = static_cast<int>(vec);
@@ -242,6 +248,16 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   if (limits.family != Family::kAuto) return on_chip;
   const bool better = on_chip.microseconds <= streaming.microseconds || !streaming.error.empty();
   return on_chip.error.empty() && better ? on_chip : streaming;
+}
+
+bool operator==(const Request& a, const Request& b) {
+  auto fields = [](const Request& r) {
+    const Geometry& g = r.geometry;
+    const auto geometry = std::tie(g.num_channels, g.size[0], g.size[1], g.size[2], g.walk, g.unit_stride, g.dtype);
+    return std::tuple_cat(geometry, std::tie(r.pass, r.training, r.output, r.sums, r.reads_x, r.aligned, r.dense_rows,
+                                             r.dense_channels, r.cumulative));
+  };
+  return fields(a) == fields(b);
 }
 
 bool operator==(const Plan& a, const Plan& b) {

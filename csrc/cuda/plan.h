@@ -49,6 +49,7 @@ struct Request {
   bool cumulative = false;  // momentum depends on num_batches_tracked
 };
 
+bool operator==(const Request& a, const Request& b);
 Request make_request(const ForwardProblem& problem);
 Request make_request(const BackwardProblem& problem);
 
@@ -70,8 +71,9 @@ struct Plan {
   Walk walk = Walk::kPlanes;
   DType dtype = DType::kFloat32;
   Pass pass = Pass::kForward;
-  int vec = 1;       // elements in one access: 16 bytes of them, or one
-  int64_t fold = 1;  // rows taken as one, where a row does not fill packs
+  bool whole_packs = true;  // no pack is shared by two planes
+  int vec = 1;              // elements in one access: 16 bytes of them, or one
+  int64_t fold = 1;         // rows taken as one, where a row does not fill packs
   int threads = 0;
   int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in StreamingArgs
   int64_t num_items = 0, chunk = 0, num_splits = 1;
@@ -85,11 +87,10 @@ struct Plan {
   int64_t coefficient_offset = 0, workspace_bytes = 0;
   // On chip: one kernel for all, after a tiny one where batches have to be counted first.
   bool on_chip = false, count_first = false;
-  int cluster = 1;                      // blocks that share a channel; num_splits is the same
-  int num_steps = 0, held_steps = 0;    // as in StreamingArgs
+  int cluster = 1;                    // blocks that share a channel; num_splits is the same
+  int num_steps = 0, held_steps = 0;  // as in StreamingArgs
   int run_length = 1, slab_channels = 1;
-  bool whole_packs = false;  // no pack is shared by two planes
-  double held = 0;           // share of the data that stays on chip
+  double held = 0;  // share of the data that stays on chip
   OnChipLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;

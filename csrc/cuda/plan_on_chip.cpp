@@ -10,16 +10,16 @@ namespace {
 
 // ---- what plans cost: all of it a model, until a GPU has been asked ------------------------------------------------
 
-constexpr double kLaunchUs = 2.5;    // a kernel more in a stream, from the last block of one to full speed of the next
-constexpr double kReductionUs = 1;   // from the last load of a block to its first store
-constexpr double kClusterUs = 1.5;   // the same again for a cluster's barrier and remote reads
-constexpr double kBusyShare = 0.6;   // of the SMs: as many as it takes to keep memory busy
-constexpr double kL2Time = 0.6;      // of a byte from L2, with a byte from memory as 1
-constexpr double kL2Share = 0.5;     // of L2 that still holds what was read a while ago
-constexpr double kNarrowRows = 1.05; // reading rows by halves of a cache line
+constexpr double kLaunchUs = 2.5;     // a kernel more in a stream, from the last block of one to full speed of the next
+constexpr double kReductionUs = 1;    // from the last load of a block to its first store
+constexpr double kClusterUs = 1.5;    // the same again for a cluster's barrier and remote reads
+constexpr double kBusyShare = 0.6;    // of the SMs: as many as it takes to keep memory busy
+constexpr double kL2Time = 0.6;       // of a byte from L2, with a byte from memory as 1
+constexpr double kL2Share = 0.5;      // of L2 that still holds what was read a while ago
+constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
-// An on-chip kernel may have that many (its launch bounds say so).
-constexpr int kOnChipRegisters = 128;
+// Registers of a thread: what ptxas takes for forward kernels, and what launch bounds allow backward ones.
+constexpr int kForwardRegisters = 80, kBackwardRegisters = 128;
 constexpr int kMaxBlocksPerSm = 32;
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 // Less than half on chip does not pay, and statistics rely on half: see on_chip_forward_kernel.
@@ -34,10 +34,11 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
+  const int registers = plan.pass == Pass::kForward ? kForwardRegisters : kBackwardRegisters;
   const int by_threads = device.threads_per_sm / plan.threads;
-  const int by_registers = device.registers_per_sm / (plan.threads * kOnChipRegisters);
-  return static_cast<int>(std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1,
-                                                                       kMaxBlocksPerSm)));
+  const int by_registers = device.registers_per_sm / (plan.threads * registers);
+  return static_cast<int>(
+      std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1, kMaxBlocksPerSm)));
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {
@@ -58,6 +59,7 @@ bool take_runs(const Request& r, Plan& plan) {
   if (g.walk != Walk::kPlanes || !g.unit_stride || !r.dense_channels || run == 1 || S == 1) return false;
   if (g.num_channels % run != 0 || run_packs > kMaxThreads) return false;
   plan.walk = Walk::kRows;
+  plan.whole_packs = true;
   plan.run_length = static_cast<int>(S);
   plan.wide_channels = g.num_channels * S;
   plan.size[0] = 1;
@@ -191,8 +193,8 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
   // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for.
   const double shared = traffic_time(device, bytes, again, again * at_once / num_blocks);
   const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
-  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
-                      plan.block_packs * kPackBytes < 128;
+  const bool narrow =
+      plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
   const int rounds = r.pass == Pass::kForward ? 2 : 1;
   const double reduction = rounds * (kReductionUs + (plan.cluster > 1 ? kClusterUs : 0));
   const double waves = std::ceil(num_blocks / (double(sms) * blocks));
@@ -208,7 +210,6 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     return base;
   }
   base.on_chip = true;
-  base.whole_packs = r.aligned && r.geometry.size[2] % streaming.vec == 0;
   base.count_first = r.pass == Pass::kForward && r.cumulative;
   base.reduce = base.finish = base.apply = base.fused = false;
   base.reduce_shared_bytes = base.apply_shared_bytes = base.finish_shared_bytes = 0;

@@ -93,11 +93,11 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
     void (*kernel)(Memory);
     unsigned grid, cluster;
   };
-  const Fault faults[] = {{skipped_barrier, 2, 1},        {two_barriers, 2, 1},   {half_warp_shuffle, 2, 1},
+  const Fault faults[] = {{skipped_barrier, 2, 1},        {two_barriers, 2, 1},    {half_warp_shuffle, 2, 1},
                           {partial_mask, 2, 1},           {misaligned_load, 2, 1}, {load_outside, 2, 1},
-                          {store_outside, 2, 1},          {store_twice, 2, 1},    {beyond_shared, 2, 1},
-                          {cluster_barrier_missed, 2, 2}, {ended_block, 2, 2},    {two_cluster_barriers, 2, 2},
-                          {left_in_flight, 2, 1},         {early_look, 2, 1},     {nothing_wrong, 1, 1}};
+                          {store_outside, 2, 1},          {store_twice, 2, 1},     {beyond_shared, 2, 1},
+                          {cluster_barrier_missed, 2, 2}, {ended_block, 2, 2},     {two_cluster_barriers, 2, 2},
+                          {left_in_flight, 2, 1},         {early_look, 2, 1},      {nothing_wrong, 1, 1}};
   const Fault& fault = faults[which];
   alignas(16) float loads[64] = {}, stores[64] = {};
   simt::begin({static_cast<uint64_t>(seed), ""});

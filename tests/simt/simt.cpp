@@ -22,7 +22,6 @@ struct Copy {
   size_t bytes;
 };
 
-
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   ucontext_t context;
@@ -36,7 +35,7 @@ struct Fiber {
   std::string arrived_at;
   std::vector<Copy> copies;                 // begun, and in no group yet
   std::deque<std::vector<Copy>> in_flight;  // groups
-  uint64_t slot[2] = {0, 0};   // values left for other lanes, alternating: a fast lane cannot overwrite what is read
+  uint64_t slot[2] = {0, 0};  // values left for other lanes, alternating: a fast lane cannot overwrite what is read
   unsigned num_shuffles = 0;
   uint32_t priority = 0;
 };

@@ -41,8 +41,15 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const A
   simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.shared_bytes, stream, args);
   return cudaGetLastError();
 }
+
+// What the shim can run is up to those who ask for plans.
+template <auto kKernel>
+int count_clusters(const LaunchShape&) {
+  return 1;
+}
 #else
-constexpr size_t kSharedBytesWithoutAsking = 48 << 10;
+// 48 KiB take no asking, but several blocks of less on an SM take more than it has without.
+constexpr size_t kSharedBytesWithoutAsking = 16 << 10;
 constexpr unsigned kPortableCluster = 8;
 
 // What a kernel must be told once per device before it may have large shared memory or large clusters.
@@ -71,6 +78,21 @@ cudaError_t prepare_kernel() {
   return error;
 }
 
+inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute& cluster) {
+  cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = shape.cluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(shape.blocks);
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return config;
+}
+
 // The only launch of the package.
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
@@ -78,18 +100,24 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const A
     const cudaError_t error = prepare_kernel<kKernel>();
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(shape.blocks);
-  config.blockDim = dim3(shape.threads);
-  config.dynamicSmemBytes = shape.shared_bytes;
-  config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = shape.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kKernel, args);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(shape, stream, cluster);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args);
+  return error == cudaSuccess ? error : cudaGetLastError();  // it is ours, and nobody else should find it
+}
+
+// Clusters of this shape that the current device can run at once; 0 if it cannot run any.
+template <auto kKernel>
+int count_clusters(const LaunchShape& shape) {
+  int count = 0;
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(shape, nullptr, cluster);
+  if (prepare_kernel<kKernel>() == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&count, kKernel, &config) == cudaSuccess) {
+    return count;
+  }
+  cudaGetLastError();  // an error that is no one's business later
+  return 0;
 }
 #endif
 

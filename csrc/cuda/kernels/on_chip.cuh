@@ -78,7 +78,7 @@ class OnChip {
   }
 
  private:
-  using Steps = Cursor<T, kVec, kRows, kWhole, kViews, int>;
+  using Steps = Cursor<T, kVec, kRows, kWhole, kViews>;
 
   // held_steps is all of them, or whole batches.
   __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
@@ -216,12 +216,31 @@ __device__ inline void reduce_on_chip(const StreamingArgs& args, const Acc (&sum
   }
 }
 
-__device__ inline double add_blocks(const StreamingArgs& args, const double* of_block) {
-  if (args.cluster_size == 1) return *of_block;
-  double total = 0;
-#pragma unroll 4
-  for (int rank = 0; rank < args.cluster_size; ++rank) total += load_cluster(of_block, rank);
-  return total;
+// A channel's sums from all blocks of the cluster, in the order of the blocks. Several reads at once: each takes as long as
+// a read from L2.
+template <int kSums>
+__device__ inline void add_blocks(const StreamingArgs& args, const double* totals, int channel, double (&sum)[kSums]) {
+  constexpr int kReads = 8;
+  const int size = args.cluster_size, stride = args.slab_channels;
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) sum[k] = size == 1 ? totals[k * stride + channel] : 0;
+  if (size == 1) return;
+  for (int first = 0; first < size; first += kReads) {
+    double part[kSums][kReads];
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+      for (int i = 0; i < kReads; ++i) {
+        const int rank = first + i < size ? first + i : size - 1;
+        part[k][i] = load_cluster(totals + k * stride + channel, rank);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) {
+#pragma unroll
+      for (int i = 0; i < kReads; ++i) sum[k] += first + i < size ? part[k][i] : 0;
+    }
+  }
 }
 
 // Calls f(channel of the slab, channel) for this thread's share of the block's channels; then all threads see the result.
@@ -245,9 +264,8 @@ template <bool kRows, int kVec, typename Acc, typename F>
 __device__ inline void finish_on_chip(const StreamingArgs& args, const Tile& tile, F totals_of,
                                       Coefficients<Acc> (&coefficients)[kVec]) {
   auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + args.layout.coefficients);
-  for_each_channel(args, tile, [&](int i, int64_t c) {
-    shared[i] = finish_channel<Acc>(args, c, totals_of(i), tile.split == 0);
-  });
+  for_each_channel(args, tile,
+                   [&](int i, int64_t c) { shared[i] = finish_channel<Acc>(args, c, totals_of(i), tile.split == 0); });
   if (args.cluster_size > 1) cluster_arrive();  // this thread reads no other block's memory any more
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
@@ -291,7 +309,9 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
   Acc* pivots = reinterpret_cast<Acc*>(shared_memory() + args.layout.pivots);
   reduce_on_chip<kRows>(args, first, totals);
   for_each_channel(args, tile, [&](int i, int64_t) {
-    const Acc mean = static_cast<Acc>(add_blocks(args, totals + i) / add_blocks(args, totals + stride + i));
+    double sum[2];
+    add_blocks(args, totals, i, sum);
+    const Acc mean = static_cast<Acc>(sum[0] / sum[1]);
     pivots[i] = is_finite(mean) ? mean : Acc(0);  // NaN and Inf reach the result through the sums
   });
 #pragma unroll
@@ -309,9 +329,10 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
   finish_on_chip<kRows>(
       args, tile,
       [&](int i) {
-        const double s1 = add_blocks(args, totals + 2 * stride + i), s2 = add_blocks(args, totals + 3 * stride + i);
-        const double distance = s1 / args.num_positions;
-        const double squares = s2 - distance * s1;
+        double sum[2];
+        add_blocks(args, totals + 2 * stride, i, sum);
+        const double distance = sum[0] / args.num_positions;
+        const double squares = sum[1] - distance * sum[0];
         return ChannelTotals{{pivots[i] + distance, squares < 0 ? 0 : squares, 0}};
       },
       coefficients);
@@ -355,7 +376,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(
       args, tile,
       [&](int i) {
         ChannelTotals result;
-        for (int k = 0; k < kNumSums; ++k) result.value[k] = add_blocks(args, totals + k * args.slab_channels + i);
+        add_blocks(args, totals, i, result.value);
         return result;
       },
       coefficients);

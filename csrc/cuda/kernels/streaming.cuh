@@ -152,11 +152,10 @@ __device__ inline void find_pivots(const Pack<T, kVec> (&x)[kUnroll], const Item
 }
 
 // Statistics of x. Sums are of x - pivot, and every part is moved to the common mean when parts are merged.
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
-  constexpr bool kWhole = kRows || kVec == 1;
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
   // Nobody else reads it before this kernel ends.
   if (args.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
@@ -191,13 +190,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(co
 }
 
 // Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on the
-// way, and with halves fewer packs at once, because there are not enough registers.
-template <typename T, int kVec, bool kRows, bool kWritesDx>
+// way, and with halves, or packs that planes share, fewer packs at once, because there are not enough registers.
+template <typename T, int kVec, bool kRows, bool kWhole, bool kWritesDx>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
-  constexpr bool kWhole = kRows || kVec == 1;
-  constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && kVec == 8 ? kUnroll / 2 : kUnroll;
+  constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && (kVec == 8 || !kWhole) ? kUnroll / 2 : kUnroll;
   Cursor<T, kVec, kRows, kWhole, kViews> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr;
 
@@ -245,11 +243,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
 
 // out = scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is null. Forward has no dy, and
 // eval's dx no x.
-template <typename T, int kVec, bool kRows>
+template <typename T, int kVec, bool kRows, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const StreamingArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
-  constexpr bool kWhole = kRows || kVec == 1;
   Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr, has_dy = args.view[2].data != nullptr;
 
@@ -278,15 +275,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const S
       coefficients[v] = constant_coefficients<Acc>(args, c, first_row && tile.split == 0);
     }
   }
-  const int batches = num_batches<kRows>(args, tile);
+  constexpr int kItems = kWhole ? kUnroll : kUnroll / 2;
+  const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
   for (int b = 0; b < batches; ++b) {
-    Item<T, 3> items[kUnroll];
-    Pack<T, kVec> x[kUnroll], dy[kUnroll];
+    Item<T, 3> items[kItems];
+    Pack<T, kVec> x[kItems], dy[kItems];
     for (auto& item : items) item = cursor.next();
     if (has_x) load_batch<Cache::kLastUse, kWhole>(x, items, 1);
     if (has_dy) load_batch<Cache::kLastUse, kWhole>(dy, items, 2);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kItems; ++u) {
       store_item<kWhole>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);
     }
   }

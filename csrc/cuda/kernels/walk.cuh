@@ -2,6 +2,8 @@
 // Knows nothing of batch norm.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/pack.cuh"
 #include "streaming_args.h"
 
@@ -47,10 +49,13 @@ struct Item {
   __device__ bool empty() const { return lanes == 0; }
 };
 
-// kWhole: every pack belongs to one row or plane entirely and is aligned in every view. Index holds numbers of items.
-template <typename T, int kVec, bool kRows, bool kWhole, int kViews, typename Index = int64_t>
+// kWhole: every pack belongs to one row or plane entirely and is aligned in every view.
+template <typename T, int kVec, bool kRows, bool kWhole, int kViews>
 class Cursor {
  public:
+  // Of items: plans take single elements where a channel has more packs than an int can count.
+  using Index = std::conditional_t<(kVec > 1), int, int64_t>;
+
   // Begins at the first step of each thread, or at a later one.
   __device__ Cursor(const StreamingArgs& args, const Tile& tile, Index step = 0) : args_(args) {
     static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
