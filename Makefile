@@ -7,6 +7,15 @@ BNEXT_CUDA ?= auto
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 export BNEXT_CUDA
+# cuda-check: a venv of its own, with a torch that has CUDA; what is compiled for, and what the static gates look at
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.14.1
+CUDA_ARCHS ?= 9.0
+STATIC_ARCHS ?= all
+# gpu-check: seconds for all; stages, separated by spaces (all: build tests probe sanitizer bench cpu-tests); OUT, a folder
+GPU_CHECK_SECONDS ?= 1800
+GPU_CHECK_STAGES ?=
+OUT ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 unexport MAKEFLAGS MFLAGS # else ninja looks for the job server of make -j, and complains that it finds none
 
@@ -19,12 +28,17 @@ PACKAGES := $(VENV)/.stamp-packages
 BUILT := $(VENV)/.stamp-built-$(BNEXT_CUDA)
 INSTALLED := $(VENV)/.stamp-installed
 
+NVCC = $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_TREE := build/cuda-check
+# These do not touch the extension: `make test` has run them.
+CUDA_CHECK_ARGS := $(addprefix --ignore=tests/test_,benchmarks.py benchmarks_timing.py build.py simt.py cuda_plan.py)
+
 say = @printf '\n==> %s\n' "$(1)"
 fail = printf '\nbnext: %s\n' "$(1)" >&2; exit 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
+.PHONY: help demo test cuda-check gpu-check build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
 
 help: ## this list
 	@echo "Targets (make demo and make test set up all they need):"
@@ -38,6 +52,24 @@ demo: $(INSTALLED) ## train a small model with nn.BatchNorm2d and with bnext, si
 test: $(INSTALLED) ## run the tests
 	$(call say,running the tests)
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+# In a copy of the tree: a CUDA build and a CPU build cannot share one.
+cuda-check: ## with nvcc, no GPU: compile the CUDA build beside a CUDA build of torch, test it, look at its machine code
+	@test -n "$(NVCC)" || { $(call fail,$(NO_NVCC)); }
+	$(call say,copying the tree to $(CUDA_TREE) for $(CUDA_TORCH))
+	@mkdir -p $(CUDA_TREE)
+	@find $(CUDA_TREE) -type f ! -path '$(CUDA_TREE)/build/*' ! -name '_C*.so' ! -name requirements.txt -delete
+	@tar cf - --exclude=./build --exclude='./.venv*' --exclude=./.git --exclude='_C*.so' --exclude=./requirements.txt . \
+		| tar xf - -C $(CUDA_TREE)
+	@sed 's/^torch==.*/$(CUDA_TORCH)/' requirements.txt > $(CUDA_TREE)/wanted.txt
+	@cmp -s $(CUDA_TREE)/wanted.txt $(CUDA_TREE)/requirements.txt || cp $(CUDA_TREE)/wanted.txt $(CUDA_TREE)/requirements.txt
+	@TORCH_CUDA_ARCH_LIST="$(CUDA_ARCHS)" BNEXT_STATIC_ARCHS="$(STATIC_ARCHS)" $(MAKE) --no-print-directory -C $(CUDA_TREE) \
+		test VENV="$(abspath $(CUDA_VENV))" PYTHON="$(PYTHON)" BNEXT_CUDA=1 PYTEST_ARGS="$(CUDA_CHECK_ARGS) $(PYTEST_ARGS)"
+	@cd $(CUDA_TREE) && "$(abspath $(CUDA_VENV))/bin/python" -m bnext | grep 'kernels for'
+
+gpu-check: ## on a machine with a GPU, with its own Python and torch: build, tests, sanitizer, benchmarks; one summary
+	@$(PYTHON) -m benchmarks.gpu_check --seconds $(GPU_CHECK_SECONDS) --stages $(GPU_CHECK_STAGES) \
+		$(if $(OUT),--output "$(OUT)") $(if $(PYTEST_ARGS),--pytest-args="$(PYTEST_ARGS)")
 
 build: $(INSTALLED) ## compile the extension and install the package, editable, into $(VENV)
 
@@ -85,8 +117,8 @@ clean: ## remove what was built; keep $(VENV) and its packages
 	rm -rf build dist *.egg-info bnext/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.stamp-built-* $(VENV)/.stamp-installed
 
-distclean: clean ## remove $(VENV) too
-	rm -rf $(VENV)
+distclean: clean ## remove $(VENV) and $(CUDA_VENV) too
+	rm -rf $(VENV) $(CUDA_VENV)
 
 # What a new machine may lack is asked for here, before anything large is downloaded.
 $(CREATED):
@@ -147,6 +179,9 @@ $(PYTHON) has no Python.h, which a C++ extension needs. Install it (Debian, Ubun
 endef
 define NO_COMPILER
 no C++ compiler that knows C++20 ($${CXX:-c++} failed). Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++), or name one: make test CXX=g++-13
+endef
+define NO_NVCC
+no CUDA toolkit here: nvcc is neither in CUDA_HOME, nor on PATH, nor in /usr/local/cuda. Install one, or name it: make cuda-check CUDA_HOME=/path/to/cuda
 endef
 define NO_PACKAGES
 pip could not install requirements.txt, see above. Nothing is lost: the same command goes on from there

@@ -25,6 +25,7 @@ FLAGS = {
     "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"],
 }
 DEFAULT_ARCHS = "8.0;9.0+PTX"  # for a build machine that has no GPU to ask
+PLANS = "csrc/cuda/plan*.cpp"  # plain C++, in every build: plans can be shown without a GPU
 TOOLKIT_FILES = ("bin/nvcc", "include/cuda_runtime.h")
 NEEDS_TORCH = """bnext: the build needs torch, and this Python cannot import it ({}).
 Install torch first, then build without isolation: pip install --no-build-isolation ."""
@@ -106,8 +107,9 @@ def build_options() -> dict[str, Any]:
         import torch
     except ImportError as error:
         raise SystemExit(NEEDS_TORCH.format(error)) from None
-    sources, macros = find_files("csrc/*.cpp", "csrc/cpu/*.cpp"), []
+    sources, macros = find_files("csrc/*.cpp", "csrc/cpu/*.cpp", PLANS), []
     cuda_sources = find_files("csrc/cuda/**/*.cu", "csrc/cuda/**/*.cpp")
+    cuda_sources = [source for source in cuda_sources if source not in sources]
     toolkit, why = choose_cuda(torch, cuda_sources, os.environ)
     target = "CPU and CUDA" if toolkit else "CPU"
     if toolkit:

@@ -10,19 +10,16 @@ python -m benchmarks.host_cost                       what one call costs on the 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler, or it talks into the table
-
 import torch
 
 from benchmarks import shapes
-from benchmarks.providers import PROVIDERS
+from benchmarks.providers import FORCED, PROVIDERS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,7 +43,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "for the suite tiny. See providers.py")  # fmt: skip
     add("--cache", nargs="+", choices=("cold", "warm"), default=["cold"], help="default: cold, "
         "where the shape is not too small for it")  # fmt: skip
-    add("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="default: all")
+    names = (*PROVIDERS, "families")
+    add("--providers", nargs="+", choices=names, default=list(PROVIDERS), help="default: all; "
+        "families: bnext with each family of CUDA kernels forced")  # fmt: skip
     add("--seconds", type=float, help="for each line of the table; default 1, on CUDA 0.2")
     add("--threads", type=int, help="of the CPU")
     add("--quick", action="store_true", help="few shapes, short: one or two minutes")
@@ -116,9 +115,11 @@ def measure(arguments: argparse.Namespace, providers: Sequence[Any] | None = Non
     cases = list(
         shapes.make_cases(a.suites, a.direction, a.dtype, a.layout, a.level, a.cache, a.device)
     )
-    # bnext goes along also where it was not asked for: ratios need it.
-    names = dict.fromkeys(("bnext", *a.providers))
-    providers = providers or [PROVIDERS[name]() for name in names]
+    if providers is None:
+        # bnext goes along also where it was not asked for: ratios need it.
+        names = dict.fromkeys(("bnext", *a.providers))
+        providers = [PROVIDERS[name]() for name in names if name != "families"]
+        providers += [make() for make in FORCED if "families" in names]
     environment = results.environment(a.device)
     say, advance, close = lines_above_a_bar(len(cases))
     say(report.describe(environment))

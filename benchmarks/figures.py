@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.report import FLOOR_NAMES
+from benchmarks.shapes import FLOOR_NAMES, is_peer
 
 THEMES = {
     "light": {"page": "#ffffff", "ink": "#1f2328", "soft": "#59636e", "grid": "#d9dee3"},
@@ -198,7 +198,7 @@ def floor_figure(lines: Lines, part: str, environment: dict[str, Any]) -> Any:
         for line, place in places.items():
             found = dict(lines[line].get(direction, {}))
             ours = found.pop("bnext", None)
-            shares = [r["floor_share"] for n, r in found.items() if n not in FLOOR_NAMES]
+            shares = [r["floor_share"] for n, r in found.items() if is_peer(n)]
             if shares:
                 axis.plot(max(shares), place, "s", color=COLOURS["native"], markersize=4.4)
                 values.append(max(shares))

@@ -23,6 +23,8 @@ norm must.
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -35,6 +37,7 @@ from torch import Tensor
 import bnext
 from benchmarks.checks import EPS, MOMENTUM, Tensors
 from benchmarks.shapes import FLOORS, Case
+from bnext._extension import _C
 
 Results = dict[str, Tensor]
 Call = Callable[[], Any]
@@ -148,6 +151,31 @@ class Bnext(Provider):
 
     def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
         return bnext.batchnorm2d_backward(t.dy, t.x, t.weight, training=True, eps=EPS)
+
+
+class Forced(Bnext):
+    """bnext with one family of its CUDA kernels, to see whether the plan chose the fastest."""
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+        self.name = f"bnext-{family}"
+
+    def why_not(self, case: Case) -> str | None:
+        return None if case.device == "cuda" else "families are of CUDA kernels"
+
+    def prepare(self, case: Case, t: Tensors) -> Call:
+        # The forward pass of a backward case comes from wherever: it is not what is measured.
+        call = super().prepare(case, t)
+
+        def forced() -> Any:
+            before = os.environ.get("BNEXT_CUDA_FAMILY", "")
+            os.environ["BNEXT_CUDA_FAMILY"] = self.family
+            try:
+                return call()
+            finally:
+                os.environ["BNEXT_CUDA_FAMILY"] = before
+
+        return forced
 
 
 class Native(Provider):
@@ -327,3 +355,6 @@ def floor_name(case: Case) -> str:
 PROVIDERS: dict[str, type[Provider]] = {
     kind.name: kind for kind in (Bnext, Cudnn, Native, Inductor, CudnnFrontend, Formula)
 }
+
+# Besides the contestants: bnext with each family of its CUDA kernels.
+FORCED = tuple(functools.partial(Forced, family) for family in _C.cuda_families())

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.results import Row
-from benchmarks.shapes import Case
+from benchmarks.shapes import FLOOR_NAMES, Case, is_peer
+from benchmarks.timing import geomean
 
 WIDTH = 100
-FLOOR_NAMES = ("add", "clone", "clone+add")
-
-
-def geomean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def milliseconds(ms: float | None) -> str:
@@ -130,11 +124,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
         lines.append(f"\n{' · '.join(group)}: {_cases(len(cases))}")
         against: dict[str, dict[Any, float]] = defaultdict(dict)
         for case, found in cases.items():
-            peers = {
-                name: row["vs_bnext"]
-                for name, row in found.items()
-                if name not in (*FLOOR_NAMES, "bnext")
-            }
+            peers = {name: row["vs_bnext"] for name, row in found.items() if is_peer(name)}
             for name, ratio in peers.items():
                 against[name][case] = ratio
             if peers:

@@ -103,6 +103,14 @@ FLOORS = {
     "derivative": "add",
     "inference": "clone",
 }
+FLOOR_NAMES = frozenset(FLOORS.values())
+
+
+def is_peer(provider: str) -> bool:
+    """Not a floor, not bnext, and not bnext with kernels forced on it."""
+    return provider not in FLOOR_NAMES and provider.split("-")[0] != "bnext"
+
+
 # call: the public call as a user writes it, autograd and Python included.
 # op: the raw operators below autograd; on CUDA, kernels alone, replayed from a graph.
 LEVELS = ("call", "op")

@@ -14,7 +14,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -53,6 +53,11 @@ def spread(values: Sequence[float]) -> Spread:
 def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Spread:
     """Spread of the ratios pair by pair: both of a pair come from one round."""
     return spread([a / b for a, b in zip(numerator, denominator, strict=True)])
+
+
+def geomean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 @dataclass

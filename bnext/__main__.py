@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from bnext._diagnostics import build_report, explain
+from bnext._extension import _C
 
 DTYPES = {
     "float64": torch.float64,
@@ -29,10 +30,19 @@ def parse_shape(text: str) -> tuple[int, ...]:
 def main() -> None:
     """Print the build report and, if asked, what a shape gets."""
     parser = argparse.ArgumentParser(prog="python -m bnext", description=__doc__)
-    parser.add_argument("--explain", metavar="N,C,H,W", type=parse_shape, help="a shape to explain")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--layout", choices=LAYOUTS, default="nchw")
-    parser.add_argument("--device", default="cpu")
+    add = parser.add_argument
+    devices = ", ".join(_C.cuda_devices())
+    add("--explain", metavar="N,C,H,W", type=parse_shape, help="a shape to explain")
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--layout", choices=LAYOUTS, default="nchw")
+    add(
+        "--device",
+        help=f"cpu, current (the CUDA device here), cuda:N, or a kind of device: {devices}. "
+        "Default: current where there is one, else cpu",
+    )
+    add("--family", choices=("all", *_C.cuda_families()), help="plan with these CUDA kernels")
+    add("--pass", dest="direction", choices=("forward", "backward", "both"), default="both")
+    add("--eval", action="store_true", help="in evaluation mode")
     arguments = parser.parse_args()
     print(build_report())
     if arguments.explain:
@@ -40,11 +50,20 @@ def main() -> None:
             x = torch.empty(
                 arguments.explain,
                 dtype=DTYPES[arguments.dtype],
-                device=arguments.device,
+                device="meta",
                 memory_format=LAYOUTS[arguments.layout],
             )
-            print(explain(x))
-        except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+            device = arguments.device or ("current" if torch.cuda.is_available() else "cpu")
+            print(
+                explain(
+                    x,
+                    device,
+                    family=arguments.family,
+                    direction=arguments.direction,
+                    training=not arguments.eval,
+                )
+            )
+        except (RuntimeError, ValueError) as error:
             parser.error(str(error))
 
 

@@ -8,20 +8,71 @@ from torch import Tensor
 from bnext._extension import _C
 
 
-def explain(input: Tensor) -> str:
-    """Which kernels :func:`bnext.batchnorm2d` runs on ``input``, and why, in a few lines.
+def explain(
+    input: Tensor,
+    device: str | None = None,
+    *,
+    family: str | None = None,
+    direction: str = "both",
+    training: bool = True,
+) -> str:
+    """Which kernels :func:`bnext.batchnorm2d` runs on ``input``, and what they move.
+
+    For CUDA: the plan of the forward and of the backward pass, with the bytes of activations that
+    it moves and those that any implementation must move. Nothing is computed, and ``input`` may be
+    on any device: a tensor on ``meta`` takes no memory.
 
     Args:
-        input: (N, C, H, W), on a device that bnext has kernels for.
+        input: (N, C, H, W).
+        device: the device to plan for. None is the one that ``input`` is on; ``"current"`` the
+            current CUDA device; ``"cuda:1"`` another one; a name such as ``"h200"`` or ``"t4"``
+            a kind of device that need not be here (``python -m bnext --help`` lists them).
+        family: plan with this family of kernels, or with each of them (``"all"``), and say why
+            where one cannot run. None is what a call would take: the best one, or the one that the
+            environment variable ``BNEXT_CUDA_FAMILY`` forces.
+        direction: ``"forward"``, ``"backward"`` or ``"both"``.
+        training: in training or in evaluation mode.
 
     Raises:
-        As :func:`bnext.batchnorm2d` for ``input``.
+        ValueError: ``device`` or ``direction`` is not known; ``input`` is not 4-D.
+        RuntimeError: no ``family`` of that name; a CUDA device, in a build without CUDA kernels.
     """
-    kernels = _C.explain(input)
+    if direction not in ("forward", "backward", "both"):
+        raise ValueError(f"direction should be forward, backward or both, not {direction!r}")
     shape = ", ".join(map(str, input.shape))
     dtype = str(input.dtype).removeprefix("torch.")
-    tensor = f"({shape}) {dtype} on {input.device}, strides {tuple(input.stride())}"
-    return f"{tensor}: {kernels}"
+    tensor = f"({shape}) {dtype}, strides {tuple(input.stride())}"
+    if device is None:
+        device = str(input.device)
+    elif device == "current":
+        device = "cuda"
+    if device == "cpu":
+        if family is not None:
+            raise ValueError("family is a choice of CUDA kernels: name a CUDA device, too")
+        return f"{tensor}, on cpu: {_C.explain_cpu(input)}"
+    families = _C.cuda_families() if family == "all" else [family or ""]
+    plans = [plan for name in families for plan in _C.cuda_plans(input, device, name, training)]
+    lines = [f"{tensor}, on {device}:"]
+    directions = ("forward", "backward") if direction == "both" else (direction,)
+    for plan in (plan for name in directions for plan in plans if plan["pass"] == name):
+        lines.append(f"  {plan['text']}")
+        if not plan["error"]:
+            moved, least = plan["bytes_moved"], plan["bytes_min"]
+            lines.append(
+                f"    {moved / 1e6:.4g} MB where {least / 1e6:.4g} MB must be moved: "
+                f"{moved / max(least, 1):.2f} times the floor"
+            )
+    return "\n".join([*lines, f"  {_what_runs_here()}"])
+
+
+def _what_runs_here() -> str:
+    """What this build and this machine can do with a CUDA plan."""
+    archs = _C.build["cuda_archs"]
+    if not archs:
+        return "This build holds CPU kernels only: it can show the plan, not run it."
+    if not torch.cuda.is_available():
+        return f"This build holds kernels for {archs}, but no CUDA device is here to run them."
+    return f"This build holds kernels for {archs}; here is {torch.cuda.get_device_name()}."
 
 
 def build_report() -> str:

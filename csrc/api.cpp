@@ -13,8 +13,11 @@
 #include "cpu/batchnorm.h"
 #include "cpu/memory.h"
 #ifdef BNEXT_WITH_CUDA
+#include <c10/cuda/CUDAFunctions.h>
+
 #include "cuda/batchnorm.h"
 #endif
+#include "cuda/plan_names.h"
 #include "layout.h"
 
 namespace bnext {
@@ -118,6 +121,26 @@ void run(const at::Tensor& input, const BackwardProblem& problem) {
   if (input.is_cuda()) return cuda::backward(problem, input.device());
 #endif
   cpu::backward(problem);
+}
+
+cuda::DeviceInfo device_named(const std::string& name) {
+  std::string known;
+  for (const cuda::NamedDevice& device : cuda::named_devices()) {
+    if (name == device.name) return device.info;
+    known += (known.empty() ? "" : ", ") + std::string(device.name);
+  }
+  TORCH_CHECK_VALUE(name.compare(0, 4, "cuda") == 0, "device should be cpu, cuda, cuda:N or one of ", known, ", not ",
+                    name);
+#ifdef BNEXT_WITH_CUDA
+  const at::Device device(name);
+  const int count = c10::cuda::device_count();
+  const int index = device.has_index() ? device.index() : count > 0 ? c10::cuda::current_device() : 0;
+  TORCH_CHECK_VALUE(index < count, "device is ", name, ", but there are ", count, " CUDA devices here");
+  return cuda::device_info(at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index)));
+#else
+  TORCH_CHECK(false, "device is ", name, ", but this build of bnext holds CPU kernels only and cannot ask it for its ",
+              "properties. It can show plans for ", known);
+#endif
 }
 
 // Kernels write through raw pointers; autograd has to be told.
@@ -308,15 +331,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_
   return {dweight, dbias, dmean, dvar};
 }
 
-std::string explain(const at::Tensor& input) {
+std::string explain_cpu(const at::Tensor& input) {
   check_input(input);
-  check_device(input);
   View x;
-  const Geometry geometry = make_geometry(sizes_of(input), dtype_of(input), {layout_of(input)}, {&x});
-#ifdef BNEXT_WITH_CUDA
-  if (input.is_cuda()) return cuda::explain(geometry, input.device());
-#endif
-  return cpu::explain(geometry);
+  return cpu::explain(make_geometry(sizes_of(input), dtype_of(input), {layout_of(input)}, {&x}));
+}
+
+std::vector<std::pair<std::string, double>> cuda_device(const std::string& name) {
+  return cuda::device_fields(device_named(name));
+}
+
+std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& device, const std::string& family,
+                                   bool training) {
+  check_input(input);
+  const cuda::DeviceInfo info = device_named(device);
+  cuda::Limits limits;
+  limits.family = family.empty() ? cuda::forced_family() : cuda::family_named(family, "family");
+
+  // Nothing is read or written: of the addresses only the alignment counts, and outputs are aligned.
+  const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), input.suggest_memory_format());
+  TensorLayout x = layout_of(input), y = layout_of(output);
+  constexpr uintptr_t kAligned = 256;
+  x.data = reinterpret_cast<void*>(kAligned + reinterpret_cast<uintptr_t>(x.data) % kAligned);
+  y.data = reinterpret_cast<void*>(kAligned);
+
+  ForwardProblem forward;
+  forward.geometry = make_geometry(sizes_of(input), dtype_of(input), {x, y}, {&forward.x, &forward.y});
+  forward.training = training;
+  BackwardProblem backward;
+  backward.geometry =
+      make_geometry(sizes_of(input), dtype_of(input), {x, y, y}, {&backward.x, &backward.dy, &backward.dx});
+  backward.training = training;
+  backward.dweight.data = backward.dbias.data = y.data;
+
+  const int64_t tensor_bytes = input.numel() * static_cast<int64_t>(input.element_size());
+  std::vector<PlanReport> reports;
+  for (const cuda::Request& request : {cuda::make_request(forward), cuda::make_request(backward)}) {
+    const cuda::Plan plan = cuda::make_plan(request, info, limits);
+    const bool is_forward = request.pass == cuda::Pass::kForward;
+    reports.push_back({is_forward ? "forward" : "backward", cuda::family_name(plan.family), cuda::to_string(plan),
+                       plan.error, plan.bytes_moved, (is_forward ? 2 : 3) * tensor_bytes});
+  }
+  return reports;
 }
 
 }  // namespace bnext

@@ -8,6 +8,8 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
 
@@ -48,6 +50,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_
     const at::Tensor& save_invstd, bool training, const OptionalTensor& grad_mean, const OptionalTensor& grad_var,
     at::Tensor out);
 
-std::string explain(const at::Tensor& input);
+// Which CPU kernels input gets, in words.
+std::string explain_cpu(const at::Tensor& input);
+
+// One pass with every output, by one family of CUDA kernels.
+struct PlanReport {
+  std::string pass, family, text;
+  std::string error;  // why it cannot run; empty if it can
+  int64_t bytes_moved = 0, bytes_min = 0;
+};
+
+// What plans for a device of this name depend on. The names are those of cuda_plans.
+std::vector<std::pair<std::string, double>> cuda_device(const std::string& name);
+
+// The plans of forward and backward for tensors like input (it may be a meta tensor) on a device of a kind that has a
+// name ("h200"), in any build, or that is there ("cuda:0"), in a CUDA build. family: empty for what a call would take.
+std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& device, const std::string& family,
+                                   bool training);
 
 }  // namespace bnext

@@ -11,8 +11,10 @@
 
 #include "api.h"
 #include "cpu/kernels.h"
+#include "cuda/plan_names.h"
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace bnext {
 namespace {
@@ -152,7 +154,34 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
   return to_python({dx, dweight, dbias, dmean, dvar});
 }
 
-std::string py_explain(py::handle input) { return explain(Arguments{"explain"}.tensor(input, "input")); }
+std::string py_explain_cpu(py::handle input) { return explain_cpu(Arguments{"explain"}.tensor(input, "input")); }
+
+py::list py_cuda_plans(py::handle input, const std::string& device, const std::string& family, bool training) {
+  py::list reports;
+  for (const PlanReport& r : cuda_plans(Arguments{"explain"}.tensor(input, "input"), device, family, training)) {
+    reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "text"_a = r.text, "error"_a = r.error,
+                            "bytes_moved"_a = r.bytes_moved, "bytes_min"_a = r.bytes_min));
+  }
+  return reports;
+}
+
+py::dict py_cuda_device(const std::string& name) {
+  py::dict fields;
+  for (const auto& [field, value] : cuda_device(name)) fields[field.c_str()] = value;
+  return fields;
+}
+
+std::vector<std::string> cuda_families() {
+  std::vector<std::string> names;
+  for (cuda::Family family : cuda::all_families()) names.push_back(cuda::family_name(family));
+  return names;
+}
+
+std::vector<std::string> cuda_devices() {
+  std::vector<std::string> names;
+  for (const cuda::NamedDevice& device : cuda::named_devices()) names.push_back(device.name);
+  return names;
+}
 
 }  // namespace
 }  // namespace bnext
@@ -201,7 +230,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
   m.def("check_out", torch::wrap_pybind_function(bnext::check_out));
-  m.def("explain", torch::wrap_pybind_function(bnext::py_explain));
+  m.def("explain_cpu", torch::wrap_pybind_function(bnext::py_explain_cpu));
+  m.def("cuda_plans", torch::wrap_pybind_function(bnext::py_cuda_plans));
+  m.def("cuda_device", torch::wrap_pybind_function(bnext::py_cuda_device));
+  m.def("cuda_families", torch::wrap_pybind_function(bnext::cuda_families));
+  m.def("cuda_devices", torch::wrap_pybind_function(bnext::cuda_devices));
   py::dict build;
   build["torch"] = TORCH_VERSION;
 #ifdef BNEXT_CUDA_ARCHS

@@ -30,6 +30,8 @@ SUM_STEPS = 2e-6 / 2.0**-24
 # The variance may be off by 1e-5 of itself in float32 for |mean| up to 1e4 standard deviations.
 VARIANCE_STEPS = 1e-5 / 2.0**-24
 DIMS = (0, 2, 3)
+# Where the oracle computes. tests/test_gpu.py sets it to "cuda": float64 is float64.
+DEVICE = "cpu"
 
 
 def step(dtype: torch.dtype) -> float:
@@ -58,7 +60,7 @@ class Expected(NamedTuple):
         """Fail with the worst element when `actual` leaves the bar. NaN must meet NaN."""
         assert isinstance(actual, Tensor), f"{label}: got {type(actual).__name__}"
         assert actual.shape == self.value.shape, f"{label}: shape {tuple(actual.shape)}"
-        got = actual.detach().cpu().double()
+        got = actual.detach().to(self.value.device).double()
         same = (got == self.value) | (got.isnan() & self.value.isnan())
         excess = ((got - self.value).abs() - self.bar).masked_fill(same, -1.0)
         bad = ~(excess <= 0)
@@ -97,8 +99,8 @@ class BackwardExpected(NamedTuple):
 
 
 def double(tensor: Tensor | None) -> Tensor | None:
-    """The same values on the CPU in float64."""
-    return None if tensor is None else tensor.detach().cpu().double()
+    """The same values in float64, where the oracle computes."""
+    return None if tensor is None else tensor.detach().to(DEVICE).double()
 
 
 def per_channel(tensor: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from simt import library as simt
 
+from bnext._extension import _C
+
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
 
 RESULTS = (
@@ -34,28 +36,24 @@ class Device(NamedTuple):
     num_sms: int
     threads_per_sm: int
     l2_bytes: int
+    shared_bytes_per_block: int
     shared_bytes_opt_in: int
     shared_bytes_per_sm: int
-    active_clusters: tuple[int, int, int, int]
     memory_gb_per_s: float
-    shared_bytes_per_block: int = 48 * KB
+    active_clusters: tuple[int, int, int, int]
 
 
-# Vendors' figures. How many clusters run at once is for a device to say; here it is a guess.
-NONE = (0, 0, 0, 0)
-DEVICES = {
-    "H200": Device(90, 132, 2048, 50 << 20, 227 * KB, 228 * KB, (66, 32, 16, 8), 4800),
-    "H200 without large clusters": Device(
-        90, 132, 2048, 50 << 20, 227 * KB, 228 * KB, (66, 32, 16, 0), 4800
-    ),
-    "H200 1g MIG slice": Device(90, 16, 2048, 6 << 20, 227 * KB, 228 * KB, (8, 4, 1, 0), 600),
-    "A100": Device(80, 108, 2048, 40 << 20, 163 * KB, 164 * KB, NONE, 1555),
-    "A10": Device(86, 72, 1536, 6 << 20, 99 * KB, 100 * KB, NONE, 600),
-    "T4": Device(75, 40, 1024, 4 << 20, 64 * KB, 64 * KB, NONE, 320),
-    "RTX 4090": Device(89, 128, 1536, 72 << 20, 99 * KB, 100 * KB, NONE, 1008),
-    "B200": Device(100, 148, 2048, 126 << 20, 227 * KB, 228 * KB, (74, 36, 16, 8), 8000),
-    "RTX 5090": Device(120, 170, 1536, 96 << 20, 99 * KB, 100 * KB, (85, 40, 20, 0), 1792),
-}
+def named(name: str) -> Device:
+    """A kind of device that csrc/cuda/plan_names.cpp knows."""
+    fields = _C.cuda_device(name)
+    numbers = {
+        n: fields[n] if n == "memory_gb_per_s" else int(fields[n]) for n in Device._fields[:-1]
+    }
+    clusters = tuple(int(fields[f"active_clusters_{size}"]) for size in (2, 4, 8, 16))
+    return Device(**numbers, active_clusters=clusters)
+
+
+DEVICES = {name: named(name) for name in _C.cuda_devices()}
 
 
 class Query(ctypes.Structure):
@@ -267,7 +265,7 @@ def test_forced_families(name: str) -> None:
 
 def test_what_runs_where() -> None:
     """A few choices that would be wrong otherwise, whatever the model's constants."""
-    h200, a100 = DEVICES["H200"], DEVICES["A100"]
+    h200, a100 = DEVICES["h200"], DEVICES["a100"]
     half = torch.float16
     # One kernel beats two launches where a call is all launch.
     assert plan(h200, (8, 64, 8, 8), backward=1).family_chosen == RESIDENT
@@ -295,17 +293,17 @@ def test_only_second_passes_are_kept_on_chip() -> None:
         {"backward": 0, "output": 0},
     ):
         for family in (RESIDENT, CLUSTER):
-            q = plan(DEVICES["H200"], (8, 64, 8, 8), **request, family=family)
+            q = plan(DEVICES["h200"], (8, 64, 8, 8), **request, family=family)
             assert q.has_error
             assert b"only streaming does it" in q.text
-        assert plan(DEVICES["H200"], (8, 64, 8, 8), **request).family_chosen == STREAMING
+        assert plan(DEVICES["h200"], (8, 64, 8, 8), **request).family_chosen == STREAMING
 
 
 def test_batches_are_counted_before_they_are_read() -> None:
     shape = (8, 64, 8, 8)
     for family, first in ((STREAMING, 0), (RESIDENT, 1), (CLUSTER, 1)):
         for cumulative in (0, 1):
-            q = plan(DEVICES["H200"], shape, backward=0, cumulative=cumulative, family=family)
+            q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
             assert q.count_first == (first and cumulative)
 
 
@@ -320,7 +318,7 @@ def test_common_shapes_get_packs(name: str) -> None:
 
 def moves(family: int = STREAMING, **request: int) -> float:
     shape = (32, 64, 56, 56)
-    q = plan(DEVICES["H200"], shape, family=family, **request)
+    q = plan(DEVICES["h200"], shape, family=family, **request)
     return q.bytes_moved / (4 * 32 * 64 * 56 * 56)
 
 
@@ -345,7 +343,7 @@ def test_bytes() -> None:
 
 def test_folded_rows() -> None:
     """Rows that do not fill packs are taken several at a time, where they divide evenly."""
-    device = DEVICES["H200"]
+    device = DEVICES["h200"]
     folds = {3: 8, 6: 4, 4: 2, 12: 2, 8: 1, 65: 8}
     for c, fold in folds.items():
         q = plan(device, (4, c, 16, 16), torch.float16, "channels_last", family=STREAMING)
@@ -355,23 +353,23 @@ def test_folded_rows() -> None:
 
 
 def test_too_many_blocks_is_an_error() -> None:
-    q = plan(DEVICES["H200"], (2, 1 << 31, 2, 2))
+    q = plan(DEVICES["h200"], (2, 1 << 31, 2, 2))
     assert q.has_error
     assert b"cannot run" in q.text
 
 
 def test_text() -> None:
     request = {"dtype": torch.float16, "backward": 1}
-    q = plan(DEVICES["H200"], (32, 64, 56, 56), **request, family=STREAMING)
+    q = plan(DEVICES["h200"], (32, 64, 56, 56), **request, family=STREAMING)
     text = q.text.decode()
     assert text.startswith("streaming backward, planes of float16 in packs of 16 bytes: reduce ")
     assert "moves 5 tensors, 64.23 MB" in text
-    text = plan(DEVICES["H200"], (32, 64, 56, 56), **request, family=CLUSTER).text.decode()
+    text = plan(DEVICES["h200"], (32, 64, 56, 56), **request, family=CLUSTER).text.decode()
     assert text.startswith("cluster backward, planes of float16 in packs of 16 bytes: ")
     assert " in clusters of " in text
     assert "all on chip" in text
     assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
-    text = plan(DEVICES["H200"], (32, 64, 7, 7), **request).text.decode()
+    text = plan(DEVICES["h200"], (32, 64, 7, 7), **request).text.decode()
     assert "runs of channels of float16" in text
 
 

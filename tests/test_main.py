@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bnext
+from bnext._extension import _C
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE_ROOT = Path(bnext.__file__).resolve().parent.parent
@@ -33,8 +34,23 @@ def test_module() -> None:
     assert torch.__version__ in done.stdout
 
 
+def test_module_explains_a_plan() -> None:
+    options = ("--device", "h200", "--pass", "backward", "--family", "streaming")
+    done = run("-m", "bnext", "--explain", "32,64,56,56", "--dtype", "bfloat16", *options)
+    assert done.returncode == 0, done.stderr
+    (plan,) = plans(done.stdout)
+    assert plan.startswith("streaming backward, planes of bfloat16")
+    here = "can show the plan, not run it" if not _C.build["cuda_archs"] else "holds kernels for"
+    assert here in done.stdout
+    refused = run("-m", "bnext", "--explain", "2,3,8,8", "--device", "k20")
+    assert refused.returncode == 2
+    assert "h200" in refused.stderr
+
+
 def test_module_explains_a_shape() -> None:
-    done = run("-m", "bnext", "--explain", "2,3,8,8", "--layout", "channels_last")
+    done = run(
+        "-m", "bnext", "--explain", "2,3,8,8", "--layout", "channels_last", "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     assert "(2, 3, 8, 8) float32" in done.stdout
     refused = run("-m", "bnext", "--explain", "2,3,8")
@@ -52,6 +68,99 @@ def test_explain(device: str) -> None:
     assert planes != rows
     with pytest.raises(ValueError, match=r"expected 4D input \(got 2D input\)"):
         bnext.explain(torch.zeros(2, 3))
+
+
+def plans(text: str) -> list[str]:
+    """The lines that begin with a family."""
+    families = tuple(_C.cuda_families())
+    return [line.strip() for line in text.splitlines() if line.strip().startswith(families)]
+
+
+@pytest.mark.parametrize("device", _C.cuda_devices())
+def test_explain_for_a_device_that_is_not_here(device: str) -> None:
+    x = torch.empty(32, 64, 56, 56, device="meta")
+    text = bnext.explain(x, device)
+    assert f"on {device}:" in text
+    forward, backward = plans(text)
+    assert " forward, planes of float32" in forward
+    assert " backward, planes of float32" in backward
+    # 2 and 3 tensors of 25.69 MB must move.
+    assert "where 51.38 MB must be moved" in text
+    assert "where 77.07 MB must be moved" in text
+    assert plans(bnext.explain(x, device, direction="backward")) == [backward]
+
+
+def test_named_devices() -> None:
+    """Figures of which a wrong one would show: each architecture with its own."""
+    fields = {name: _C.cuda_device(name) for name in _C.cuda_devices()}
+    assert {"t4", "a100", "rtx4090", "h200", "b200", "rtx5090"} <= fields.keys()
+    for name, arch, sms in (("t4", 75, 40), ("a100", 80, 108), ("h200", 90, 132)):
+        assert (fields[name]["arch"], fields[name]["num_sms"]) == (arch, sms)
+    for name, found in fields.items():
+        assert found["threads_per_sm"] in (1024, 1536, 2048), name
+        assert 1 <= found["l2_bytes"] / 2**20 <= 128, name
+    with pytest.raises(ValueError, match="not k20"):
+        _C.cuda_device("k20")
+
+
+def test_explain_families() -> None:
+    x = torch.empty(8, 6, 7, 7, dtype=torch.float16, device="meta")
+    text = bnext.explain(x, "h200", family="all")
+    found = [line.split()[:2] for line in plans(text)]
+    families = _C.cuda_families()
+    assert found == [[f, p] for p in ("forward,", "backward,") for f in families]
+    for family in families:
+        lines = plans(bnext.explain(x, "h200", family=family))
+        assert [line.split()[0] for line in lines] == [family, family]
+    # Streaming is for everything.
+    assert "cannot run" not in bnext.explain(x, "t4", family="streaming")
+    with pytest.raises(RuntimeError, match=r"^family should be auto.* not fastest"):
+        bnext.explain(x, "h200", family="fastest")
+    with pytest.raises(ValueError, match="name a CUDA device"):
+        bnext.explain(torch.ones(2, 3, 4, 4), family="streaming")
+
+
+def test_explain_reads_the_forced_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(8, 6, 7, 7, device="meta")
+    for family in _C.cuda_families():
+        monkeypatch.setenv("BNEXT_CUDA_FAMILY", family)
+        assert bnext.explain(x, "h200") == bnext.explain(x, "h200", family=family)
+    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "fastest")
+    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_FAMILY should be auto.* not fastest"):
+        bnext.explain(x, "h200")
+
+
+def test_explain_looks_at_strides_and_alignment() -> None:
+    x = torch.zeros(2, 6, 8, 8)
+    assert "planes of float32 in packs" in bnext.explain(x, "a100")
+    rows = x.contiguous(memory_format=torch.channels_last)
+    assert "rows of float32 in packs" in bnext.explain(rows, "a100")
+    # Channels that do not fill packs, at an address that is no multiple of 16 bytes.
+    shifted = torch.zeros(x.numel() + 1)[1:].as_strided(rows.shape, rows.stride())
+    assert "rows of float32 in single elements" in bnext.explain(shifted, "a100")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_explain_bytes(training: bool) -> None:
+    """In evaluation nothing is read twice, whatever the family."""
+    x = torch.empty(32, 64, 56, 56, device="meta")
+    for plan in _C.cuda_plans(x, "h200", "streaming", training):
+        least = (2 if plan["pass"] == "forward" else 3) * x.numel() * 4
+        assert plan["bytes_min"] == least
+        assert (plan["bytes_moved"] == least) == (not training)
+
+
+def test_explain_refuses() -> None:
+    x = torch.empty(2, 3, 4, 4, device="meta")
+    with pytest.raises(ValueError, match=r"device should be cpu, .*h200.* not k20"):
+        bnext.explain(x, "k20")
+    with pytest.raises(ValueError, match="not meta"):
+        bnext.explain(x)
+    with pytest.raises(ValueError, match="direction should be"):
+        bnext.explain(x, "h200", direction="sideways")
+    if not _C.build["cuda_archs"]:
+        with pytest.raises(RuntimeError, match="this build of bnext holds CPU kernels only"):
+            bnext.explain(x, "cuda")
 
 
 def test_public_surface() -> None:

@@ -9,12 +9,11 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <array>
-#include <cstdlib>
 #include <mutex>
 #include <vector>
 
 #include "launch.h"
-#include "plan.h"
+#include "plan_names.h"
 
 namespace bnext::cuda {
 namespace {
@@ -47,6 +46,8 @@ DeviceInfo ask_device(int device) {
   return info;
 }
 
+}  // namespace
+
 // Each device is asked once, and only when it is used: to count clusters takes memory on it.
 const DeviceInfo& device_info(at::Device device) {
   struct Answer {
@@ -59,15 +60,7 @@ const DeviceInfo& device_info(at::Device device) {
   return answer.info;
 }
 
-// For tests and measurements: BNEXT_CUDA_FAMILY names the kernels to use, in place of the best ones.
-Limits limits_from_environment() {
-  Limits limits;
-  const char* name = std::getenv("BNEXT_CUDA_FAMILY");
-  if (name == nullptr || *name == '\0') return limits;
-  TORCH_CHECK_VALUE(parse_family(name, &limits.family),
-                    "BNEXT_CUDA_FAMILY should be auto, streaming, resident or cluster, not ", name);
-  return limits;
-}
+namespace {
 
 // A plan takes a microsecond or two to make, and a network asks for the same ones again and again.
 const Plan& find_plan(const Request& request, at::Device device, const Limits& limits) {
@@ -97,7 +90,9 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  const Plan& plan = find_plan(make_request(problem), device, limits_from_environment());
+  Limits limits;
+  limits.family = forced_family();
+  const Plan& plan = find_plan(make_request(problem), device, limits);
   TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
   // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
   const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
@@ -112,15 +107,5 @@ void run(const Problem& problem, at::Device device) {
 void forward(const ForwardProblem& problem, at::Device device) { run(problem, device); }
 
 void backward(const BackwardProblem& problem, at::Device device) { run(problem, device); }
-
-std::string explain(const Geometry& geometry, at::Device device) {
-  Request request;
-  request.geometry = geometry;
-  const DeviceInfo& info = device_info(device);
-  const Limits limits = limits_from_environment();
-  std::string text = to_string(make_plan(request, info, limits));
-  request.pass = Pass::kBackward;
-  return text + "\n" + to_string(make_plan(request, info, limits));
-}
 
 }  // namespace bnext::cuda

@@ -3,16 +3,15 @@
 
 #include <c10/core/Device.h>
 
-#include <string>
-
 #include "../problem.h"
+#include "plan.h"
 
 namespace bnext::cuda {
 
 void forward(const ForwardProblem& problem, at::Device device);
 void backward(const BackwardProblem& problem, at::Device device);
 
-// Which kernels a training step of this geometry gets, in words.
-std::string explain(const Geometry& geometry, at::Device device);
+// What plans depend on, of a device that is there.
+const DeviceInfo& device_info(at::Device device);
 
 }  // namespace bnext::cuda

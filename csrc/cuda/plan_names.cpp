@@ -1,0 +1,92 @@
+#include "plan_names.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <initializer_list>
+#include <stdexcept>
+
+namespace bnext::cuda {
+namespace {
+
+constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
+
+// Shared memory by architecture (CUDA programming guide, "Compute capabilities"); the rest by product.
+NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, double memory_gb_per_s,
+                   std::initializer_list<int> active_clusters = {0, 0, 0, 0}) {
+  DeviceInfo info;
+  info.arch = arch;
+  info.num_sms = num_sms;
+  info.threads_per_sm = arch == 75 ? 1024 : arch == 80 || arch == 90 || arch == 100 ? 2048 : 1536;
+  const int64_t shared_kib = arch == 75 ? 64 : arch == 80 ? 164 : arch == 90 || arch == 100 ? 228 : 100;
+  info.shared_bytes_per_sm = shared_kib * kKiB;
+  info.shared_bytes_opt_in = (arch == 75 ? shared_kib : shared_kib - 1) * kKiB;  // a block's own KiB is the system's
+  info.l2_bytes = l2_bytes;
+  info.memory_gb_per_s = memory_gb_per_s;
+  std::copy(active_clusters.begin(), active_clusters.end(), info.active_clusters);
+  return {name, info};
+}
+
+}  // namespace
+
+const std::vector<NamedDevice>& named_devices() {
+  // How many clusters run at once is for a device to say; here it is a guess.
+  static const std::vector<NamedDevice> devices = {
+      device("t4", 75, 40, 4 * kMiB, 320),
+      device("a100", 80, 108, 40 * kMiB, 1555),
+      device("a10", 86, 72, 6 * kMiB, 600),
+      device("rtx4090", 89, 128, 72 * kMiB, 1008),
+      device("h100", 90, 132, 50 * kMiB, 3350, {66, 32, 16, 8}),
+      device("h200", 90, 132, 60 * kMiB, 4800, {66, 32, 16, 8}),
+      device("h200-portable", 90, 132, 60 * kMiB, 4800, {66, 32, 16, 0}),  // no clusters of 16
+      device("h200-mig-1g", 90, 16, 6 * kMiB, 600, {8, 4, 1, 0}),
+      device("b200", 100, 148, 126 * kMiB, 8000, {74, 36, 16, 8}),
+      device("rtx5090", 120, 170, 96 * kMiB, 1792, {85, 40, 20, 0}),
+  };
+  return devices;
+}
+
+std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info) {
+  std::vector<std::pair<std::string, double>> fields = {
+      {"arch", info.arch},
+      {"num_sms", info.num_sms},
+      {"threads_per_sm", info.threads_per_sm},
+      {"shared_bytes_per_block", info.shared_bytes_per_block},
+      {"l2_bytes", info.l2_bytes},
+      {"shared_bytes_opt_in", info.shared_bytes_opt_in},
+      {"shared_bytes_per_sm", info.shared_bytes_per_sm},
+      {"registers_per_sm", info.registers_per_sm},
+      {"memory_gb_per_s", info.memory_gb_per_s},
+  };
+  for (int i = 0; i < kNumClusterSizes; ++i) {
+    fields.emplace_back("active_clusters_" + std::to_string(2 << i), info.active_clusters[i]);
+  }
+  return fields;
+}
+
+std::vector<Family> all_families() {
+  std::vector<Family> families;
+  for (int i = static_cast<int>(Family::kAuto) + 1;; ++i) {
+    const Family family = static_cast<Family>(i);
+    Family parsed;
+    if (!parse_family(family_name(family), &parsed) || parsed != family) return families;
+    families.push_back(family);
+  }
+}
+
+Family family_named(const std::string& name, const std::string& source) {
+  Family family;
+  if (parse_family(name, &family)) return family;
+  std::string known = family_name(Family::kAuto);
+  const std::vector<Family> families = all_families();
+  for (size_t i = 0; i < families.size(); ++i) {
+    known += (i + 1 == families.size() ? " or " : ", ") + std::string(family_name(families[i]));
+  }
+  throw std::runtime_error(source + " should be " + known + ", not " + name);
+}
+
+Family forced_family() {
+  const char* name = std::getenv("BNEXT_CUDA_FAMILY");
+  return name == nullptr || *name == '\0' ? Family::kAuto : family_named(name, "BNEXT_CUDA_FAMILY");
+}
+
+}  // namespace bnext::cuda

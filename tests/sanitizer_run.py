@@ -1,0 +1,59 @@
+"""A few small calls of every kernel family, for compute-sanitizer to watch: it takes no tests.
+
+python tests/sanitizer_run.py [cpu]. Prints what ran; a result that is not finite is an error.
+Allocations have to be the device's own for the tool to see their ends:
+PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+import bnext
+from bnext._extension import _C
+
+# Whole packs, odd planes, C = 3, several blocks to a channel, one value for each plane.
+SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
+DTYPES = (torch.float32, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
+def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor]:
+    """Forward with running statistics, and backward with all five results."""
+    c = x.shape[1]
+    mean, var, weight, bias = (torch.rand(c, device=x.device) + 0.5 for _ in range(4))
+    y = bnext.batchnorm2d(x, mean, var, weight, bias, training)
+    running = () if training else (mean, var)
+    gradients = bnext.batchnorm2d_backward(dy, x, weight, *running, training=training)
+    return [y, mean, var, *gradients]
+
+
+def main(device: str) -> int:
+    for family in ("auto", *_C.cuda_families()):
+        os.environ["BNEXT_CUDA_FAMILY"] = family
+        ran = refused = 0
+        for shape in SHAPES:
+            for dtype in DTYPES:
+                for layout in LAYOUTS:
+                    for training in (True, False):
+                        x, dy = torch.randn(2, *shape, device=device, dtype=dtype).unbind()
+                        x, dy = (t.contiguous(memory_format=layout) for t in (x, dy))
+                        try:
+                            results = step(x, dy, training)
+                        except RuntimeError as error:
+                            if "cannot run" not in str(error):
+                                raise
+                            refused += 1
+                            continue
+                        ran += 1
+                        label = f"{family} {shape} {dtype} {layout}"
+                        assert all(bool(t.isfinite().all()) for t in results), label
+        print(f"{family}: {ran} steps, {refused} refused", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "cuda"))

@@ -1,0 +1,251 @@
+"""What ptxas and the machine code say of every CUDA kernel. Needs nvcc, no GPU, no torch headers.
+
+One compilation takes minutes of a core: BNEXT_STATIC_ARCHS="75 90" names the architectures, "all"
+stands for all of them, and without it nothing is compiled. `make cuda-check` sets it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import subprocess
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHS = (75, 80, 86, 90, 100, 120)
+CLUSTER_ARCH = 90  # the first one with thread-block clusters
+NOT_ASKED = 'BNEXT_STATIC_ARCHS is not set; "make cuda-check" sets it'
+
+# Kernels that load or store no activations in packs, by their mangled names; all others have to.
+# Single elements: the pack size, the template's first number, is 1.
+SINGLE = re.compile(r"_kernelI[^L]*Li1E")
+# The others work on one number for each channel, or on none.
+PER_CHANNEL = re.compile(r"finish_kernel|_kernelE")
+READS_ONLY = re.compile(r"statistics_kernel|reduce_kernelI\w*?Lb[01]ELb0EE")
+# Global memory, 16 bytes or more at a time: into registers, into shared memory, in bulk.
+WIDE_LOAD = re.compile(r"LDG(STS)?\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMALDG")
+WIDE_STORE = re.compile(r"STG\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMASTG")
+LOCAL = re.compile(r"(LDL|STL)\b")
+
+
+class Kernel(NamedTuple):
+    """What ptxas reports of one entry function."""
+
+    name: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    registers: int
+
+
+class Compiled(NamedTuple):
+    cubin: Path
+    kernels: list[Kernel]
+
+
+def toolkit() -> Path:
+    """Where nvcc is, found as the build finds it."""
+    spec = importlib.util.spec_from_file_location("bnext_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    setup_py = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup_py)
+    return setup_py.find_toolkit(os.environ)
+
+
+def asked_for() -> list[int]:
+    text = os.environ.get("BNEXT_STATIC_ARCHS", "")
+    if text == "all":
+        return list(ARCHS)
+    return [int(arch) for arch in text.replace(",", " ").split()]
+
+
+def parse_ptxas(log: str) -> list[Kernel]:
+    """One Kernel for each entry function. Functions that entries call are not looked at alone."""
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)'.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+        r"Used (\d+) registers",
+        re.DOTALL,
+    )
+    return [Kernel(m[1], *(int(m[i]) for i in range(2, 6))) for m in pattern.finditer(log)]
+
+
+def compile_cubin(nvcc: Path, source: Path, arch: int, folder: Path) -> Compiled:
+    cubin = folder / f"{source.stem}-{arch}.cubin"
+    command = [str(nvcc), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
+    run = subprocess.run(
+        [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    kernels = parse_ptxas(run.stderr)
+    assert len(kernels) == run.stderr.count("Compiling entry function")
+    return Compiled(cubin, kernels)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> Path:
+    if not asked_for():
+        pytest.skip(NOT_ASKED)
+    try:
+        return toolkit() / "bin/nvcc"
+    except LookupError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def compilations(
+    nvcc: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Future[Compiled]]:
+    """All architectures, as many at a time as there are cores."""
+    folder = tmp_path_factory.mktemp("cubin")
+    known = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout
+    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    source = ROOT / "csrc/cuda/launch.cu"
+    wanted = [arch for arch in asked_for() if f"sm_{arch}" in known.split()]
+    return {a: pool.submit(compile_cubin, nvcc, source, a, folder) for a in wanted}
+
+
+@pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def arch(request: pytest.FixtureRequest, compilations: dict[int, Future[Compiled]]) -> int:
+    if request.param not in asked_for():
+        pytest.skip(f"not in BNEXT_STATIC_ARCHS={os.environ['BNEXT_STATIC_ARCHS']}")
+    if request.param not in compilations:
+        pytest.skip("this nvcc does not know the architecture")
+    return request.param
+
+
+@pytest.fixture
+def compiled(arch: int, compilations: dict[int, Future[Compiled]]) -> Compiled:
+    return compilations[arch].result()
+
+
+@cache
+def disassembler() -> Path | None:
+    """cuobjdump: from PATH, from the toolkit, or from the triton that comes with torch for CUDA."""
+    folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
+    with contextlib.suppress(LookupError):
+        folders.append(toolkit() / "bin")
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    found = (folder / "cuobjdump" for folder in folders)
+    return next((path for path in found if path.is_file()), None)
+
+
+def parse_sass(text: str) -> dict[str, Counter[str]]:
+    """How often each instruction occurs in each function, modifiers included: LDG.E.EF.128."""
+    found: dict[str, Counter[str]] = {}
+    for line in text.splitlines():
+        function = re.match(r"\s*Function : (\w+)", line)
+        if function:
+            instructions = found.setdefault(function[1], Counter())
+            continue
+        code = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", line)
+        if code:
+            instructions[code[1]] += 1
+    return found
+
+
+def disassemble(cubin: Path) -> dict[str, Counter[str]]:
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump in the toolkit, on PATH or in a triton package")
+    environment = os.environ | {"PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
+    run = subprocess.run(
+        [str(tool), "-sass", str(cubin)], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    return parse_sass(run.stdout)
+
+
+def count(instructions: Counter[str], pattern: re.Pattern[str], without: Counter[str]) -> int:
+    """Instructions of this pattern, of kinds that `without` does not have."""
+    return sum(n for i, n in instructions.items() if pattern.match(i) and i not in without)
+
+
+def narrow_kernels(functions: dict[str, Counter[str]], arch: int) -> list[str]:
+    """Kernels for packs that do not move activations in packs, with the reason."""
+    bad = []
+    for name, instructions in functions.items():
+        if SINGLE.search(name) or PER_CHANNEL.search(name):
+            continue
+        if "cluster" in name and arch < CLUSTER_ARCH:
+            continue  # an empty body
+        # What the kernel for single elements loads 16 bytes wide as well is no activation. There
+        # are two packs in flight at the least: of x and dy, or of one tensor.
+        single = functions.get(re.sub(r"(_kernelI[^L]*)Li\d+E", r"\1Li1E", name), Counter())
+        if count(instructions, WIDE_LOAD, single) < 2:
+            bad.append(f"{name}: fewer than two loads of 16 bytes")
+        if not READS_ONLY.search(name) and count(instructions, WIDE_STORE, single) < 1:
+            bad.append(f"{name}: no store of 16 bytes")
+    return bad
+
+
+def fail_with(lines: list[str], arch: int) -> None:
+    if lines:
+        pytest.fail("\n".join([f"sm_{arch}:", *lines]), pytrace=False)
+
+
+def test_nothing_spills(arch: int, compiled: Compiled) -> None:
+    assert len({kernel.name for kernel in compiled.kernels}) == len(compiled.kernels) >= 66
+    bad = [k for k in compiled.kernels if k.stack or k.spill_stores or k.spill_loads]
+    fail_with([str(kernel) for kernel in bad], arch)
+
+
+def test_machine_code(arch: int, compiled: Compiled) -> None:
+    functions = disassemble(compiled.cubin)
+    assert functions.keys() >= {kernel.name for kernel in compiled.kernels}
+    local = {name: sorted(i for i in f if LOCAL.match(i)) for name, f in functions.items()}
+    lines = [f"{name}: {', '.join(found)}" for name, found in local.items() if found]
+    fail_with(lines + narrow_kernels(functions, arch), arch)
+
+
+SPILLING = """
+__global__ void local_array_kernel(float* x, int n) {
+  float all[64];
+  for (int i = 0; i < 64; ++i) all[i] = x[i];
+  for (int i = 0; i < n; ++i) all[(i * 7) & 63] += all[i & 63];
+  for (int i = 0; i < 64; ++i) x[i] = all[i];
+}
+template <typename T, int kVec> __global__ void apply_kernel(T* x) { x[threadIdx.x] += T(1); }
+template __global__ void apply_kernel<float, 4>(float*);
+template __global__ void apply_kernel<float, 1>(float*);
+"""
+
+
+def test_the_gates_can_fail(nvcc: Path, tmp_path: Path) -> None:
+    """A kernel with an array that registers cannot hold, and one for packs that moves floats."""
+    source = tmp_path / "bad.cu"
+    source.write_text(SPILLING)
+    compiled = compile_cubin(nvcc, source, 90, tmp_path)
+    stacks = {kernel.name: kernel.stack for kernel in compiled.kernels}
+    assert sorted(stacks.values()) == [0, 0, 256]
+    functions = disassemble(compiled.cubin)
+    (name,) = (name for name in functions if "local_array" in name)
+    assert [i for i in functions[name] if LOCAL.match(i)]
+    bad = narrow_kernels(functions, 90)
+    assert [line for line in bad if "apply_kernelIfLi4EE" in line]
+    assert not [line for line in bad if "Li1E" in line]
+
+
+@pytest.mark.parametrize(
+    ("name", "single", "reads_only"),
+    [
+        ("_ZN5bnext4cuda22streaming_apply_kernelINS_7Float16ELi8ELb0EEEvNS0_1AE", False, False),
+        ("_ZN5bnext4cuda22streaming_apply_kernelIfLi1ELb1EEEvNS0_13StreamingArgsE", True, False),
+        ("_ZN5bnext4cuda27streaming_statistics_kernelIdLi2ELb0EEEvNS0_1AE", False, True),
+        ("_ZN5b4c32streaming_backward_reduce_kernelIfLi4ELb1ELb0EEEvNS0_1AE", False, True),
+        ("_ZN5b4c32streaming_backward_reduce_kernelIfLi4ELb0ELb1EEEvNS0_1AE", False, False),
+    ],
+)
+def test_names_are_understood(name: str, single: bool, reads_only: bool) -> None:
+    assert bool(SINGLE.search(name)) == single
+    assert bool(READS_ONLY.search(name)) == reads_only

@@ -1,0 +1,302 @@
+"""`make gpu-check` without a GPU: its stages against stand-ins, its summary, its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import checks, gpu_check, gpu_summary, probe_device, providers, results, shapes  # noqa: E402  # noqa: E402
+
+DEVICE = {"name": "Stand-in 1", "arch": "9.0", "torch": "2.0"}
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "device", lambda: (dict(DEVICE), ""))
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return gpu_check.main(["--output", str(folder), *arguments])
+
+
+def python(code: str) -> gpu_check.Callable[[gpu_check.Run, gpu_check.Result], None]:
+    """A stage that runs this code."""
+
+    def stage(run: gpu_check.Run, result: gpu_check.Result) -> None:
+        result.add(*run.command("code", sys.executable, "-c", code))
+
+    return stage
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "out") == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "DEVICE", "import torch_that_is_not_there")
+    found, why = gpu_check.device()
+    assert found is None and "torch_that_is_not_there" in why
+    monkeypatch.setattr(gpu_check, "DEVICE", "raise ImportError(\"No module named 'torch'\")")
+    assert "PYTHON=" in gpu_check.device()[1]
+
+
+def test_a_failing_stage_does_not_stop_the_others(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: gpu_check.Run, result: gpu_check.Result) -> None:
+        raise KeyError("a defect of the stage itself")
+
+    stages = {
+        "good": python("print('fine')"),
+        "bad": python("print('what went wrong'); raise SystemExit(3)"),
+        "broken": broken,
+        "last": python("print('still here')"),
+    }
+    monkeypatch.setattr(gpu_check, "STAGES", stages)
+    assert run(tmp_path) == 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert "# bnext on Stand-in 1" in summary
+    rows = dict(line.strip("| ").split(" | ", 1) for line in summary.splitlines() if "|" in line)
+    assert rows["good"].startswith("passed") and rows["last"].startswith("passed")
+    assert rows["bad"].startswith("failed")
+    assert "exit status 3; what went wrong" in rows["bad"]
+    assert "KeyError" in rows["broken"]
+    assert "still here" in (tmp_path / "log.txt").read_text()
+    # One after the other, those that are asked for.
+    assert run(tmp_path / "some", "--stages", "last good") == 0
+    summary = (tmp_path / "some/summary.md").read_text()
+    assert summary.index("| last") < summary.index("| good") and "bad" not in summary
+    with pytest.raises(SystemExit) as status:
+        run(tmp_path, "--stages", "nonsense")
+    assert status.value.code == 2
+
+
+def test_time_limits(stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage past the end is interrupted and may save what it has; those after it do not begin."""
+    saving = (
+        "import time\n"
+        "try:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    print('saved what there was')"
+    )
+    monkeypatch.setattr(gpu_check, "STAGES", {"long": python(saving), "late": python("print(1)")})
+    begin = time.monotonic()
+    assert run(tmp_path, "--seconds", "3") == 1
+    assert time.monotonic() - begin < 60
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| long | out of time |" in summary
+    assert "| late | out of time |" in summary and "no time left" in summary
+    assert "saved what there was" in (tmp_path / "log.txt").read_text()
+
+
+def test_missing_tools_are_named(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "missing", lambda modules: list(modules))
+    monkeypatch.setattr(gpu_check, "find_tool", lambda name: None)
+    assert run(tmp_path, "--stages", "build tests sanitizer") == 1
+    summary = (tmp_path / "summary.md").read_text()
+    assert "| build | failed |" in summary and "setuptools is missing" in summary
+    assert "pip install pytest hypothesis numpy" in summary
+    # A tool that few machines have is no failure, but said.
+    assert "| sanitizer | skipped |" in summary and "compute-sanitizer is neither" in summary
+    assert run(tmp_path, "--stages", "sanitizer") == 0
+
+
+def test_the_sanitizer_is_called(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in that fails for racecheck and passes its program's output on."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        '#!/bin/sh\necho "tool $2, caching off: $PYTORCH_NO_CUDA_MEMORY_CACHING"\n'
+        'if [ "$2" = racecheck ]; then echo "ERROR SUMMARY: 1 error"; exit 99; fi\n'
+        'for last; do :; done\ntest -f "$last"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert run(tmp_path / "out", "--stages", "sanitizer") == 1
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert "racecheck: exit status 99; ERROR SUMMARY: 1 error" in summary
+    assert "memcheck" not in summary and "synccheck" not in summary
+    assert "tool memcheck, caching off: 1" in (tmp_path / "out/log.txt").read_text()
+
+
+def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
+    """On the CPU: what it calls is right; the families are those of the build."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/sanitizer_run.py"), "cpu"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "auto: 40 steps, 0 refused" in done.stdout
+    assert "streaming: 40 steps" in done.stdout
+
+
+def test_tests_that_are_all_skipped_are_no_success(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build without CUDA kernels skips them all."""
+    for number, (body, status) in enumerate((("pass", "passed"), ("pytest.skip('no')", "failed"))):
+        tests = tmp_path / f"test_{number}.py"
+        tests.write_text(f"import pytest\n\ndef test_it():\n    {body}\n")
+
+        def stage(run: gpu_check.Run, result: gpu_check.Result, path: Path = tests) -> None:
+            gpu_check.pytest_stage(run, result, "tests", str(path))
+
+        monkeypatch.setattr(gpu_check, "STAGES", {"tests": stage})
+        assert run(tmp_path / str(number)) == (status == "failed")
+        assert f"| tests | {status} |" in (tmp_path / str(number) / "summary.md").read_text()
+
+
+def row(provider: str, ratio: float, side: int = 56, **other: object) -> dict[str, object]:
+    """A timed row of a backward pass that takes `ratio` ms where bnext takes 1."""
+    case = shapes.Case("resnet50", shapes.Shape(32, 64, side, side), device="cuda", level="op")
+    made = results.new_row(case, provider).__dict__
+    made |= {"ms": ratio, "vs_bnext": ratio, "floor_share": 0.8 / ratio, "kernels": f"{provider}_k"}
+    return made | other
+
+
+def write_bench(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text(json.dumps({"environment": {"copy_gbps": 4000}, "rows": rows}))
+
+
+def test_headline() -> None:
+    """The best peer counts, shape by shape; floors are no peers; rows without a time no cases."""
+    rows = [
+        *(row("bnext", 1.0), row("native", 4.0), row("cudnn", 2.0), row("add", 0.8)),
+        *(row("bnext", 1.0, 7), row("native", 0.5, 7), row("cudnn", 1.5, 7)),
+        row("bnext", 1.0, 14, ms=None, note="needs 900 GiB of memory"),
+        row("cudnn", 1.0, direction="forward", ms=None, note="cannot"),
+    ]
+    (line,) = gpu_summary.headline(rows).splitlines()[2:]
+    # Geometric mean of 2.0 and 0.5.
+    assert line.startswith("| backward | nchw | float32 | 2 | **1.00** |")
+    assert "0.50 (resnet50 32×64×7×7, native)" in line
+    assert "80 % / 80 %" in line
+    assert "bnext, 1 cases: needs 900 GiB" in gpu_summary.not_timed(rows).splitlines()[0]
+    kernels = gpu_summary.peer_kernels(rows)
+    assert "| cudnn | backward | nchw | float32 | `cudnn_k` | 2 |" in kernels
+    assert "add_k" not in kernels
+    assert gpu_summary.headline([]) == "no case was timed with a peer"
+
+
+def test_forced_families() -> None:
+    """They are no peers of bnext; where one is faster than the choice of the plan, it shows."""
+    rows = [
+        *(row("bnext", 1.0), row("bnext-streaming", 1.6), row("bnext-resident", 0.9)),
+        *(row("bnext", 1.0, 7), row("bnext-streaming", 0.4, 7), row("cudnn", 2.0, 7)),
+    ]
+    assert "| 1 | **2.00** |" in gpu_summary.headline(rows)
+    lines = gpu_summary.forced_families(rows).splitlines()[2:]
+    assert [line.split(" | ")[3:] for line in lines] == [
+        ["resident", "1", "0.90", "0.90 (32×64×56×56) |"],
+        ["streaming", "2", "0.80", "0.40 (32×64×7×7) |"],
+    ]
+    assert gpu_summary.forced_families(rows[3:4]) == ""
+
+
+def test_a_forced_family_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it runs, and no longer; forward passes before a backward one are not concerned."""
+    seen: list[tuple[str, str]] = []
+
+    def spy(name: str) -> gpu_check.Callable[..., object]:
+        original = getattr(providers.Bnext, name)
+
+        def call(self: providers.Bnext, *arguments: object) -> object:
+            seen.append((name, os.environ.get("BNEXT_CUDA_FAMILY", "")))
+            return original(self, *arguments)
+
+        return call
+
+    for name in ("op_forward", "op_backward"):
+        monkeypatch.setattr(providers.Bnext, name, spy(name))
+    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "auto")
+    forced = providers.FORCED[0]()
+    assert forced.name == "bnext-streaming" and not shapes.is_peer(forced.name)
+    case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
+    assert "CUDA" in str(forced.why_not(case))
+    call = forced.prepare(case, checks.make_tensors(case))
+    call()
+    assert seen == [("op_forward", "auto"), ("op_backward", "streaming")]
+    assert os.environ["BNEXT_CUDA_FAMILY"] == "auto"
+
+
+JUNIT = """<testsuites><testsuite name="pytest" tests="4">
+<testcase classname="tests.test_gpu" name="test_a[x]" time="1"/>
+<testcase classname="tests.test_gpu" name="test_b"><failure message="assert 1 == 2&#10;more">x</failure></testcase>
+<testcase classname="tests.test_gpu" name="test_c"><skipped message="one CUDA device here">x</skipped></testcase>
+<testcase classname="tests.test_gpu" name="test_d"><error message="in a fixture">x</error></testcase>
+</testsuite></testsuites>"""  # noqa: E501
+
+
+def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that stages leave has its section, and a torn file does not hide the others."""
+    (tmp_path / "tests.xml").write_text(JUNIT)
+    (tmp_path / "cpu-tests.xml").write_text(JUNIT[:100])
+    write_bench(tmp_path / "part.json", [row("bnext", 1.0), row("cudnn", 2.0)])
+    gpu_check.append_rows(tmp_path / "bench.json", tmp_path / "part.json")
+    write_bench(tmp_path / "part.json", [row("bnext", 1.0, 28), row("cudnn", 2.0, 28)])
+    gpu_check.append_rows(tmp_path / "bench.json", tmp_path / "part.json")
+    environment, rows = results.load(tmp_path / "bench.json")
+    assert environment["copy_gbps"] == 4000 and len(rows) == 4
+    monkeypatch.setattr(gpu_summary, "PLAN_FOR", "h200")
+    code = probe_device.main(
+        [
+            "--device",
+            "cpu",
+            "--seconds",
+            "0.2",
+            "--sizes",
+            "0.25",
+            "--output",
+            str(tmp_path / "probe.json"),
+        ]
+    )
+    assert code == 0
+    gpu_summary.write_summary(tmp_path, DEVICE, [gpu_check.Result("tests", "failed", 3.0, ["a|b"])])
+    text = (tmp_path / "summary.md").read_text()
+    assert "| tests | failed | 3 s | a/b |" in text
+    assert "tests.xml: 1 passed, 2 failed, 1 skipped" in text
+    assert "`test_gpu::test_b`: assert 1 == 2\n" in text
+    assert "1 skipped: one CUDA device here" in text
+    assert "cpu-tests.xml\n\nnot readable" in text
+    assert "| backward | nchw | float32 | 2 | **2.00** |" in text
+    assert "| backward | nchw | float32 | " in text.split("## Families")[1]
+    assert "copy from memory, GB/s by the size of one tensor: 0.25 MiB" in text
+
+
+def test_the_probe_names_peers() -> None:
+    rows = probe_device.peers_of_shape(shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op"))
+    native, cudnn = sorted(rows, key=lambda r: r["provider"] != "native")
+    assert "native_batch_norm" in native["forward"]
+    assert "native_batch_norm_backward" in native["backward"]
+    assert cudnn["forward"] == "cuDNN runs on CUDA only"
+
+
+def test_the_suites_that_are_run() -> None:
+    """Their options are the benchmarks' own, and every shape of every suite is in one of them."""
+    from benchmarks import __main__ as command
+
+    seen = set()
+    for arguments in gpu_check.BENCHMARKS:
+        if "huge" in arguments:
+            assert not torch.cuda.is_available() or command.parse([*arguments])
+            seen.add("huge")
+            continue
+        seen |= set(command.parse([*arguments, "--device", "cpu"]).suites)
+    assert seen == set(shapes.SUITES)
