@@ -240,7 +240,7 @@ def test_the_gates_can_fail(nvcc: Path, tmp_path: Path) -> None:
     ("name", "single", "reads_only"),
     [
         ("_ZN5bnext4cuda22streaming_apply_kernelINS_7Float16ELi8ELb0EEEvNS0_1AE", False, False),
-        ("_ZN5bnext4cuda22streaming_apply_kernelIfLi1ELb1EEEvNS0_13StreamingArgsE", True, False),
+        ("_ZN5bnext4cuda22streaming_apply_kernelIfLi1ELb1EEEvNS0_13KernelArgsE", True, False),
         ("_ZN5bnext4cuda27streaming_statistics_kernelIdLi2ELb0EEEvNS0_1AE", False, True),
         ("_ZN5b4c32streaming_backward_reduce_kernelIfLi4ELb1ELb0EEEvNS0_1AE", False, True),
         ("_ZN5b4c32streaming_backward_reduce_kernelIfLi4ELb0ELb1EEEvNS0_1AE", False, False),

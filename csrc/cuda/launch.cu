@@ -8,8 +8,8 @@ namespace bnext::cuda {
 namespace {
 
 // What both passes have in common.
-StreamingArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
-  StreamingArgs args{};
+KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
+  KernelArgs args{};
   for (int d = 0; d < 3; ++d) {
     args.size[d] = plan.size[d];
     args.step[d] = plan.step[d];
@@ -45,8 +45,7 @@ View plan_view(const View& view, const Plan& plan) {
 }
 
 // From a view's strides to the distances that its threads go.
-void set_views(StreamingArgs& args, const Plan& plan, const View& first, const View& second = {},
-               const View& third = {}) {
+void set_views(KernelArgs& args, const Plan& plan, const View& first, const View& second = {}, const View& third = {}) {
   const View* views[] = {&first, &second, &third};
   for (int k = 0; k < 3; ++k) {
     const View view = args.view[k] = plan_view(*views[k], plan);
@@ -58,7 +57,7 @@ void set_views(StreamingArgs& args, const Plan& plan, const View& first, const V
 }
 
 struct Stages {
-  StreamingArgs reduce, finish, apply;  // on-chip kernels take the last
+  KernelArgs reduce, finish, apply;  // on-chip kernels take the last
 };
 
 LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster = 1) {
@@ -67,7 +66,7 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int 
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
   const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
   if (plan.pass == Pass::kBackward)
     return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
@@ -79,7 +78,7 @@ cudaError_t run_on_chip(const StreamingArgs& args, const Plan& plan, cudaStream_
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-cudaError_t run_reduce(const StreamingArgs& args, const Plan& plan, cudaStream_t stream) {
+cudaError_t run_reduce(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
   const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.reduce_shared_bytes);
   if (plan.pass == Pass::kForward) {
     return launch_kernel<&streaming_statistics_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
@@ -142,7 +141,7 @@ cudaError_t run_plan(const Stages& stages, const Plan& plan, cudaStream_t stream
 }
 
 // The same for all stages but for the tensors and where apply has its coefficients from.
-Stages make_stages(const StreamingArgs& args, const Plan& plan) {
+Stages make_stages(const KernelArgs& args, const Plan& plan) {
   Stages stages{args, args, args};
   if (plan.reduce) {
     stages.apply.source = plan.fused ? Source::kPartials : Source::kFinished;
@@ -154,7 +153,7 @@ Stages make_stages(const StreamingArgs& args, const Plan& plan) {
 }  // namespace
 
 cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream) {
-  StreamingArgs args = common_args(problem.geometry, plan, workspace);
+  KernelArgs args = common_args(problem.geometry, plan, workspace);
   args.training = problem.training;
   args.cumulative = problem.cumulative;
   args.momentum = problem.momentum;
@@ -176,7 +175,7 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
 }
 
 cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* workspace, cudaStream_t stream) {
-  StreamingArgs args = common_args(problem.geometry, plan, workspace);
+  KernelArgs args = common_args(problem.geometry, plan, workspace);
   args.backward = true;
   args.training = problem.training;
   args.weight = problem.weight;

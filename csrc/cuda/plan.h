@@ -6,7 +6,7 @@
 #include <string>
 
 #include "../problem.h"
-#include "kernels/streaming_args.h"
+#include "kernels/kernel_args.h"
 
 namespace bnext::cuda {
 
@@ -75,7 +75,7 @@ struct Plan {
   int vec = 1;              // elements in one access: 16 bytes of them, or one
   int64_t fold = 1;         // rows taken as one, where a row does not fill packs
   int threads = 0;
-  int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in StreamingArgs
+  int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in KernelArgs
   int64_t num_items = 0, chunk = 0, num_splits = 1;
   int64_t wide_channels = 0, num_slabs = 1;
   int block_packs = 1, block_rows = 1;
@@ -88,7 +88,7 @@ struct Plan {
   // On chip: one kernel for all, after a tiny one where batches have to be counted first.
   bool on_chip = false, count_first = false;
   int cluster = 1;                    // blocks that share a channel; num_splits is the same
-  int num_steps = 0, held_steps = 0;  // as in StreamingArgs
+  int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int run_length = 1, slab_channels = 1;
   double held = 0;  // share of the data that stays on chip
   OnChipLayout layout;

@@ -2,7 +2,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda/kernels/streaming_args.h"
+#include "cuda/kernels/kernel_args.h"
 #include "cuda/plan.h"
 #include "layout.h"
 

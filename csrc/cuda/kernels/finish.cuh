@@ -4,7 +4,7 @@
 
 #include "../device/math.cuh"
 #include "../device/reduce.cuh"
-#include "streaming_args.h"
+#include "kernel_args.h"
 
 namespace bnext::cuda {
 
@@ -16,7 +16,7 @@ struct ChannelTotals {
 // Calls f(pointer to the partial sums) for this thread's share of channel c: wide channels c, c + num_channels, and so on,
 // each with all its splits.
 template <typename F>
-__device__ inline void for_each_partial(const StreamingArgs& args, int64_t c, F f) {
+__device__ inline void for_each_partial(const KernelArgs& args, int64_t c, F f) {
   for (int64_t wide = c; wide < args.wide_channels; wide += args.num_channels) {
     const double* of_channel = args.partials + wide * args.num_splits;
     for (int64_t split = threadIdx.x; split < args.num_splits; split += blockDim.x) f(of_channel + split);
@@ -24,7 +24,7 @@ __device__ inline void for_each_partial(const StreamingArgs& args, int64_t c, F 
 }
 
 // Adds up the partial sums of channel c, the whole block together; every thread gets the totals.
-__device__ inline ChannelTotals merge_partials(const StreamingArgs& args, int64_t c, double* scratch) {
+__device__ inline ChannelTotals merge_partials(const KernelArgs& args, int64_t c, double* scratch) {
   const int64_t stride = args.wide_channels * args.num_splits;  // from one of the sums to the next
   ChannelTotals totals;
   double sum[kNumSums] = {0, 0, 0};
@@ -53,7 +53,7 @@ __device__ inline ChannelTotals merge_partials(const StreamingArgs& args, int64_
 // y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes from
 // the mean to make it `centre` goes into the shift.
 template <typename Acc>
-__device__ inline Coefficients<Acc> normalize_coefficients(const StreamingArgs& args, int64_t c, double mean,
+__device__ inline Coefficients<Acc> normalize_coefficients(const KernelArgs& args, int64_t c, double mean,
                                                            double invstd) {
   const double scale = load_channel(args.weight, c, 1) * invstd;
   const Acc centre = static_cast<Acc>(mean);
@@ -62,7 +62,7 @@ __device__ inline Coefficients<Acc> normalize_coefficients(const StreamingArgs& 
 }
 
 template <typename Acc>
-__device__ inline Coefficients<Acc> finish_forward(const StreamingArgs& args, int64_t c, const ChannelTotals& totals,
+__device__ inline Coefficients<Acc> finish_forward(const KernelArgs& args, int64_t c, const ChannelTotals& totals,
                                                    bool write) {
   const double mean = totals.value[0], var = totals.value[1] / args.num_positions;
   const double invstd = 1 / square_root(var + args.eps);
@@ -92,7 +92,7 @@ __device__ inline Coefficients<Acc> finish_forward(const StreamingArgs& args, in
 
 // dx = scale_dy * dy + (scale_x * (x - centre) + shift).
 template <typename Acc>
-__device__ inline Coefficients<Acc> finish_backward(const StreamingArgs& args, int64_t c, const ChannelTotals& totals,
+__device__ inline Coefficients<Acc> finish_backward(const KernelArgs& args, int64_t c, const ChannelTotals& totals,
                                                     bool write) {
   const double m = args.num_positions;
   const double invstd = load_channel(args.invstd, c, 1);
@@ -117,14 +117,14 @@ __device__ inline Coefficients<Acc> finish_backward(const StreamingArgs& args, i
 }
 
 template <typename Acc>
-__device__ inline Coefficients<Acc> finish_channel(const StreamingArgs& args, int64_t c, const ChannelTotals& totals,
+__device__ inline Coefficients<Acc> finish_channel(const KernelArgs& args, int64_t c, const ChannelTotals& totals,
                                                    bool write) {
   return args.backward ? finish_backward<Acc>(args, c, totals, write) : finish_forward<Acc>(args, c, totals, write);
 }
 
 // Eval: everything follows from vectors. In Acc, because every thread does it, and float64 is slow on some devices.
 template <typename Acc>
-__device__ inline Coefficients<Acc> constant_coefficients(const StreamingArgs& args, int64_t c, bool write) {
+__device__ inline Coefficients<Acc> constant_coefficients(const KernelArgs& args, int64_t c, bool write) {
   const Acc weight = static_cast<Acc>(load_channel(args.weight, c, 1));
   if (args.backward) return {weight * static_cast<Acc>(load_channel(args.invstd, c, 1)), Acc(0), Acc(0), Acc(0)};
   const Acc mean = static_cast<Acc>(load_channel(args.running_mean, c, 0));
@@ -141,7 +141,7 @@ __device__ inline Coefficients<Acc> constant_coefficients(const StreamingArgs& a
 
 // One block for each channel. Without a second bound ptxas aims at 32 registers on some architectures, and spills.
 template <typename Acc>
-__global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const StreamingArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const KernelArgs args) {
   const int64_t c = blockIdx.x;
   auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
   if (args.source == Source::kConstants) {

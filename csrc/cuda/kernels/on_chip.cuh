@@ -26,7 +26,7 @@ class OnChip {
     Pack<T, kVec> pack[kTensors][kOnChipBatch];
   };
 
-  __device__ OnChip(const StreamingArgs& args, const Tile& tile) : args_(args), tile_(tile) {}
+  __device__ OnChip(const KernelArgs& args, const Tile& tile) : args_(args), tile_(tile) {}
 
   // Brings what stays on chip there, and calls use(batch) for each batch as it arrives.
   template <typename F>
@@ -128,7 +128,7 @@ class OnChip {
     for (int t = 0; t < kTensors; ++t) load_batch<kCache, kWhole>(batch.pack[t], batch.items, 1 + t);
   }
 
-  const StreamingArgs& args_;
+  const KernelArgs& args_;
   const Tile& tile_;
 };
 
@@ -136,8 +136,7 @@ class OnChip {
 
 // Planes: all threads have the same channel. The same order on every run, as everywhere.
 template <int kSums, int kLanes, typename Acc>
-__device__ inline void reduce_planes_on_chip(const StreamingArgs& args, const Acc (&sum)[kSums][kLanes],
-                                             double* totals) {
+__device__ inline void reduce_planes_on_chip(const KernelArgs& args, const Acc (&sum)[kSums][kLanes], double* totals) {
   Acc* scratch = reinterpret_cast<Acc*>(shared_memory() + args.layout.scratch);
   const int thread = threadIdx.x, num_warps = blockDim.x / kWarpSize;
 #pragma unroll
@@ -155,7 +154,7 @@ __device__ inline void reduce_planes_on_chip(const StreamingArgs& args, const Ac
 // Rows: each lane of a thread has a column, and a channel has one column or several. Threads of a column meet in shared
 // memory, first within each warp where its packs divide the warp. A pack's lanes lie apart there: no bank conflicts.
 template <int kVec, typename Acc>
-__device__ inline void reduce_rows_on_chip(const StreamingArgs& args, const Acc (&sum)[kVec], double* totals) {
+__device__ inline void reduce_rows_on_chip(const KernelArgs& args, const Acc (&sum)[kVec], double* totals) {
   Acc* scratch = reinterpret_cast<Acc*>(shared_memory() + args.layout.scratch);
   double* merged = reinterpret_cast<double*>(shared_memory() + args.layout.merged);
   const int thread = threadIdx.x, num_threads = blockDim.x, packs = args.block_packs, columns = packs * kVec;
@@ -201,7 +200,7 @@ __device__ inline void reduce_rows_on_chip(const StreamingArgs& args, const Acc 
 
 // Leaves the block's sums in totals[kSums][slab_channels], for all blocks of the cluster to read.
 template <bool kRows, int kSums, int kLanes, typename Acc>
-__device__ inline void reduce_on_chip(const StreamingArgs& args, const Acc (&sum)[kSums][kLanes], double* totals) {
+__device__ inline void reduce_on_chip(const KernelArgs& args, const Acc (&sum)[kSums][kLanes], double* totals) {
   if constexpr (kRows) {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) reduce_rows_on_chip(args, sum[k], totals + k * args.slab_channels);
@@ -219,7 +218,7 @@ __device__ inline void reduce_on_chip(const StreamingArgs& args, const Acc (&sum
 // A channel's sums from all blocks of the cluster, in the order of the blocks. Several reads at once: each takes as long as
 // a read from L2.
 template <int kSums>
-__device__ inline void add_blocks(const StreamingArgs& args, const double* totals, int channel, double (&sum)[kSums]) {
+__device__ inline void add_blocks(const KernelArgs& args, const double* totals, int channel, double (&sum)[kSums]) {
   constexpr int kReads = 8;
   const int size = args.cluster_size, stride = args.slab_channels;
 #pragma unroll
@@ -245,7 +244,7 @@ __device__ inline void add_blocks(const StreamingArgs& args, const double* total
 
 // Calls f(channel of the slab, channel) for this thread's share of the block's channels; then all threads see the result.
 template <typename F>
-__device__ inline void for_each_channel(const StreamingArgs& args, const Tile& tile, F f) {
+__device__ inline void for_each_channel(const KernelArgs& args, const Tile& tile, F f) {
   const int64_t first = tile.column * args.slab_channels;
   for (int i = threadIdx.x; i < args.slab_channels && first + i < args.num_channels; i += blockDim.x) f(i, first + i);
   __syncthreads();
@@ -253,7 +252,7 @@ __device__ inline void for_each_channel(const StreamingArgs& args, const Tile& t
 
 // Of the block's channels, the one of a lane.
 template <bool kRows, int kVec>
-__device__ inline int slab_channel(const StreamingArgs& args, int lane) {
+__device__ inline int slab_channel(const KernelArgs& args, int lane) {
   if (!kRows) return 0;
   const int column = threadIdx.x % args.block_packs * kVec + lane;
   return column / args.run_length % args.slab_channels;
@@ -261,7 +260,7 @@ __device__ inline int slab_channel(const StreamingArgs& args, int lane) {
 
 // From the sums of all blocks to the coefficients of this thread's lanes. totals_of(i) are those of channel i of the slab.
 template <bool kRows, int kVec, typename Acc, typename F>
-__device__ inline void finish_on_chip(const StreamingArgs& args, const Tile& tile, F totals_of,
+__device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, F totals_of,
                                       Coefficients<Acc> (&coefficients)[kVec]) {
   auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + args.layout.coefficients);
   for_each_channel(args, tile,
@@ -275,17 +274,17 @@ __device__ inline void finish_on_chip(const StreamingArgs& args, const Tile& til
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
-__device__ inline Tile on_chip_tile(const StreamingArgs& args) {
+__device__ inline Tile on_chip_tile(const KernelArgs& args) {
   return {blockIdx.x / args.cluster_size, blockIdx.x % args.cluster_size};
 }
 
 // A block's memory must not go while others of the cluster may read it.
-__device__ inline void leave_cluster(const StreamingArgs& args) {
+__device__ inline void leave_cluster(const KernelArgs& args) {
   if (args.cluster_size > 1) cluster_wait();
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(const StreamingArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(const KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
@@ -350,7 +349,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(const StreamingArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(const KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
@@ -393,7 +392,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(
 }
 
 // A cumulative momentum is 1 / number of batches, which all blocks of the forward kernel read: this comes before it.
-__global__ void count_batch_kernel(const StreamingArgs args) {
+__global__ void count_batch_kernel(const KernelArgs args) {
   if (threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 

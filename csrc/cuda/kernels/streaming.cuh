@@ -10,7 +10,7 @@ namespace bnext::cuda {
 
 // ---- from a thread's sums to the workspace -----------------------------------------------------------------------
 
-__device__ inline void store_partial(const StreamingArgs& args, int64_t wide_channel, int64_t split,
+__device__ inline void store_partial(const KernelArgs& args, int64_t wide_channel, int64_t split,
                                      const double (&value)[kNumSums]) {
   const int64_t stride = args.wide_channels * args.num_splits;
   double* to = args.partials + wide_channel * args.num_splits + split;
@@ -36,7 +36,7 @@ struct MomentsMerge {
 // Planes: all threads of a block have the same channel. Each warp leaves `value` in shared memory; warp 0 adds up.
 // kMoments: value is count, pivot, sum, sum of squares. Otherwise the first three are sums.
 template <bool kMoments, typename Acc>
-__device__ inline void reduce_planes(const StreamingArgs& args, const Tile& tile, const Acc (&value)[4]) {
+__device__ inline void reduce_planes(const KernelArgs& args, const Tile& tile, const Acc (&value)[4]) {
   Acc* shared = reinterpret_cast<Acc*>(shared_memory());
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   if (lane == 0) {
@@ -67,7 +67,7 @@ __device__ inline void reduce_planes(const StreamingArgs& args, const Tile& tile
 // in shared memory, where up to kMaxHelpers threads share a channel, and then one of them adds up what the helpers found.
 // kMoments: value is pivots, sums, sums of squares, and count how many rows the thread saw. Otherwise three sums.
 template <bool kMoments, int kVec, typename Acc>
-__device__ inline void reduce_rows(const StreamingArgs& args, const Tile& tile, const Acc (&value)[kNumSums][kVec],
+__device__ inline void reduce_rows(const KernelArgs& args, const Tile& tile, const Acc (&value)[kNumSums][kVec],
                                    int count) {
   const int columns = args.block_packs * kVec, rows = args.block_rows, thread = threadIdx.x;
   unsigned char* shared = shared_memory();
@@ -153,7 +153,7 @@ __device__ inline void find_pivots(const Pack<T, kVec> (&x)[kUnroll], const Item
 
 // Statistics of x. Sums are of x - pivot, and every part is moved to the common mean when parts are merged.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const StreamingArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(co
 // Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on the
 // way, and with halves, or packs that planes share, fewer packs at once, because there are not enough registers.
 template <typename T, int kVec, bool kRows, bool kWhole, bool kWritesDx>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kernel(const StreamingArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kernel(const KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && (kVec == 8 || !kWhole) ? kUnroll / 2 : kUnroll;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
 // out = scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is null. Forward has no dy, and
 // eval's dx no x.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const StreamingArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
   Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);

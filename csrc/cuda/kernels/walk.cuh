@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "../device/pack.cuh"
-#include "streaming_args.h"
+#include "kernel_args.h"
 
 namespace bnext::cuda {
 
@@ -28,7 +28,7 @@ struct Tile {
 
 // Apply kernels go backwards: what the reduce pass read last is still in L2.
 template <bool kRows>
-__device__ inline Tile make_tile(const StreamingArgs& args, bool backwards) {
+__device__ inline Tile make_tile(const KernelArgs& args, bool backwards) {
   const int64_t block = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
   Tile tile;
   // Blocks that run together read neighbouring memory: slabs of the same rows, or parts of the same planes.
@@ -57,7 +57,7 @@ class Cursor {
   using Index = std::conditional_t<(kVec > 1), int, int64_t>;
 
   // Begins at the first step of each thread, or at a later one.
-  __device__ Cursor(const StreamingArgs& args, const Tile& tile, Index step = 0) : args_(args) {
+  __device__ Cursor(const KernelArgs& args, const Tile& tile, Index step = 0) : args_(args) {
     static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
     const int thread = threadIdx.x;
     int64_t start = thread, offset_c = tile.column;
@@ -145,7 +145,7 @@ class Cursor {
     for (int k = 0; k < kViews; ++k) at_[k] += direction * args_.move[k][3 - d];
   }
 
-  const StreamingArgs& args_;
+  const KernelArgs& args_;
   T* at_[kViews];  // of lane 0 if planes began at packs
   Index item_, end_, digit_[3];
   int num_threads_;
@@ -153,7 +153,7 @@ class Cursor {
 
 // How often each thread of a block takes kUnroll items: as often as the one that has most. The same for all threads.
 template <bool kRows>
-__device__ inline int num_batches(const StreamingArgs& args, const Tile& tile) {
+__device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   const int64_t left = args.num_items - tile.split * args.chunk, items = left < args.chunk ? left : args.chunk;
   const int at_once = kUnroll * (kRows ? args.block_rows : blockDim.x);
   return static_cast<int>((items + at_once - 1) / at_once);
@@ -161,7 +161,7 @@ __device__ inline int num_batches(const StreamingArgs& args, const Tile& tile) {
 
 // The channel of a lane: of the block's, or of the thread's pack.
 template <bool kRows, int kVec>
-__device__ inline int64_t lane_channel(const StreamingArgs& args, const Tile& tile, int lane) {
+__device__ inline int64_t lane_channel(const KernelArgs& args, const Tile& tile, int lane) {
   if (!kRows) return tile.column;
   int64_t c = (tile.column * args.block_packs + threadIdx.x % args.block_packs) * kVec, unused;
   if (args.wide_channels > args.num_channels) divide(c, args.num_channels, unused, c);

@@ -48,7 +48,7 @@ struct OnChipLayout {
 // An item is what one thread loads at once: of a channel's planes or strided positions (kPlanes), or of one row (kRows).
 // Planes: item (i0, i1, j) is pack j of plane (i0, i1). Rows: item (i0, i1, i2) is a row, and a block has block_packs of
 // its packs. A block has `chunk` consecutive items.
-struct StreamingArgs {
+struct KernelArgs {
   View view[3];        // reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null
   int64_t size[3];     // of i0, i1 and j or i2
   int64_t step[3];     // the mixed-radix digits of the distance between two items of a thread
