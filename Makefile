@@ -13,7 +13,8 @@ unexport MAKEFLAGS MFLAGS # else ninja looks for the job server of make -j, and 
 PY := $(VENV)/bin/python
 # Folders count as well: adding or removing a file changes its folder.
 SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h \
+	tests/sanitize/*.cpp tests/sanitize/*.h tests/sanitize/ATen/*.h)
 CREATED := $(VENV)/.stamp-created
 PACKAGES := $(VENV)/.stamp-packages
 BUILT := $(VENV)/.stamp-built-$(BNEXT_CUDA)
@@ -24,7 +25,7 @@ fail = printf '\nbnext: %s\n' "$(1)" >&2; exit 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
+.PHONY: help demo test sanitize build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
 
 help: ## this list
 	@echo "Targets (make demo and make test set up all they need):"
@@ -38,6 +39,10 @@ demo: $(INSTALLED) ## train a small model with nn.BatchNorm2d and with bnext, si
 test: $(INSTALLED) ## run the tests
 	$(call say,running the tests)
 	@$(PY) -m pytest $(PYTEST_ARGS)
+
+sanitize: ## the CPU kernels under Address-, UndefinedBehavior- and ThreadSanitizer; needs a C++ compiler alone
+	$(call say,CPU kernels under sanitizers; a minute or two the first time)
+	@$(MAKE) --no-print-directory -j$$(nproc 2>/dev/null || echo 2) -f tests/sanitize/Makefile CXX="$${CXX:-c++}"
 
 build: $(INSTALLED) ## compile the extension and install the package, editable, into $(VENV)
 
