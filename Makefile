@@ -22,7 +22,8 @@ unexport MAKEFLAGS MFLAGS # else ninja looks for the job server of make -j, and 
 PY := $(VENV)/bin/python
 # Folders count as well: adding or removing a file changes its folder.
 SOURCES := $(shell find csrc -type d -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h)
+CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h \
+	tests/sanitize/*.cpp tests/sanitize/*.h tests/sanitize/ATen/*.h)
 CREATED := $(VENV)/.stamp-created
 PACKAGES := $(VENV)/.stamp-packages
 BUILT := $(VENV)/.stamp-built-$(BNEXT_CUDA)
@@ -38,7 +39,7 @@ fail = printf '\nbnext: %s\n' "$(1)" >&2; exit 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test cuda-check gpu-check build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
+.PHONY: help demo test sanitize cuda-check gpu-check build bench lint format typecheck wheel sdist check-sdist clean distclean FORCE
 
 help: ## this list
 	@echo "Targets (make demo and make test set up all they need):"
@@ -70,6 +71,10 @@ cuda-check: ## with nvcc, no GPU: compile the CUDA build beside a CUDA build of 
 gpu-check: ## on a machine with a GPU, with its own Python and torch: build, tests, sanitizer, benchmarks; one summary
 	@$(PYTHON) -m benchmarks.gpu_check --seconds $(GPU_CHECK_SECONDS) --stages $(GPU_CHECK_STAGES) \
 		$(if $(OUT),--output "$(OUT)") $(if $(PYTEST_ARGS),--pytest-args="$(PYTEST_ARGS)")
+
+sanitize: ## the CPU kernels under Address-, UndefinedBehavior- and ThreadSanitizer; needs a C++ compiler alone
+	$(call say,CPU kernels under sanitizers; a minute or two the first time)
+	@$(MAKE) --no-print-directory -j$$(nproc 2>/dev/null || echo 2) -f tests/sanitize/Makefile CXX="$${CXX:-c++}"
 
 build: $(INSTALLED) ## compile the extension and install the package, editable, into $(VENV)
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace bnext::cpu {
 
@@ -51,7 +52,8 @@ class Partition {
     for (const View* view : views) num_tensors += view->data != nullptr;
     const int64_t tensor_bytes = channels * positions * dtype_bytes(geometry.dtype);
     stream_ = num_tensors * tensor_bytes > cache_bytes();
-    serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1;
+    serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1 ||
+              pool_is_lost();
     const bool rows = geometry.walk == Walk::kRows;
     const int64_t inner = geometry.size[2];
     if (rows) {
@@ -92,6 +94,7 @@ class Partition {
     if (serial_) {
       f(int64_t{0}, count);
     } else {
+      note_pool_use();
       at::parallel_for(0, count, 1, f);
     }
   }
