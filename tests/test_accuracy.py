@@ -168,9 +168,10 @@ def test_long_sums(dtypes: str, layout: str) -> None:
 
 @pytest.mark.parametrize("order", ["rising", "outlier first", "outlier last"])
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_order_of_the_data(layout: str, order: str) -> None:
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16-float32"])
+def test_order_of_the_data(dtypes: str, layout: str, order: str) -> None:
     """Sorted data and a far outlier, for whatever value the sums are shifted by."""
-    case = cases.make_case((4, 6, 16, 16))
+    case = cases.make_case((4, 6, 16, 16), dtypes)
     if order == "rising":
         flat = case.input.transpose(0, 1).reshape(6, -1).sort(dim=1).values
         x = flat.reshape(6, 4, 16, 16).transpose(0, 1)
@@ -181,6 +182,10 @@ def test_order_of_the_data(layout: str, order: str) -> None:
     case = case._replace(input=cases.LAYOUTS[layout](x.contiguous()))
     check_forward(case, order)
     check_gradients(case, order)
+    mean, var = torch.zeros(2, 6).unbind()
+    bnext.batchnorm2d(case.input, mean, var, training=True, momentum=1.0)
+    want = case.input.double().var((0, 2, 3))
+    assert ((var.double() - want).abs() <= 1e-5 * want).all()
 
 
 def is_centred(samples: Tensor, invisible: float = 1e-300) -> bool:

@@ -1,6 +1,7 @@
 // The two passes of batch norm: sums, the few numbers per channel that follow from them, and the elementwise half.
 #include "batchnorm.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "half.h"
@@ -47,11 +48,20 @@ double backward_pivot(DType dtype, double mean) {
   return dtype == DType::kBFloat16 ? to_float(to_bfloat16(static_cast<float>(mean))) : mean;
 }
 
-// The first element of a channel: near its mean on the scale of its deviation, which is all that a shifted sum needs.
-double first_element(const Geometry& g, const View& x, int64_t c) {
-  const double first =
-      load_channel({static_cast<char*>(x.data) + c * x.stride_c * dtype_bytes(g.dtype), 1, g.dtype}, 0, 0);
-  return std::isfinite(first) ? first : 0.0;
+// Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For the float32 sums
+// of bfloat16 it must not be an outlier, so it is the median of the first, the middle and the last one.
+double forward_pivot(const Geometry& g, const View& x, int64_t c) {
+  auto element = [&](int64_t i) {
+    const int64_t i2 = i % g.size[2], i1 = i / g.size[2] % g.size[1], i0 = i / g.size[2] / g.size[1];
+    const int64_t offset = c * x.stride_c + i0 * x.stride[0] + i1 * x.stride[1] + i2 * x.stride[2];
+    const double value = load_channel({static_cast<char*>(x.data) + offset * dtype_bytes(g.dtype), 1, g.dtype}, 0, 0);
+    return std::isfinite(value) ? value : 0.0;
+  };
+  const double first = element(0);
+  if (g.dtype != DType::kBFloat16) return first;
+  const int64_t m = g.num_positions();
+  const double middle = element(m / 2), last = element(m - 1);
+  return std::max(std::min(first, middle), std::min(std::max(first, middle), last));
 }
 
 // kNumVectors numbers per channel, repeated for folded rows.
@@ -142,7 +152,7 @@ void forward(const ForwardProblem& problem) {
   // two-pass algorithm asks for; for the others float64 sums have bits to spare.
   const int num_passes = g.dtype == DType::kFloat64 ? 2 : 1;
   Coefficients<1> pivot(p);
-  for (int64_t c = 0; c < g.num_channels; ++c) pivot.set(c, {first_element(g, problem.x, c)});
+  for (int64_t c = 0; c < g.num_channels; ++c) pivot.set(c, {forward_pivot(g, problem.x, c)});
   ChannelSums<2> sums(p, p.channel_by_channel() ? 1 : p.num_chunks());
 
   // From here on nothing fails: what belongs to the caller may be written.

@@ -1,5 +1,6 @@
-// How the work of one pass is cut into blocks and spread over torch's threads. The cut depends on the shape alone,
-// never on the number of threads, and partial sums are added in the order of the blocks: the same bits every time.
+// How the work of one pass is cut into blocks and spread over torch's threads. How a channel's positions are cut depends
+// on the shape alone, never on the number of threads, and partial sums are added in their order: the same bits every
+// time. How many channels a block has changes nothing about the sums of each.
 #pragma once
 
 #include <ATen/Parallel.h>
