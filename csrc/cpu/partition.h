@@ -21,8 +21,11 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.
 constexpr int64_t kBlockElements = 8192;
-// Rows in a block of NHWC: a block leaves 2 float64 sums for each channel, which should stay small beside the data.
-constexpr int64_t kMinRows = 64;
+// Rows in a block of NHWC. Each block lays out the numbers of its channels, which costs about as much as 32 rows; and it
+// leaves 2 float64 sums for each channel. More than the first, up to the second where enough blocks remain to share.
+constexpr int64_t kMinRows = 64, kManyRows = 256, kEnoughChunks = 16;
+// Channels in a block of NHWC.
+constexpr int64_t kRowChannels = 512;
 // Vectors need a multiple of this many channels (floats in 64 bytes), and want a few vectors in a row.
 constexpr int64_t kLaneChannels = 16, kWideRow = 64, kMaxWideRow = 2048;
 
@@ -58,7 +61,7 @@ class Partition {
     const bool rows = geometry.walk == Walk::kRows;
     const int64_t inner = geometry.size[2];
     if (rows) {
-      chunk_ = std::max(kMinRows, kBlockElements / channels);
+      chunk_ = std::max({kMinRows, kBlockElements / channels, std::min(kManyRows, positions / kEnoughChunks)});
     } else {
       chunk_ = inner < kBlockElements ? kBlockElements / inner * inner : kBlockElements;  // whole runs
     }
@@ -75,7 +78,8 @@ class Partition {
     // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
     channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
-    channels_per_block_ = rows ? channels : choose_block_channels(threads, num_tensors);
+    channels_per_block_ =
+        rows ? (fold_ > 1 ? channels : std::min(channels, kRowChannels)) : choose_block_channels(threads, num_tensors);
   }
 
   int64_t num_channels() const { return geometry_.num_channels; }
