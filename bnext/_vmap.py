@@ -57,7 +57,7 @@ def forward(
     training, momentum, eps, _, _ = options
     check: Any = _C.check_forward
     first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
-    check(*first, training, eps)
+    check(*first, training, momentum, eps)
     x_dim, mean_dim, var_dim, tracked_dim, weight_dim, bias_dim = in_dims[:6]
     _check_updates(
         training,

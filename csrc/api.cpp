@@ -161,18 +161,12 @@ void mark_written(const OptionalTensor& t) {
   if (given(t) && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
 }
 
-}  // namespace
-
-namespace {
-
 // The two calls below, with mean and var or without.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
     std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats) {
-  check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps);
-  TORCH_CHECK_VALUE(momentum.has_value() || !training || !given(running_mean) || given(num_batches_tracked),
-                    "momentum may be None only with num_batches_tracked");
+  check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps);
   check_device(input);
 
   at::Tensor output = empty_activation(input), mean, var;

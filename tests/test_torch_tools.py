@@ -311,7 +311,7 @@ def test_onnx_wants_revert() -> None:
 def test_lazy_clones_stay_lazy(training: bool) -> None:
     """What is only read goes on sharing its memory; what is written parts from its origin."""
     case = cases.make_case(SHAPE, "float32")
-    origins = list(case[:5]) + [case.grad_output]
+    origins = [*case[:5], case.grad_output]
     assert not any(map(torch._C._is_cow_tensor, origins))
     lazy = [torch._lazy_clone(t) for t in origins]
     before = [t.clone() for t in origins]
