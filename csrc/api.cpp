@@ -168,6 +168,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forwa
     std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats) {
   check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps);
   check_device(input);
+  if (training && input.numel() != 0) check_updated_memory(input, running_mean, running_var, num_batches_tracked);
 
   at::Tensor output = empty_activation(input), mean, var;
   auto statistics = [&] { return input.options().dtype(gradient_type(input)); };
@@ -324,7 +325,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_
   check_backward(grad_output, input, weight, save_mean, save_invstd, grad_mean, grad_var);
   check_out(out, input);
   check_device(input);
-  out.mutable_data_ptr();  // a lazy clone gets its own memory before addresses are compared
   const at::Tensor nothing;
   check_memory(out, grad_output,
                {{"input", &input},
