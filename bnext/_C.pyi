@@ -47,6 +47,15 @@ def check_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    momentum: float | None,
+    eps: float,
+    /,
+) -> None: ...
+def check_statistics_arguments(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
     eps: float,
     /,
 ) -> None: ...

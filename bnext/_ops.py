@@ -136,7 +136,7 @@ def _forward(
     skip_nonfinite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _C.check_forward(
-        input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps
+        input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps
     )
     return _like(input), _saved(input), _saved(input)
 
@@ -155,7 +155,7 @@ def _(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    _C.check_forward(input, running_mean, running_var, None, None, None, training, eps)
+    _C.check_statistics_arguments(input, running_mean, running_var, training, eps)
     return _saved(input), _saved(input)
 
 

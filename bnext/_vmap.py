@@ -7,6 +7,7 @@ transforms around this one find what they need.
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bnext._extension import _C
@@ -34,11 +35,13 @@ def _first(t: Any, dim: int | None) -> Any:
     return t if dim is None else t.select(dim, 0)
 
 
-def _check_updates(training: bool, statistics: dict[str, tuple[Any, int | None]], x: Any) -> None:
+def _check_updates(
+    training: bool, statistics: dict[str, tuple[Any, int | None]], x_dim: int | None
+) -> None:
     """What one call updates in place must be there once for each of the batch."""
     batched = {name for name, (_, dim) in statistics.items() if dim is not None}
     given = {name for name, (t, _) in statistics.items() if t is not None}
-    if training and given - batched and (batched or x is not None):
+    if training and given - batched and (batched or x_dim is not None):
         raise RuntimeError(
             "Batch norm got a batched tensor as input while the running_mean or running_var, which "
             "will be updated in place, were not batched. Give every one of the batch its own "
@@ -54,7 +57,7 @@ def forward(
     training, momentum, eps, _, _ = options
     check: Any = _C.check_forward
     first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
-    check(*first, training, eps)
+    check(*first, training, momentum, eps)
     x_dim, mean_dim, var_dim, tracked_dim, weight_dim, bias_dim = in_dims[:6]
     _check_updates(
         training,
@@ -73,6 +76,10 @@ def forward(
     if x_dim is None and mean_dim is None and var_dim is None:
         # One standardization for all of the batch; only the affine step differs.
         y, *stats = apply(x, running_mean, running_var, tracked, None, None, options)
+        if x.dtype in (torch.bfloat16, torch.float16):
+            # Again, unrounded: the affine step rounds. The call above has updated what it should.
+            used = (None, None) if training else (running_mean.float(), running_var.float())
+            y = apply(x.float(), *used, None, None, None, (training, 0.0, eps, False, False))[0]
         y = _affine(y, _fold(weight, weight_dim, batch), _fold(bias, bias_dim, batch), batch)
         return (y.to(x.dtype), *stats), (0, None, None, None, None)
     if not training and mean_dim is var_dim is weight_dim is bias_dim is None:

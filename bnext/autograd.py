@@ -1,4 +1,4 @@
-"""The derivative of batch norm as autograd Functions: first by kernels, then by torch's ops.
+"""The derivative of batch norm as autograd Functions: by kernels, and the next by torch's ops.
 
 Names are the equation's: dy, x, weight (gamma), mean, invstd, and xhat = (x - mean) * invstd.
 Functions written for torch.func cost twice as much to call, so eager calls have one of their own.
@@ -14,9 +14,7 @@ from torch.autograd import Function, forward_ad
 
 from bnext import _vmap
 from bnext._extension import _C
-
-_REDUCED = (0, 2, 3)  # N, H and W
-
+from bnext._second_order import average, double_backward, per_channel, standardize
 
 _functorch_active = torch._C._are_functorch_transforms_active
 
@@ -198,21 +196,21 @@ class BatchNorm2dTransformableFunction(Function):
         if not training and (mean_t is not None or var_t is not None):
             _refuse_running_statistics((False, mean_t is not None))
         dtype = mean.dtype
-        xmu, r = _standardize(x, mean, invstd, training, eps)
+        xmu, r = standardize(x, mean, invstd, training, eps)
         terms = []
         if x_t is not None:
             mask = (True, False, False)
             dx, _, _ = derivative(x_t, x, weight, mean, invstd, None, None, training, eps, mask)
             terms.append(dx.to(dtype))
         if weight_t is not None:
-            terms.append(xmu * r * _per_channel(weight_t, dtype))
+            terms.append(xmu * r * per_channel(weight_t, dtype))
         if bias_t is not None:
-            terms.append(_per_channel(bias_t, dtype).expand_as(x))
+            terms.append(per_channel(bias_t, dtype).expand_as(x))
         y_t = sum(terms[1:], start=terms[0]).to(x.dtype) if terms else torch.zeros_like(x)
         if not ctx.differentiable_stats:
             return y_t, None, None, None, None
         wide_x_t = torch.zeros_like(xmu) if x_t is None else x_t.to(dtype)
-        stats_t = _average(wide_x_t), 2 * _average(wide_x_t * xmu)
+        stats_t = average(wide_x_t), 2 * average(wide_x_t * xmu)
         return y_t, None, None, *(t.flatten().to(ctx.stats_dtype) for t in stats_t)
 
     @staticmethod
@@ -281,17 +279,17 @@ class BatchNorm2dBackwardFunction(Function):
     ) -> tuple[Tensor | None, ...]:
         dy, x, weight, mean, invstd, grad_mean, grad_var = ctx.saved_tensors
         training, eps, _ = ctx.options
-        for_dy, for_x, for_weight = _double_backward(
+        for_dy, for_x, for_weight = double_backward(
             ddx, ddweight, ddbias, dy, x, weight, mean, invstd, grad_var, training, eps
         )
         for_mean = for_var = None
         if training and ddx is not None:  # dx has grad_mean / m + grad_var * 2 * (x - mean) / m
             v = ddx.to(mean.dtype)
             if grad_mean is not None:
-                for_mean = _average(v).flatten().to(grad_mean.dtype)
+                for_mean = average(v).flatten().to(grad_mean.dtype)
             if grad_var is not None:
-                xmu, _ = _standardize(x, mean, invstd, training, eps)
-                for_var = 2 * _average(v * xmu).flatten().to(grad_var.dtype)
+                xmu, _ = standardize(x, mean, invstd, training, eps)
+                for_var = 2 * average(v * xmu).flatten().to(grad_var.dtype)
         return for_dy, for_x, for_weight, None, None, for_mean, for_var, None, None, None
 
     @staticmethod
@@ -301,7 +299,7 @@ class BatchNorm2dBackwardFunction(Function):
 
         They are linear in dy, grad_mean and grad_var together. And they are the gradient of
         <output, dy> + <mean, grad_mean> + <var, grad_var> by x, weight and bias: how they move with
-        those is its Hessian, which is symmetric, and _double_backward multiplies by it.
+        those is its Hessian, which is symmetric, and double_backward multiplies by it.
         """
         dy, x, weight, mean, invstd, _, grad_var = saved
         training, eps, mask = ctx.options
@@ -315,7 +313,7 @@ class BatchNorm2dBackwardFunction(Function):
                 )
             )
         if x_t is not None or weight_t is not None:
-            _, for_x, for_weight = _double_backward(
+            _, for_x, for_weight = double_backward(
                 x_t, weight_t, None, dy, x, weight, mean, invstd, grad_var, training, eps
             )
             for i, more in enumerate((for_x, for_weight)):
@@ -330,102 +328,3 @@ class BatchNorm2dBackwardFunction(Function):
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         apply = BatchNorm2dBackwardFunction.apply
         return _vmap.folded(apply, info.batch_size, in_dims, *arguments)
-
-
-def _total(a: Tensor) -> Tensor:
-    return a.sum(_REDUCED, keepdim=True)
-
-
-def _num_positions(a: Tensor) -> int:
-    return max(a.numel() // max(a.shape[1], 1), 1)
-
-
-def _average(a: Tensor) -> Tensor:
-    return _total(a) / _num_positions(a)
-
-
-def _per_channel(a: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.to(dtype).view(1, -1, 1, 1)
-
-
-def _standardize(
-    x: Tensor, mean: Tensor, invstd: Tensor, training: bool, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(x - mean, invstd) in the dtype of mean, differentiable by x: in training, computed again."""
-    if not training:
-        return x.to(mean.dtype) - _per_channel(mean, mean.dtype), _per_channel(invstd, mean.dtype)
-    wide = x.to(mean.dtype)
-    xmu = wide - _average(wide)
-    xmu = xmu - _average(xmu)  # what rounding left of a mean far from zero
-    return xmu, (_average(xmu.square()) + eps).rsqrt()
-
-
-def _double_backward(
-    ddx: Tensor | None,
-    ddweight: Tensor | None,
-    ddbias: Tensor | None,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    grad_var: Tensor | None,
-    training: bool,
-    eps: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of <dx, ddx> + <dweight, ddweight> + <dbias, ddbias> for dy, x and weight.
-
-    In training, with m = N*H*W, means over a channel written as mean(.), and the projection
-    P(a) = a - mean(a) - xhat * mean(a * xhat), the backward pass is
-    dx = weight * invstd * P(dy) + grad_mean / m + grad_var * 2 * (x - mean(x)) / m.
-    Written in differentiable operations, with the statistics computed from x again, the result can
-    be differentiated as often as anybody likes.
-    """
-    dtype = mean.dtype  # what the first derivative was computed in
-    m = _num_positions(x)
-    wide_dy = dy.to(dtype)
-    xmu, r = _standardize(x, mean, invstd, training, eps)
-    xhat = xmu * r
-    scale = r if weight is None else r * _per_channel(weight, dtype)
-
-    def project(a: Tensor) -> Tensor:
-        return a - _average(a) - xhat * _average(a * xhat)
-
-    grad_dy: list[Tensor] = []
-    grad_xhat: list[Tensor] = []  # through xhat, with invstd held
-    grad_x: Tensor | None = None
-    grad_weight: Tensor | None = None
-    if ddx is not None:
-        v = ddx.to(dtype)
-        if training:
-            grad_dy.append(scale * project(v))
-            # <v, P(dy)> = q, and it depends on x through xhat and through invstd.
-            mean_v_xhat, mean_dy_xhat = _average(v * xhat), _average(wide_dy * xhat)
-            q = (
-                _total(v * wide_dy)
-                - _total(v) * _average(wide_dy)
-                - _total(v * xhat) * mean_dy_xhat
-            )
-            grad_xhat.append(-scale * (v * mean_dy_xhat + mean_v_xhat * wide_dy))
-            grad_x = -scale * r * xhat * q / m
-            if grad_var is not None:
-                grad_x = grad_x + (2 / m) * _per_channel(grad_var, dtype) * (v - _average(v))
-        else:
-            grad_dy.append(scale * v)
-            q = _total(v * wide_dy)
-        grad_weight = r * q
-    if ddweight is not None:
-        grad_dy.append(_per_channel(ddweight, dtype) * xhat)
-        grad_xhat.append(_per_channel(ddweight, dtype) * wide_dy)
-    if ddbias is not None:
-        grad_dy.append(_per_channel(ddbias, dtype).expand_as(x))
-    if grad_xhat:
-        g = sum(grad_xhat[1:], start=grad_xhat[0])
-        through_xhat = r * (project(g) if training else g)
-        grad_x = through_xhat if grad_x is None else grad_x + through_xhat
-
-    return (
-        sum(grad_dy[1:], start=grad_dy[0]).to(dy.dtype) if grad_dy else None,
-        None if grad_x is None else grad_x.to(x.dtype),
-        None if weight is None or grad_weight is None else grad_weight.view(-1).to(weight.dtype),
-    )

@@ -73,8 +73,8 @@ def batchnorm2d(
             them as well, in the same pass.
 
     All (C,) tensors have the dtype of ``input``, or float32 beside bfloat16 and float16. Sums are
-    accumulated in float64 on a CPU, whatever the dtype. An empty input gives an empty output and
-    leaves the running statistics as they are.
+    accumulated in float64 on a CPU; for bfloat16, eight terms at a time in float32 first. An empty
+    input gives an empty output and leaves the running statistics as they are.
 
     Returns:
         A tensor of the shape and dtype of ``input``, contiguous or channels_last as it is.
@@ -85,7 +85,9 @@ def batchnorm2d(
         ValueError: ``input`` is not 4-D; one value per channel in training; only one running
             statistic; ``eps`` not positive in training or negative otherwise.
         RuntimeError: shape, dtype or device of a (C,) tensor does not fit ``input``; no running
-            statistics in evaluation mode. ``NotImplementedError`` for an unsupported input dtype.
+            statistics in evaluation mode. In training: running statistics that share memory with
+            ``input`` or each other, or are inference tensors outside of inference mode.
+        NotImplementedError: ``input`` has an unsupported dtype.
         TypeError: an argument of another type. The message names the argument; nothing was written.
     """
     return _ops.batchnorm2d(
@@ -168,11 +170,14 @@ def batchnorm2d_backward(
 
     Raises:
         The errors of :func:`batchnorm2d`; RuntimeError if ``grad_output`` does not fit ``input``;
-        RuntimeError if ``out`` does not, or shares memory as it should not;
+        RuntimeError if ``out`` does not, shares memory as it should not, is a leaf that requires
+        grad while gradients are recorded, or an inference tensor outside of inference mode;
         ValueError if only one of ``save_mean`` and ``save_invstd`` is given.
     """
     if (save_mean is None) != (save_invstd is None):
         raise ValueError("save_mean and save_invstd must either both be None or neither be None")
+    if isinstance(out, Tensor) and out.requires_grad and torch.is_grad_enabled():
+        _refuse_leaf(out)
     with torch.no_grad():
         if save_mean is None or save_invstd is None:
             save_mean, save_invstd = _ops.kernels().batchnorm2d_statistics(
@@ -182,6 +187,16 @@ def batchnorm2d_backward(
             grad_output, input, weight, save_mean, save_invstd, training, grad_mean, grad_var, out
         )
     return BatchNorm2dGradients(*gradients)
+
+
+def _refuse_leaf(out: Tensor) -> None:
+    """Autograd accumulates into a leaf; other tensors that it knows only get a new version."""
+    for tensor, kind in ((out, ""), (out._base, "view of a ")):
+        if tensor is not None and tensor.is_leaf:
+            raise RuntimeError(
+                f"out: a {kind}leaf Variable that requires grad is being used in an in-place "
+                "operation."
+            )
 
 
 def layer_gradients(

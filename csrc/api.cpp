@@ -47,10 +47,16 @@ DType dtype_of(const at::Tensor& t) {
 
 // ---- from tensors to problems ----------------------------------------------------------------------------------
 
-TensorLayout layout_of(const at::Tensor& t) {
-  if (!t.defined()) return {};
-  return {t.data_ptr(), {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
+// What is read keeps sharing its memory with the tensor that it was lazily cloned from; the plain structs know no const.
+void* read_address(const at::Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
+
+TensorLayout layout_at(void* address, const at::Tensor& t) {
+  return {address, {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}};
 }
+
+TensorLayout read_layout(const at::Tensor& t) { return layout_at(read_address(t), t); }
+
+TensorLayout written_layout(const at::Tensor& t) { return layout_at(t.mutable_data_ptr(), t); }
 
 double largest(DType dtype) {
   switch (dtype) {
@@ -66,12 +72,19 @@ double largest(DType dtype) {
   return 0;
 }
 
-ChannelVector vector_of(const at::Tensor& t) {
-  if (!t.defined()) return {};
-  return {t.data_ptr(), t.dim() == 0 ? 1 : t.stride(0), dtype_of(t)};
+ChannelVector vector_at(void* address, const at::Tensor& t) {
+  return {address, t.dim() == 0 ? 1 : t.stride(0), dtype_of(t)};
 }
 
-ChannelVector vector_of(const OptionalTensor& t) { return given(t) ? vector_of(*t) : ChannelVector{}; }
+ChannelVector read_vector(const at::Tensor& t) { return vector_at(read_address(t), t); }
+
+ChannelVector read_vector(const OptionalTensor& t) { return given(t) ? read_vector(*t) : ChannelVector{}; }
+
+ChannelVector written_vector(const at::Tensor& t) {
+  return t.defined() ? vector_at(t.mutable_data_ptr(), t) : ChannelVector{};
+}
+
+ChannelVector written_vector(const OptionalTensor& t) { return given(t) ? written_vector(*t) : ChannelVector{}; }
 
 std::array<int64_t, 4> sizes_of(const at::Tensor& t) { return {t.size(0), t.size(1), t.size(2), t.size(3)}; }
 
@@ -81,7 +94,7 @@ at::Tensor empty_statistic(const at::Tensor& input) {
 
 at::Tensor empty_activation(const at::Tensor& input) {
   at::Tensor output = at::empty_like(input, input.suggest_memory_format());
-  if (output.is_cpu()) cpu::advise_huge_pages(output.data_ptr(), static_cast<int64_t>(output.nbytes()));
+  if (output.is_cpu()) cpu::advise_huge_pages(output.mutable_data_ptr(), static_cast<int64_t>(output.nbytes()));
   return output;
 }
 
@@ -90,9 +103,9 @@ at::Tensor empty_activation(const at::Tensor& input) {
 // out of order.
 at::Tensor match_walk(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& dx) {
   View x, dy, out;
-  const TensorLayout x_layout = layout_of(input), out_layout = layout_of(dx.defined() ? dx : input);
-  const Geometry together =
-      make_geometry(sizes_of(input), dtype_of(input), {x_layout, layout_of(grad_output), out_layout}, {&x, &dy, &out});
+  const TensorLayout x_layout = read_layout(input), out_layout = read_layout(dx.defined() ? dx : input);
+  const Geometry together = make_geometry(sizes_of(input), dtype_of(input),
+                                          {x_layout, read_layout(grad_output), out_layout}, {&x, &dy, &out});
   if (together.unit_stride) return grad_output;
   const bool broadcast = together.walk == Walk::kPlanes && dy.stride[kReduceDims - 1] == 0;
   const Geometry alone = make_geometry(sizes_of(input), dtype_of(input), {x_layout, out_layout}, {&x, &out});
@@ -148,19 +161,14 @@ void mark_written(const OptionalTensor& t) {
   if (given(t) && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
 }
 
-}  // namespace
-
-namespace {
-
 // The two calls below, with mean and var or without.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
     std::optional<double> momentum, double eps, bool skip_nonfinite, bool return_stats) {
-  check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, eps);
-  TORCH_CHECK_VALUE(momentum.has_value() || !training || !given(running_mean) || given(num_batches_tracked),
-                    "momentum may be None only with num_batches_tracked");
+  check_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps);
   check_device(input);
+  if (training && input.numel() != 0) check_updated_memory(input, running_mean, running_var, num_batches_tracked);
 
   at::Tensor output = empty_activation(input), mean, var;
   auto statistics = [&] { return input.options().dtype(gradient_type(input)); };
@@ -179,16 +187,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forwa
   }
 
   ForwardProblem problem;
-  problem.geometry =
-      make_geometry(sizes_of(input), dtype_of(input), {layout_of(input), layout_of(output)}, {&problem.x, &problem.y});
-  problem.weight = vector_of(weight);
-  problem.bias = vector_of(bias);
-  problem.running_mean = vector_of(running_mean);
-  problem.running_var = vector_of(running_var);
-  problem.mean = vector_of(save_mean);
-  problem.invstd = vector_of(save_invstd);
-  problem.stats_mean = vector_of(mean);
-  problem.stats_var = vector_of(var);
+  problem.geometry = make_geometry(sizes_of(input), dtype_of(input), {read_layout(input), written_layout(output)},
+                                   {&problem.x, &problem.y});
+  problem.weight = read_vector(weight);
+  problem.bias = read_vector(bias);
+  problem.running_mean = training ? written_vector(running_mean) : read_vector(running_mean);
+  problem.running_var = training ? written_vector(running_var) : read_vector(running_var);
+  problem.mean = written_vector(save_mean);
+  problem.invstd = written_vector(save_invstd);
+  problem.stats_mean = written_vector(mean);
+  problem.stats_var = written_vector(var);
   problem.training = training;
   problem.cumulative = !momentum.has_value();
   problem.momentum = momentum.value_or(0);
@@ -240,13 +248,13 @@ std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& inpu
   }
   at::Tensor mean = empty_statistic(input), invstd = empty_statistic(input);
   ForwardProblem problem;
-  problem.geometry = make_geometry(sizes_of(input), dtype_of(input), {layout_of(input)}, {&problem.x});
+  problem.geometry = make_geometry(sizes_of(input), dtype_of(input), {read_layout(input)}, {&problem.x});
   if (!training) {
-    problem.running_mean = vector_of(running_mean);
-    problem.running_var = vector_of(running_var);
+    problem.running_mean = read_vector(running_mean);
+    problem.running_var = read_vector(running_var);
   }
-  problem.mean = vector_of(mean);
-  problem.invstd = vector_of(invstd);
+  problem.mean = written_vector(mean);
+  problem.invstd = written_vector(invstd);
   problem.training = training;
   problem.eps = eps;
   run(input, problem);
@@ -278,19 +286,20 @@ Gradients run_backward(const at::Tensor& grad_output, const at::Tensor& input, c
 
   const at::Tensor dy = match_walk(grad_output, input, dx);
   BackwardProblem problem;
-  problem.geometry = make_geometry(sizes_of(input), dtype_of(input),
-                                   {layout_of(input), layout_of(dy), layout_of(dx.defined() ? dx : input)},
-                                   {&problem.x, &problem.dy, &problem.dx});
+  problem.geometry =
+      make_geometry(sizes_of(input), dtype_of(input),
+                    {read_layout(input), read_layout(dy), dx.defined() ? written_layout(dx) : read_layout(input)},
+                    {&problem.x, &problem.dy, &problem.dx});
   if (!dx.defined()) problem.dx.data = nullptr;
-  problem.weight = vector_of(weight);
-  problem.mean = vector_of(save_mean);
-  problem.invstd = vector_of(save_invstd);
-  problem.grad_mean = vector_of(grad_mean);
-  problem.grad_var = vector_of(grad_var);
-  problem.dweight = vector_of(dweight);
-  problem.dbias = vector_of(dbias);
-  problem.dmean = vector_of(dmean);
-  problem.dvar = vector_of(dvar);
+  problem.weight = read_vector(weight);
+  problem.mean = read_vector(save_mean);
+  problem.invstd = read_vector(save_invstd);
+  problem.grad_mean = read_vector(grad_mean);
+  problem.grad_var = read_vector(grad_var);
+  problem.dweight = written_vector(dweight);
+  problem.dbias = written_vector(dbias);
+  problem.dmean = written_vector(dmean);
+  problem.dvar = written_vector(dvar);
   problem.training = training;
   run(input, problem);
   return {dx, dweight, dbias, dmean, dvar};
@@ -334,7 +343,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_
 std::string explain_cpu(const at::Tensor& input) {
   check_input(input);
   View x;
-  return cpu::explain(make_geometry(sizes_of(input), dtype_of(input), {layout_of(input)}, {&x}));
+  return cpu::explain(make_geometry(sizes_of(input), dtype_of(input), {read_layout(input)}, {&x}));
 }
 
 std::vector<std::pair<std::string, double>> cuda_device(const std::string& name) {
@@ -350,7 +359,7 @@ std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& d
 
   // Nothing is read or written: of the addresses only the alignment counts, and outputs are aligned.
   const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), input.suggest_memory_format());
-  TensorLayout x = layout_of(input), y = layout_of(output);
+  TensorLayout x = read_layout(input), y = read_layout(output);
   constexpr uintptr_t kAligned = 256;
   x.data = reinterpret_cast<void*>(kAligned + reinterpret_cast<uintptr_t>(x.data) % kAligned);
   y.data = reinterpret_cast<void*>(kAligned);

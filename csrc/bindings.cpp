@@ -228,6 +228,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("batchnorm2d_statistics", torch::wrap_pybind_function(bnext::py_statistics));
   m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward));
   m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
+  m.def("check_statistics_arguments", torch::wrap_pybind_function(bnext::check_statistics_arguments));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
   m.def("check_out", torch::wrap_pybind_function(bnext::check_out));
   m.def("explain_cpu", torch::wrap_pybind_function(bnext::py_explain_cpu));

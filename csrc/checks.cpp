@@ -128,11 +128,13 @@ void check_statistics_arguments(const at::Tensor& input, const OptionalTensor& r
 
 void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
-                   bool training, double eps) {
+                   bool training, std::optional<double> momentum, double eps) {
   check_statistics_arguments(input, running_mean, running_var, training, eps);
   check_parameter("weight", weight, input);
   check_parameter("bias", bias, input);
   if (!training) return;
+  TORCH_CHECK_VALUE(momentum.has_value() || !given(running_mean) || given(num_batches_tracked),
+                    "momentum may be None only with num_batches_tracked");
   check_writable("running_mean", running_mean);
   check_writable("running_var", running_var);
   if (given(num_batches_tracked)) {

@@ -18,19 +18,22 @@ inline bool given(const OptionalTensor& t) { return t.has_value() && t->defined(
 // so the fake kernels of bnext/_ops.py call them too.
 void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
                    const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias,
-                   bool training, double eps);
+                   bool training, std::optional<double> momentum, double eps);
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,
                     const at::Tensor& save_mean, const at::Tensor& save_invstd, const OptionalTensor& grad_mean,
                     const OptionalTensor& grad_var);
 void check_out(const at::Tensor& out, const at::Tensor& input);
-
-// Parts of the above.
-void check_input(const at::Tensor& input);
 void check_statistics_arguments(const at::Tensor& input, const OptionalTensor& running_mean,
                                 const OptionalTensor& running_var, bool training, double eps);
+void check_input(const at::Tensor& input);
 
-// Where `out` may lie: each element in a place of its own, on grad_output element for element or apart from it, and
-// apart from all others. Looks at addresses, so it is not for fake tensors.
+// What may be written to: no inference tensor outside of inference mode, and nothing that another argument holds. Both
+// look at addresses, so they are not for fake tensors.
+// Running statistics lie apart from a non-empty input and from each other.
+void check_updated_memory(const at::Tensor& input, const OptionalTensor& running_mean,
+                          const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked);
+// `out`: each element in a place of its own, on grad_output element for element or apart from it, and
+// apart from all others.
 void check_memory(const at::Tensor& out, const at::Tensor& grad_output,
                   std::initializer_list<std::pair<const char*, const at::Tensor*>> others);
 

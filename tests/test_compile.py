@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -310,6 +311,18 @@ def test_fake_kernels_refuse_what_the_real_ones_refuse() -> None:
         pytest.raises(RuntimeError, match="weight should contain 4 elements not 3"),
     ):
         bnext.batchnorm2d(torch.zeros(2, 4, 3, 3), weight=torch.zeros(3), training=True)
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_cumulative_average_without_a_count(fake: bool) -> None:
+    """It has no factor; there is nothing to refuse where nothing is averaged."""
+    operator = torch.ops.bnext.batchnorm2d_forward
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        x, mean, var = torch.zeros(2, 4, 3, 3), torch.zeros(4), torch.ones(4)
+        with pytest.raises(ValueError, match="momentum may be None only with num_batches_tracked"):
+            operator(x, mean, var, None, None, None, True, None, 1e-5)
+        operator(x, mean, var, None, None, None, False, None, 1e-5)
+        operator(x, None, None, None, None, None, True, None, 1e-5)
 
 
 def test_make_fx_and_export() -> None:

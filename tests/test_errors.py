@@ -282,6 +282,81 @@ def test_statistics_that_require_grad(training: bool, name: str) -> None:
         assert not bnext.batchnorm2d(**arguments).requires_grad
 
 
+def shared_statistics() -> list[tuple[dict[str, Tensor], str, str]]:
+    """Changes to a good call, what they make share memory, and with what."""
+    x, vector = torch.linspace(1, 2, 72).reshape(2, 4, 3, 3), torch.linspace(1, 2, 8)
+    table = vector.view(4, 2)
+    rows = [({"input": x, name: x.flatten()[at : at + 4]}, name, "input")
+            for name in STATISTICS for at in (0, 30, 68)]  # fmt: skip
+    pairs = [(vector[:4], vector[:4]), (vector[:4], vector[3:7]), (table[:, 0], table[:, 0]),
+             (vector[::2], vector[2:6]), (vector[:1].expand(1), vector[:1])]  # fmt: skip
+    for mean, var in pairs:
+        changes = {"running_mean": mean, "running_var": var}
+        if len(mean) == 1:
+            changes |= {"input": x[:, :1], "weight": torch.ones(1), "bias": torch.ones(1)}
+        rows.append((changes, "running_var", "running_mean"))
+    return rows
+
+
+@pytest.mark.parametrize("changes, name, other", shared_statistics())
+def test_statistics_that_share_memory(changes: dict[str, Tensor], name: str, other: str) -> None:
+    arguments = good_arguments(FORWARD) | changes
+    message = f"{name} is updated in training and should not share memory with {other}"
+    row = Row(FORWARD, {}, RuntimeError, message)
+    check_raises(bnext.batchnorm2d, arguments | {"training": True}, row)
+    with torch.no_grad():
+        check_raises(bnext.batchnorm2d, arguments | {"training": True}, row)
+    assert bnext.batchnorm2d(**arguments).isfinite().all()  # evaluation only reads them
+
+
+def test_a_count_that_shares_memory() -> None:
+    layer = filled_layer(0.1)
+    layer.running_var = layer.running_var.double()
+    layer.running_mean = layer.running_mean.double()
+    layer.num_batches_tracked = layer.running_var.view(torch.int64)[2]
+    message = "num_batches_tracked is updated in training and should not share memory with running"
+    with pytest.raises(RuntimeError, match=message):
+        layer.double()(torch.linspace(-1, 2, 72, dtype=torch.float64).reshape(2, 4, 3, 3))
+
+
+def test_neighbours_in_one_memory_are_fine() -> None:
+    """Running statistics as columns, rows and neighbours of one tensor, and lazy clones of it."""
+    x = good_arguments(FORWARD)["input"]
+    want = [torch.zeros(4), torch.ones(4)]
+    bnext.batchnorm2d(x, *want, training=True)
+    start = torch.stack([torch.zeros(4), torch.ones(4)])
+    table, rows, lazy = start.t().contiguous(), start.clone(), torch.full((4,), 1.0)
+    wide = torch.cat([x.flatten(), start.flatten()])
+    for input, mean, var in (
+        (x, table[:, 0], table[:, 1]),
+        (x, rows[0], rows[1]),
+        (wide[:72].view_as(x), wide[72:76], wide[76:]),
+        (x, torch.zeros(4), torch._lazy_clone(lazy)),
+    ):
+        bnext.batchnorm2d(input, mean, var, training=True)
+        assert torch.equal(mean, want[0]) and torch.equal(var, want[1])
+    assert torch.equal(lazy, torch.ones(4))
+
+
+@pytest.mark.parametrize("name", [*STATISTICS, "num_batches_tracked"])
+def test_statistics_made_in_inference_mode(name: str) -> None:
+    """To be updated in inference mode only; torch's words."""
+    layer = filled_layer(0.1)
+    with torch.inference_mode():
+        setattr(layer, name, getattr(layer, name).clone())
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
+    x = good_arguments(FORWARD)["input"]
+    with pytest.raises(RuntimeError, match=f"^{name}: Inplace update to inference tensor outside"):
+        layer(x)
+    for key, t in layer.state_dict().items():
+        assert torch.equal(t, before[key]), key
+    layer.eval()(x)
+    layer.train()
+    with torch.inference_mode():
+        layer(x)
+    assert layer.num_batches_tracked == 2
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_input_on_another_device(name: str) -> None:
     """The other way round: the input is the odd one out."""

@@ -171,6 +171,35 @@ def test_refused(changes: dict[str, Tensor], message: str) -> None:
         check_raises(bnext.batchnorm2d_backward, arguments, row)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_out_that_is_a_leaf(view: bool, training: bool) -> None:
+    arguments = good_arguments(BACKWARD) | {"training": training}
+    leaf = torch.zeros(3, 4, 3, 3, requires_grad=True) if view else zeros(2, 4, 3, 3)
+    out = leaf[1:] if view else leaf.requires_grad_()
+    kind = "view of a leaf" if view else "leaf"
+    message = f"out: a {kind} Variable that requires grad is being used in an in-place operation."
+    row = Row(BACKWARD, {}, RuntimeError, message)
+    check_raises(bnext.batchnorm2d_backward, arguments | {"out": out}, row)
+    with torch.no_grad():
+        got = bnext.batchnorm2d_backward(**arguments, out=out)
+    assert torch.equal(out, bnext.batchnorm2d_backward(**arguments).input)
+    assert got.input is out
+
+
+def test_out_made_in_inference_mode() -> None:
+    arguments = good_arguments(BACKWARD)
+    with torch.inference_mode():
+        out = zeros(2, 4, 3, 3)
+    with pytest.raises(RuntimeError, match=r"^out: Inplace update to inference tensor outside"):
+        bnext.batchnorm2d_backward(**arguments, out=out)
+    assert not out.any()
+    with torch.inference_mode():
+        bnext.batchnorm2d_backward(**arguments, out=out)
+    assert torch.equal(out, bnext.batchnorm2d_backward(**arguments).input)
+
+
 def test_out_that_stores_negatives() -> None:
     dy = good_arguments(BACKWARD)["grad_output"]
     arguments = good_arguments(BACKWARD) | {"training": True, "out": torch._neg_view(dy)}

@@ -305,3 +305,34 @@ def test_onnx_wants_revert() -> None:
     assert export_onnx(bnext.revert(model)) == export_onnx(
         model_of(training=False, dtype=torch.float32)
     )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lazy_clones_stay_lazy(training: bool) -> None:
+    """What is only read goes on sharing its memory; what is written parts from its origin."""
+    case = cases.make_case(SHAPE, "float32")
+    origins = [*case[:5], case.grad_output]
+    assert not any(map(torch._C._is_cow_tensor, origins))
+    lazy = [torch._lazy_clone(t) for t in origins]
+    before = [t.clone() for t in origins]
+    x, *rest, dy = lazy
+    y = bnext.batchnorm2d(x.requires_grad_(), *rest, training=training)
+    y.backward(dy)
+    bnext.batchnorm2d_backward(dy, x.detach(), rest[2], *rest[:2], training=training)
+    written = lazy[1:3] if training else []
+    for t, origin, values in zip(lazy, origins, before, strict=True):
+        assert torch._C._is_cow_tensor(t) != any(t is w for w in written)
+        assert torch.equal(origin, values)
+    assert all(not torch.equal(w, b) for w, b in zip(written, before[1:3], strict=False))
+
+
+def test_out_may_be_a_lazy_clone() -> None:
+    """Of dy or of x: it gets memory of its own."""
+    case = cases.make_case(SHAPE, "float32")
+    want = bnext.batchnorm2d_backward(case.grad_output, case.input)
+    for origin in (case.grad_output, case.input):
+        values, out = origin.clone(), torch._lazy_clone(origin)
+        got = bnext.batchnorm2d_backward(case.grad_output, case.input, out=out)
+        assert got.input is out
+        assert all(map(torch.equal, got, want))
+        assert torch.equal(origin, values)

@@ -346,6 +346,38 @@ def test_derivative_by_hand(batched: tuple[int | None, ...], device: str) -> Non
         same(vmap(call, batched)(*args), tuple(map(torch.stack, zip(*want, strict=True))))
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("batched", [(None, 0, 0), (None, 0, None), (None, None, 0)], ids=str)
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float16", "bfloat16-float32", "float16-float32"])
+def test_half_is_rounded_once(
+    dtypes: str, batched: tuple[int | None, ...], training: bool, device: str
+) -> None:
+    """One x and many weights: half an ulp of the result and of nothing in between."""
+    case = cases.make_case((2, C, 5, 5), dtypes, device=device)
+    arguments: list[Any] = [case.input]
+    for t, dim in zip((case.weight, case.bias), batched[1:], strict=True):
+        arguments.append(t if dim is None else torch.stack([t, t + 1, t * 3]))
+    stats = [t.clone() for t in (case.running_mean, case.running_var)]
+
+    def call(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return bnext.batchnorm2d(x, *stats, w, b, training, eps=EPS)
+
+    got = vmap(call, batched)(*arguments)
+    want = vmap(
+        lambda *a: F.batch_norm(
+            a[0], case.running_mean.double(), case.running_var.double(), *a[1:], training, eps=EPS
+        ),
+        batched,
+    )(*(t.double() for t in arguments))
+    # A product and a sum in float32 come before the rounding, with three more roundings to 2^-24.
+    ulps = torch.finfo(got.dtype).eps / 2 * want.abs() * (1 + 2**-10)
+    scale = want.abs() + 2 * arguments[2].double().abs().amax()
+    assert ((got.double() - want).abs() <= ulps + 2**-22 * scale).all()
+    once = [t.clone() for t in (case.running_mean, case.running_var)]
+    bnext.batchnorm2d(case.input, *once, training=training, eps=EPS)
+    assert all(map(torch.equal, stats, once))
+
+
 @pytest.mark.parametrize("no_grad", [False, True])
 def test_dtypes(no_grad: bool, device: str) -> None:
     """What PyTorch refuses under vmap, half input beside float32 parameters, works as outside."""
