@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <string>
 
 #include "../problem.h"
@@ -10,7 +11,9 @@
 
 namespace bnext::cuda {
 
-constexpr int kNumClusterSizes = 4;  // 2, 4, 8, 16
+// Blocks that a cluster may have, one block alone aside.
+constexpr int kClusterSizes[] = {2, 4, 8, 16};
+constexpr int kNumClusterSizes = std::size(kClusterSizes);
 
 struct DeviceInfo {
   int arch = 90;  // 10 * major + minor
@@ -21,7 +24,7 @@ struct DeviceInfo {
   int64_t shared_bytes_opt_in = 227 << 10;  // of a block that asks for it
   int64_t shared_bytes_per_sm = 228 << 10;
   int registers_per_sm = 64 << 10;
-  // Clusters of 2, 4, 8 and 16 blocks that can run at once when each block needs an SM for itself; 0: none can.
+  // Of each of kClusterSizes, how many can run at once when each block needs an SM for itself; 0: none can.
   int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
   double memory_gb_per_s = 4800;
 };

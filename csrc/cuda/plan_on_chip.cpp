@@ -24,7 +24,6 @@ constexpr int kMaxBlocksPerSm = 32;
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 // Less than half on chip does not pay, and statistics rely on half: see on_chip_forward_kernel.
 constexpr double kMinHeld = 0.5;
-constexpr int kClusterSizes[kNumClusterSizes] = {2, 4, 8, 16};
 
 // Microseconds for `bytes` of memory traffic, `again` of which were read before; `recent` of those may still be in L2.
 double traffic_time(const DeviceInfo& device, double bytes, double again, double recent) {
@@ -217,16 +216,17 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
   base.error.clear();
   Plan best;
   best.error = "rows are too wide for a block";
+  auto consider_blocks = [&](Plan plan, int cluster) {
+    if (limits.family == (cluster == 1 ? Family::kCluster : Family::kResident)) return;
+    if (limits.cluster != 0 && limits.cluster != cluster) return;
+    finish_plan(r, device, limits, cluster, plan);
+    const bool first_legal = plan.error.empty() && !best.error.empty();
+    const bool same_kind = plan.error.empty() == best.error.empty();
+    if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
+  };
   auto consider = [&](const Plan& walk) {
-    for (int cluster : {1, 2, 4, 8, 16}) {
-      if (cluster == 1 ? limits.family == Family::kCluster : limits.family == Family::kResident) continue;
-      if (limits.cluster != 0 && limits.cluster != cluster) continue;
-      Plan plan = walk;
-      finish_plan(r, device, limits, cluster, plan);
-      const bool first_legal = plan.error.empty() && !best.error.empty();
-      const bool same_kind = plan.error.empty() == best.error.empty();
-      if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
-    }
+    consider_blocks(walk, 1);
+    for (int cluster : kClusterSizes) consider_blocks(walk, cluster);
   };
   Plan walk = base;
   if (take_runs(r, walk)) {
