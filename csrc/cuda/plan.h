@@ -107,7 +107,10 @@ inline bool operator!=(const Plan& a, const Plan& b) { return !(a == b); }
 
 Plan make_plan(const Request& request, const DeviceInfo& device, const Limits& limits = {});
 
-// One line for people: what runs, and how many bytes it moves.
+// Predicted microseconds of one kernel that moves this many bytes once: what no plan can beat.
+double predict_floor(int64_t bytes, const DeviceInfo& device);
+
+// One line for people: what runs, how many bytes it moves, and how long that takes by the model.
 std::string to_string(const Plan& plan);
 
 const char* family_name(Family family);
