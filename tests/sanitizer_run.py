@@ -24,7 +24,7 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor]:
-    """Forward with running statistics, a layer's with a cumulative average, backward, dx over dy."""
+    """Forward with running statistics and with a cumulative average; backward, and dx over dy."""
     c = x.shape[1]
     mean, var, weight, bias = (torch.rand(c, device=x.device) + 0.5 for _ in range(4))
     y = bnext.batchnorm2d(x, mean, var, weight, bias, training)
