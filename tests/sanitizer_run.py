@@ -15,20 +15,27 @@ import torch
 import bnext
 from bnext._extension import _C
 
-# Whole packs, odd planes, C = 3, several blocks to a channel, one value for each plane.
+# Whole packs, odd planes, C = 3, several blocks to a channel, one value for each plane; runs of
+# channels (halves), and a channel of 384 KiB of x in float32: no block holds all of it.
 SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
+SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128))
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor]:
-    """Forward with running statistics, and backward with all five results."""
+    """Forward with running statistics and with a cumulative average; backward, and dx over dy."""
     c = x.shape[1]
     mean, var, weight, bias = (torch.rand(c, device=x.device) + 0.5 for _ in range(4))
     y = bnext.batchnorm2d(x, mean, var, weight, bias, training)
     running = () if training else (mean, var)
     gradients = bnext.batchnorm2d_backward(dy, x, weight, *running, training=training)
-    return [y, mean, var, *gradients]
+    layer = bnext.BatchNorm2d(c, momentum=None, device=x.device).train(training)
+    in_place = dy.clone(memory_format=torch.preserve_format)
+    over_dy = bnext.batchnorm2d_backward(
+        in_place, x, weight, *running, training=training, out=in_place
+    )
+    return [y, mean, var, *gradients, layer(x.detach()), *layer.buffers(), *over_dy]
 
 
 def main(device: str) -> int:

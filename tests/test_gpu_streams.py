@@ -120,6 +120,42 @@ def test_graph_replay(family: str, training: bool, gpu: str) -> None:
         assert int(captured.layer.num_batches_tracked) == (3 if training else 0)
 
 
+COLD_CAPTURE = """
+import torch, bnext
+
+torch.manual_seed(0)
+channels = 16
+dy, x = torch.randn(2, 8, channels, 24, 24, device="cuda").unbind()
+weight = torch.rand(channels, device="cuda")
+start = torch.rand(2, channels, device="cuda")
+statistics = start.clone()
+
+
+def step():
+    y = bnext.batchnorm2d(x, *statistics, weight, training=True)
+    return [y, *bnext.batchnorm2d_backward(dy, x, weight, training=True)[:3]]
+
+
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph, capture_error_mode="global"):
+    captured = step()
+assert torch.equal(statistics, start), "capturing runs nothing"
+graph.replay()
+captured.append(statistics.clone())
+statistics.copy_(start)
+eager = [*step(), statistics]
+assert all(torch.equal(a, b) for a, b in zip(captured, eager, strict=True))
+print("same bits")
+"""
+
+
+def test_a_first_call_may_be_captured(family: str, gpu: str) -> None:
+    """What a first call asks CUDA does not end the capture. In a process that has made no other."""
+    done = subprocess.run([sys.executable, "-c", COLD_CAPTURE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "same bits\n"
+
+
 def test_graphed_module(gpu: str) -> None:
     """make_graphed_callables on a small network after convert."""
     torch.manual_seed(0)

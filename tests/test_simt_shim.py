@@ -36,8 +36,8 @@ def test_the_shim_notices(which: int) -> None:
 
 BARRIER = re.compile(r"(__syncthreads|cluster_arrive|cluster_wait|wait_async<\w+>)\(\);")
 WIDE = simt.Machine(threads=128, num_sms=40)
-RESIDENT = simt.Machine(threads=128, family="resident")
-CLUSTER = simt.Machine(threads=64, family="cluster", cluster=2)
+RESIDENT = simt.Machine(threads=128, family="resident", batches=32)
+CLUSTER = RESIDENT._replace(threads=64, family="cluster", cluster=2)
 # A few passes that reach every barrier: layout, shape, machine.
 RUNS = {
     "streaming": (

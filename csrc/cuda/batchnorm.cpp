@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -41,7 +42,7 @@ DeviceInfo ask_device(int device) {
   const double gb_per_s = 2e-6 / 8 * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth);
   if (gb_per_s > 0) info.memory_gb_per_s = gb_per_s;
   for (int i = 0; i < kNumClusterSizes; ++i) {
-    info.active_clusters[i] = info.arch < 90 ? 0 : active_clusters(2 << i, info.shared_bytes_opt_in);
+    info.active_clusters[i] = active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
   }
   return info;
 }
@@ -90,6 +91,9 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
+  // A first call asks the device, loads kernels and sets their attributes. While a thread captures a graph, CUDA refuses
+  // such calls unless told that they are meant: none of them is work for a stream, so none is missing in the graph.
+  const c10::cuda::CUDAStreamCaptureModeGuard first_call_may_be_captured(cudaStreamCaptureModeRelaxed);
   Limits limits;
   limits.family = forced_family();
   const Plan& plan = find_plan(make_request(problem), device, limits);

@@ -196,10 +196,11 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   return run_plan(stages, plan, stream);
 }
 
-// All on-chip kernels have the same launch bounds: one stands for all.
+// All on-chip kernels have the same launch bounds, and a block that fills an SM's memory may have as many threads as they
+// allow: one kernel, with that many, stands for all.
 int active_clusters(int cluster, int64_t shared_bytes) {
   return count_clusters<&on_chip_backward_kernel<float, 4, false, true>>(
-      launch_shape(cluster, kMaxThreads, shared_bytes, cluster));
+      launch_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
 }
 
 }  // namespace bnext::cuda

@@ -284,7 +284,8 @@ std::string to_string(const Plan& plan) {
   const double all = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
   text += format("%.3g", one > 0 ? all / one : 0) + " tensors, " + with_unit(all);
   text += ", workspace " + with_unit(static_cast<double>(plan.workspace_bytes));
-  if (!plan.error.empty()) text += "; cannot run: " + plan.error;
+  text +=
+      plan.error.empty() ? "; predicted " + format("%.3g", plan.microseconds) + " us" : "; cannot run: " + plan.error;
   return text;
 }
 

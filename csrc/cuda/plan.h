@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <string>
 
 #include "../problem.h"
@@ -10,7 +11,9 @@
 
 namespace bnext::cuda {
 
-constexpr int kNumClusterSizes = 4;  // 2, 4, 8, 16
+// Blocks that a cluster may have, one block alone aside.
+constexpr int kClusterSizes[] = {2, 4, 8, 16};
+constexpr int kNumClusterSizes = std::size(kClusterSizes);
 
 struct DeviceInfo {
   int arch = 90;  // 10 * major + minor
@@ -21,7 +24,7 @@ struct DeviceInfo {
   int64_t shared_bytes_opt_in = 227 << 10;  // of a block that asks for it
   int64_t shared_bytes_per_sm = 228 << 10;
   int registers_per_sm = 64 << 10;
-  // Clusters of 2, 4, 8 and 16 blocks that can run at once when each block needs an SM for itself; 0: none can.
+  // Of each of kClusterSizes, how many can run at once when each block needs an SM for itself; 0: none can.
   int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
   double memory_gb_per_s = 4800;
 };
@@ -104,7 +107,10 @@ inline bool operator!=(const Plan& a, const Plan& b) { return !(a == b); }
 
 Plan make_plan(const Request& request, const DeviceInfo& device, const Limits& limits = {});
 
-// One line for people: what runs, and how many bytes it moves.
+// Predicted microseconds of one kernel that moves this many bytes once: what no plan can beat.
+double predict_floor(int64_t bytes, const DeviceInfo& device);
+
+// One line for people: what runs, how many bytes it moves, and how long that takes by the model.
 std::string to_string(const Plan& plan);
 
 const char* family_name(Family family);

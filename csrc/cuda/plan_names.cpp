@@ -58,7 +58,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
       {"memory_gb_per_s", info.memory_gb_per_s},
   };
   for (int i = 0; i < kNumClusterSizes; ++i) {
-    fields.emplace_back("active_clusters_" + std::to_string(2 << i), info.active_clusters[i]);
+    fields.emplace_back("active_clusters_" + std::to_string(kClusterSizes[i]), info.active_clusters[i]);
   }
   return fields;
 }

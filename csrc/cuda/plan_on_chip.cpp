@@ -22,9 +22,8 @@ constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 constexpr int kForwardRegisters = 80, kBackwardRegisters = 128;
 constexpr int kMaxBlocksPerSm = 32;
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
-// Less than half on chip does not pay, and statistics rely on half: see on_chip_forward_kernel.
+// Of a forward pass: its statistics rely on it, see on_chip_forward_kernel. Backward any share will do.
 constexpr double kMinHeld = 0.5;
-constexpr int kClusterSizes[kNumClusterSizes] = {2, 4, 8, 16};
 
 // Microseconds for `bytes` of memory traffic, `again` of which were read before; `recent` of those may still be in L2.
 double traffic_time(const DeviceInfo& device, double bytes, double again, double recent) {
@@ -162,8 +161,12 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
     plan.error = "the device runs no clusters of " + std::to_string(cluster) + " such blocks";
   } else if (plan.num_items < cluster) {
     plan.error = "a channel has less to read than a cluster has blocks";
-  } else if (plan.held < kMinHeld || plan.held_steps == 0) {
+  } else if (plan.held_steps == 0) {
+    plan.error = "nothing of it fits on chip";
+  } else if (r.pass == Pass::kForward && plan.held < kMinHeld) {
     plan.error = "less than half of it fits on chip";
+  } else if (plan.num_steps > limits.batches * kOnChipBatch) {
+    plan.error = "a thread would have too many batches for sums in float32";
   }
 }
 
@@ -176,6 +179,10 @@ const char* refuse(const Request& r, const Plan& streaming) {
 }
 
 }  // namespace
+
+double predict_floor(int64_t bytes, const DeviceInfo& device) {
+  return kLaunchUs + traffic_time(device, static_cast<double>(bytes), 0, 0);
+}
 
 double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
   const double bytes = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
@@ -217,16 +224,17 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
   base.error.clear();
   Plan best;
   best.error = "rows are too wide for a block";
+  auto consider_blocks = [&](Plan plan, int cluster) {
+    if (limits.family == (cluster == 1 ? Family::kCluster : Family::kResident)) return;
+    if (limits.cluster != 0 && limits.cluster != cluster) return;
+    finish_plan(r, device, limits, cluster, plan);
+    const bool first_legal = plan.error.empty() && !best.error.empty();
+    const bool same_kind = plan.error.empty() == best.error.empty();
+    if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
+  };
   auto consider = [&](const Plan& walk) {
-    for (int cluster : {1, 2, 4, 8, 16}) {
-      if (cluster == 1 ? limits.family == Family::kCluster : limits.family == Family::kResident) continue;
-      if (limits.cluster != 0 && limits.cluster != cluster) continue;
-      Plan plan = walk;
-      finish_plan(r, device, limits, cluster, plan);
-      const bool first_legal = plan.error.empty() && !best.error.empty();
-      const bool same_kind = plan.error.empty() == best.error.empty();
-      if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
-    }
+    consider_blocks(walk, 1);
+    for (int cluster : kClusterSizes) consider_blocks(walk, cluster);
   };
   Plan walk = base;
   if (take_runs(r, walk)) {

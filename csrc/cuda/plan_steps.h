@@ -7,7 +7,6 @@
 
 namespace bnext::cuda {
 
-constexpr int64_t kPackBytes = 16;
 constexpr int kMinThreads = 64;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
 

@@ -1,5 +1,6 @@
 // Thread-block clusters (sm_90+): the barrier over all their blocks, and reads of another block's shared memory. With one
-// block a cluster is that block, on any architecture.
+// block a cluster is that block, on any architecture. Code compiled for less has no clusters: count_clusters says so, and
+// to come here all the same ends the kernel, because its sums would be wrong.
 #pragma once
 
 #include "portability.cuh"
@@ -13,6 +14,8 @@ __device__ inline void cluster_arrive(BNEXT_CALLER) {
   simt::cluster_arrive(file, line);
 #elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 
@@ -21,6 +24,8 @@ __device__ inline void cluster_wait(BNEXT_CALLER) {
   simt::cluster_wait(file, line);
 #elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 
@@ -41,6 +46,7 @@ __device__ inline double load_cluster(const double* own, unsigned rank) {
       : "memory");
   return value;
 #else
+  __trap();
   return *own;
 #endif
 }

@@ -3,11 +3,10 @@
 
 #include <cstring>
 
+#include "../kernels/kernel_args.h"
 #include "math.cuh"
 
 namespace bnext::cuda {
-
-constexpr int kPackBytes = 16;
 
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec) Pack {
@@ -30,7 +29,7 @@ __device__ inline void load_pack(Pack<T, kVec>& to, const T* from) {
 #else
   if constexpr (sizeof to == kPackBytes) {
     const uint4* p = reinterpret_cast<const uint4*>(from);
-    const uint4 bits = kCache == Cache::kLastUse ? __ldcs(p) : __ldg(p);
+    const uint4 bits = kCache == Cache::kLastUse ? __ldcs(p) : __ldcg(p);  // not __ldg: dx may be written over dy
     memcpy(&to, &bits, sizeof to);
   } else {
     to = *reinterpret_cast<const Pack<T, kVec>*>(from);

@@ -51,6 +51,13 @@ int count_clusters(const LaunchShape&) {
 // 48 KiB take no asking, but several blocks of less on an SM take more than it has without.
 constexpr size_t kSharedBytesWithoutAsking = 16 << 10;
 constexpr unsigned kPortableCluster = 8;
+constexpr int kClusterArch = 90;  // the first one with clusters
+
+// The runtime remembers an error until somebody asks, and this one is not for somebody else to find.
+inline cudaError_t keep_to_ourselves(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
 
 // What a kernel must be told once per device before it may have large shared memory or large clusters.
 template <auto kKernel>
@@ -96,28 +103,30 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
 // The only launch of the package.
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
+  cudaError_t error = cudaSuccess;
   if (shape.shared_bytes > kSharedBytesWithoutAsking || shape.cluster > kPortableCluster) {
-    const cudaError_t error = prepare_kernel<kKernel>();
-    if (error != cudaSuccess) return error;
+    error = prepare_kernel<kKernel>();
   }
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(shape, stream, cluster);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kKernel, args);
-  return error == cudaSuccess ? error : cudaGetLastError();  // it is ours, and nobody else should find it
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kKernel, args);
+  return keep_to_ourselves(error);
 }
 
-// Clusters of this shape that the current device can run at once; 0 if it cannot run any.
+// Clusters of this shape that the current device can run at once; 0 if it cannot run any. The device's architecture does
+// not tell: what decides is the __CUDA_ARCH__ that the code was compiled with, and a driver also runs what it has
+// translated from the PTX of an older one. ptxVersion is that number; binaryVersion is the device's after translation.
 template <auto kKernel>
 int count_clusters(const LaunchShape& shape) {
   int count = 0;
+  cudaFuncAttributes compiled = {};
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(shape, nullptr, cluster);
-  if (prepare_kernel<kKernel>() == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&count, kKernel, &config) == cudaSuccess) {
-    return count;
-  }
-  cudaGetLastError();  // an error that is no one's business later
-  return 0;
+  cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kKernel));
+  if (error == cudaSuccess && compiled.ptxVersion < kClusterArch) return 0;
+  if (error == cudaSuccess) error = prepare_kernel<kKernel>();
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
+  return keep_to_ourselves(error) == cudaSuccess ? count : 0;
 }
 #endif
 

@@ -64,7 +64,9 @@ __device__ inline Coefficients<Acc> normalize_coefficients(const KernelArgs& arg
 template <typename Acc>
 __device__ inline Coefficients<Acc> finish_forward(const KernelArgs& args, int64_t c, const ChannelTotals& totals,
                                                    bool write) {
-  const double mean = totals.value[0], var = totals.value[1] / args.num_positions;
+  // Rounding may leave a sum of squares a little below zero; NaN stays.
+  const double mean = totals.value[0], squares = totals.value[1] < 0 ? 0 : totals.value[1];
+  const double var = squares / args.num_positions;
   const double invstd = 1 / square_root(var + args.eps);
   if (write) {
     store_channel(args.mean, c, mean);
@@ -72,7 +74,7 @@ __device__ inline Coefficients<Acc> finish_forward(const KernelArgs& args, int64
     store_channel(args.stats_mean, c, mean);
     store_channel(args.stats_var, c, var);
     if (args.running_mean.data != nullptr) {
-      // The reduce kernel has counted this batch already.
+      // A kernel before this one has counted the batch already: reduce, or on chip count_batch_kernel.
       const double momentum = args.cumulative && args.num_batches_tracked != nullptr
                                   ? 1.0 / static_cast<double>(*args.num_batches_tracked)
                                   : args.momentum;

@@ -16,6 +16,8 @@ namespace bnext::cuda {
 
 // Sums per channel and block. Statistics: count, mean, sum of (x-mean)^2. Backward: sum_dy, sum_dy_xmu, sum_xmu.
 constexpr int kNumSums = 3;
+// A pack: what a thread moves at once, where it does not move single elements.
+constexpr int kPackBytes = 16;
 // Packs of each tensor that a thread has in flight. 4 x 16 bytes x 2 tensors x 512 threads is 64 KiB for an SM, above
 // the 48 KiB or so that hide the latency of an H200's memory.
 constexpr int kUnroll = 4;

@@ -331,8 +331,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
         double sum[2];
         add_blocks(args, totals + 2 * stride, i, sum);
         const double distance = sum[0] / args.num_positions;
-        const double squares = sum[1] - distance * sum[0];
-        return ChannelTotals{{pivots[i] + distance, squares < 0 ? 0 : squares, 0}};
+        return ChannelTotals{{pivots[i] + distance, sum[1] - distance * sum[0], 0}};
       },
       coefficients);
 

@@ -1,0 +1,72 @@
+"""The prediction tables of docs/kernels.md, from the model of csrc/cuda/plan_on_chip.cpp.
+
+python -m benchmarks.predicted [device]. Needs no GPU, and none has confirmed it. `time` is over the
+floor's: one kernel that moves what any implementation must move.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.shapes import DTYPES, LAYOUTS, SUITES, Shape
+from bnext._extension import _C
+
+IN_TABLE = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
+SHAPES = [s for s in SUITES["resnet50"] if (s.C, s.H) in IN_TABLE]
+SHAPES += [Shape(20, 6, 256, 256), Shape(6, 3, 400, 300)]
+
+
+def plan(device: str, shape: Shape, case: tuple[str, str, str], family: str) -> dict[str, Any]:
+    """What cuda_plans says of one direction, dtype and layout; `time` is over the floor's."""
+    direction, dtype, layout = case
+    x = torch.empty(shape[:4], dtype=DTYPES[dtype], device="meta")
+    plans = _C.cuda_plans(x.contiguous(memory_format=LAYOUTS[layout]), device, family, True)
+    (found,) = (p for p in plans if p["pass"] == direction)
+    moved = found["bytes_moved"] / (shape.numel * x.element_size())
+    return found | {"time": found["microseconds"] / found["microseconds_min"], "T": moved}
+
+
+def print_table(head: list[str], rows: list[list[str]]) -> None:
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(row)} |")
+    print()
+
+
+def main(device: str) -> None:
+    for dtype, direction in itertools.product(("float32", "float16"), ("forward", "backward")):
+        rows = []
+        for shape in SHAPES:
+            row = [", ".join(map(str, shape[:4]))]
+            for layout in LAYOUTS:
+                best, streaming = (
+                    plan(device, shape, (direction, dtype, layout), f)
+                    for f in ("auto", "streaming")
+                )
+                row += [best["family"], f"{best['T']:.2g}T", f"{best['time']:.2f}"]
+                row.append(f"{streaming['time']:.2f}")
+            rows.append(row)
+        columns = [[layout, "bytes", "time", "streaming"] for layout in LAYOUTS]
+        print_table([f"{direction}, {dtype}", *itertools.chain(*columns)], rows)
+    rows = []
+    for direction, dtype in itertools.product(("forward", "backward"), ("float32", "float16")):
+        row = [f"{direction}, {dtype}"]
+        for layout in LAYOUTS:
+            means = (
+                statistics.geometric_mean(
+                    plan(device, s, (direction, dtype, layout), f)["time"]
+                    for s in SUITES["resnet50"]
+                )
+                for f in ("auto", "streaming")
+            )
+            row.append("{:.2f} ({:.2f})".format(*means))
+        rows.append(row)
+    print_table(["ResNet-50, geometric mean", *LAYOUTS], rows)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2] or ["h200"])
