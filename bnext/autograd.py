@@ -232,13 +232,10 @@ def derivative(
     mask: tuple[bool, bool, bool],
 ) -> Any:
     """(dx, dweight, dbias), None where ``mask`` is false; as a node of the graph where needed."""
-    if torch.is_grad_enabled() or transforms_active():  # somebody may differentiate this
-        return BatchNorm2dBackwardFunction.apply(
-            dy, x, weight, mean, invstd, grad_mean, grad_var, training, eps, mask
-        )
-    return _C.batchnorm2d_backward(
-        dy, x, weight, mean, invstd, training, (*mask, False, False), grad_mean, grad_var, None
-    )[:3]
+    node = BatchNorm2dBackwardFunction
+    wanted = torch.is_grad_enabled() or transforms_active()  # somebody may differentiate this
+    call: Any = node.apply if wanted else node.forward
+    return call(dy, x, weight, mean, invstd, grad_mean, grad_var, training, eps, mask)
 
 
 class BatchNorm2dBackwardFunction(Function):
