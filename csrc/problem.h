@@ -24,6 +24,8 @@ inline const char* dtype_name(DType dtype) {
 
 inline int64_t dtype_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Which index runs innermost: positions of one channel (NCHW) or channels of one position (NHWC).
 enum class Walk : uint8_t { kPlanes, kRows };
 

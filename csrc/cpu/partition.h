@@ -15,8 +15,6 @@
 
 namespace bnext::cpu {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Elements below which waking other threads costs more than it gains.
 constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.

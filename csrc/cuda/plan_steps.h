@@ -10,7 +10,6 @@ namespace bnext::cuda {
 constexpr int kMinThreads = 64;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
