@@ -64,28 +64,53 @@ double forward_pivot(const Geometry& g, const View& x, int64_t c) {
   return std::max(std::min(first, middle), std::min(std::max(first, middle), last));
 }
 
-// kNumVectors numbers per channel, repeated for folded rows.
-template <int kNumVectors>
-class Coefficients {
- public:
-  explicit Coefficients(const Partition& p)
-      : channels_(p.num_channels()), wide_(p.wide_channels()), values_(kNumVectors * p.wide_channels()) {}
+// Numbers of channels, as a table's kernels want them: repeated for folded rows.
+class ChannelNumbers {
+ protected:
+  ChannelNumbers(const Partition& p, const KernelTable& table, int count)
+      : table_(table),
+        channels_(p.num_channels()),
+        wide_(p.wide_channels()),
+        width_(p.array_width()),
+        array_(count * width_) {}
 
-  const double* operator[](int k) const { return values_.data() + k * wide_; }
-
-  void set(int64_t c, const double (&value)[kNumVectors]) {
-    for (int k = 0; k < kNumVectors; ++k) {
-      for (int64_t i = c; i < wide_; i += channels_) values_[k * wide_ + i] = value[k];
-    }
+  // Calls f(slot) for every place that channel c has.
+  template <typename F>
+  void for_each_slot(int64_t c, F f) {
+    for (int64_t i = c; i < wide_; i += channels_) f(slot(i, table_.split));
   }
 
+  const KernelTable& table_;
+  int64_t channels_, wide_, width_;
+  AlignedArray array_;
+};
+
+class Pivots : public ChannelNumbers {
+ public:
+  Pivots(const Partition& p, const KernelTable& table) : ChannelNumbers(p, table, 1), values_(p.num_channels()) {}
+  void set(int64_t c, double value) {
+    values_[c] = value;
+    for_each_slot(c, [&](int64_t i) { table_.set_pivot(array_.data(), i, value); });
+  }
+  double operator[](int64_t c) const { return values_[c]; }
+  const void* data() { return array_.data(); }
+
  private:
-  int64_t channels_, wide_;
   std::vector<double> values_;
 };
 
+class AllCoefficients : public ChannelNumbers {
+ public:
+  AllCoefficients(const Partition& p, const KernelTable& table)
+      : ChannelNumbers(p, table, CoefficientArrays::kCount) {}
+  void set(int64_t c, const Coefficients& value) {
+    for_each_slot(c, [&](int64_t i) { table_.set_coefficients(array_.data(), width_, i, value); });
+  }
+  CoefficientArrays arrays() { return {array_.data(), width_}; }
+};
+
 // Reduce, finish each channel, apply: with all of a few channels on one thread where that fills the cores, which keeps
-// them in cache. Tensors larger than the last cache are applied backwards, beginning with what is still in it.
+// them in cache. What is applied first is what the sums have read last.
 template <int kNumSums, typename Reduce, typename Finish, typename Apply>
 void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_passes, Reduce reduce, Finish finish,
                        const Apply* apply) {
@@ -99,7 +124,7 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
         }
         if (apply == nullptr) continue;
         for (int64_t k = 0; k < p.num_chunks(); ++k) {
-          p.for_each_part(p.block(i, p.stream() ? p.num_chunks() - 1 - k : k), *apply);
+          p.for_each_part(p.block(i, p.num_chunks() - 1 - k), *apply);
         }
       }
     });
@@ -107,10 +132,10 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
   }
   for (int pass = 0; pass < num_passes; ++pass) {
     sums.reduce_all(reduce);
-    for (int64_t c = 0; c < p.num_channels(); ++c) finish(c, pass);
+    p.for_each_channel([&](int64_t c) { finish(c, pass); });
   }
   if (apply != nullptr) {
-    p.for_each_block(p.stream(), [&](const Block& block, int64_t) { p.for_each_part(block, *apply); });
+    p.for_each_block(true, [&](const Block& block, int64_t) { p.for_each_part(block, *apply); });
   }
 }
 
@@ -122,7 +147,7 @@ void forward(const ForwardProblem& problem) {
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
 
-  Coefficients<3> coefficients(p);
+  AllCoefficients coefficients(p, table);
   auto set_coefficients = [&](int64_t c, double mean, double var) {
     const double invstd = 1 / std::sqrt(var + problem.eps);
     store_channel(problem.stats_mean, c, mean);
@@ -135,15 +160,15 @@ void forward(const ForwardProblem& problem) {
     coefficients.set(c, {centre, scale, load_channel(problem.bias, c, 0) - (mean - centre) * scale});
   };
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
-    table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients[0],
-                    coefficients[1], coefficients[2], p.stream());
+    table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients.arrays(),
+                    p.stream());
   };
   const bool has_output = problem.y.data != nullptr;
 
   if (!problem.training) {
-    for (int64_t c = 0; c < g.num_channels; ++c) {
+    p.for_each_channel([&](int64_t c) {
       set_coefficients(c, load_channel(problem.running_mean, c, 0), load_channel(problem.running_var, c, 1));
-    }
+    });
     if (has_output) p.for_each_block(false, [&](const Block& block, int64_t) { p.for_each_part(block, apply); });
     return;
   }
@@ -151,9 +176,9 @@ void forward(const ForwardProblem& problem) {
   // Shifted sums, never E[x^2] - E[x]^2. For float64 a second pass shifts by the mean itself, which the corrected
   // two-pass algorithm asks for; for the others float64 sums have bits to spare.
   const int num_passes = g.dtype == DType::kFloat64 ? 2 : 1;
-  Coefficients<1> pivot(p);
-  for (int64_t c = 0; c < g.num_channels; ++c) pivot.set(c, {forward_pivot(g, problem.x, c)});
-  ChannelSums<2> sums(p, p.channel_by_channel() ? 1 : p.num_chunks());
+  Pivots pivot(p, table);
+  p.for_each_channel([&](int64_t c) { pivot.set(c, forward_pivot(g, problem.x, c)); });
+  ChannelSums<2> sums(p, table.split, p.channel_by_channel() ? 1 : p.num_chunks());
 
   // From here on nothing fails: what belongs to the caller may be written.
   double momentum = problem.momentum;
@@ -161,17 +186,17 @@ void forward(const ForwardProblem& problem) {
     const int64_t count = ++*problem.num_batches_tracked;
     if (problem.cumulative) momentum = 1.0 / static_cast<double>(count);
   }
-  auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
-    table.moments(part, fold_view(problem.x, fold), block, pivot[0], out, out + stride);
+  auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t width) {
+    table.moments(part, fold_view(problem.x, fold), block, pivot.data(), out, out + width);
   };
   auto finish = [&](int64_t c, int pass) {
-    const double shift = sums.total(0)[c] / m;
-    const double mean = pivot[0][c] + shift;
+    const double shift = sums.total(0, c) / m;
+    const double mean = pivot[c] + shift;
     if (pass + 1 < num_passes) {
-      pivot.set(c, {std::isfinite(mean) ? mean : 0.0});
+      pivot.set(c, std::isfinite(mean) ? mean : 0);
       return;
     }
-    const double sum_squares = sums.total(1)[c] - sums.total(0)[c] * shift;
+    const double sum_squares = sums.total(1, c) - sums.total(0, c) * shift;
     const double var = sum_squares < 0 ? 0 : sum_squares / m;
     set_coefficients(c, mean, var);
     if (problem.running_mean.data == nullptr) return;
@@ -198,30 +223,30 @@ void backward(const BackwardProblem& problem) {
       (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
   const bool needs_sums = needs_sum_dy_xmu || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
 
-  Coefficients<1> pivot(p);
-  Coefficients<4> coefficients(p);
-  for (int64_t c = 0; c < g.num_channels; ++c) {
-    pivot.set(c, {needs_sum_dy_xmu ? backward_pivot(g.dtype, load_channel(problem.mean, c, 0)) : 0.0});
-    // Eval: mean and var are constants, dx = weight * invstd * dy.
-    const double scale_dy = load_channel(problem.weight, c, 1) * load_channel(problem.invstd, c, 1);
-    if (!problem.training) coefficients.set(c, {0, scale_dy, 0, 0});
-  }
+  Pivots pivot(p, table);
+  AllCoefficients coefficients(p, table);
+  p.for_each_channel([&](int64_t c) {
+    pivot.set(c, needs_sum_dy_xmu ? backward_pivot(g.dtype, load_channel(problem.mean, c, 0)) : 0);
+    if (problem.training) return;
+    // Mean and var are constants: dx = weight * invstd * dy.
+    coefficients.set(c, {0, load_channel(problem.weight, c, 1) * load_channel(problem.invstd, c, 1), 0});
+  });
 
   // Eval goes block by block whatever the shape, so it keeps the sums of every block.
-  ChannelSums<2> sums(p, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
-  auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t stride) {
+  ChannelSums<2> sums(p, table.split, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
+  auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t width) {
     const View dy = fold_view(problem.dy, fold);
     if (needs_sum_dy_xmu) {
-      table.backward_sums(part, fold_view(problem.x, fold), dy, block, pivot[0], out, out + stride);
+      table.backward_sums(part, fold_view(problem.x, fold), dy, block, pivot.data(), out, out + width);
     } else {  // only sum(dy): x is not read
-      table.moments(part, dy, block, pivot[0], out, out + stride);
+      table.moments(part, dy, block, pivot.data(), out, out + width);
     }
   };
   auto finish = [&](int64_t c, int) {
     const double weight = load_channel(problem.weight, c, 1), invstd = load_channel(problem.invstd, c, 1);
-    const double sum_dy = sums.total(0)[c];
+    const double sum_dy = sums.total(0, c);
     const double mean = load_channel(problem.mean, c, 0);
-    const double sum_dy_xmu = sums.total(1)[c] + (pivot[0][c] - mean) * sum_dy;
+    const double sum_dy_xmu = sums.total(1, c) + (pivot[c] - mean) * sum_dy;
     store_channel(problem.dbias, c, sum_dy);
     store_channel(problem.dweight, c, sum_dy_xmu * invstd);
     const double scale_dy = weight * invstd;
@@ -230,13 +255,13 @@ void backward(const BackwardProblem& problem) {
     const double dmean = load_channel(problem.grad_mean, c, 0) - scale_dy * sum_dy;
     store_channel(problem.dvar, c, dvar);
     store_channel(problem.dmean, c, dmean);
-    if (problem.training) coefficients.set(c, {mean, scale_dy, 2 * dvar / m, dmean / m});
+    if (problem.training) coefficients.set(c, {mean, 2 * dvar / m, dmean / m, scale_dy});
   };
 
   if (problem.training) {
     auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
       table.backward_apply(part, fold_view(problem.x, fold), fold_view(problem.dy, fold), fold_view(problem.dx, fold),
-                           block, coefficients[0], coefficients[1], coefficients[2], coefficients[3], p.stream());
+                           block, coefficients.arrays(), p.stream());
     };
     reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
     return;
@@ -244,16 +269,16 @@ void backward(const BackwardProblem& problem) {
 
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
-    table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients[0],
-                    coefficients[1], coefficients[2], p.stream());
+    table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients.arrays(),
+                    p.stream());
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
-    if (needs_sums) sums.add_block(block, sums.partial(chunk), reduce);
+    if (needs_sums) sums.add_block(block, chunk, reduce);
     if (has_dx) p.for_each_part(block, apply);
   });
   if (!needs_sums) return;
   sums.merge();
-  for (int64_t c = 0; c < g.num_channels; ++c) finish(c, 0);
+  p.for_each_channel([&](int64_t c) { finish(c, 0); });
 }
 
 std::string explain(const Geometry& g) {

@@ -20,23 +20,44 @@ struct Block {
   int64_t begin, end;
 };
 
-// Per-channel arrays are indexed by channel; sums are added to. Sums are float64, so that they are the nearest numbers of
-// their dtype, and no other kernel is closer; where tensors are in memory or in the last cache, that costs no time. Of
-// bfloat16, eight terms at a time are summed in float32 first. Its pivots have to be bfloat16 too: then x - pivot and its
-// product with dy lose next to nothing. Elementwise work is float32, for float64 float64.
-struct KernelTable {
-  // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
-  void (*moments)(const Geometry&, const View& x, Block, const double* pivot, double* s1, double* s2);
-  // y = (x - mean) * scale + shift; `stream` stores around the caches where it can
-  void (*normalize)(const Geometry&, const View& x, const View& y, Block, const double* mean, const double* scale,
-                    const double* shift, bool stream);
-  // sum_dy += sum(dy), sum_dy_xmp += sum(dy * (x - pivot))
-  void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const double* pivot, double* sum_dy,
-                        double* sum_dy_xmp);
-  // dx = scale_dy * dy + scale_x * (x - mean) + shift
-  void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, const double* mean,
-                         const double* scale_dy, const double* scale_x, const double* shift, bool stream);
+// dx = scale_dy * dy + scale * (x - mean) + shift, or y without the first term, for one channel.
+struct Coefficients {
+  double mean, scale, shift, scale_dy = 0;
 };
+
+// The coefficients of all channels as the loops of one table load them; see KernelTable::set_coefficients.
+struct CoefficientArrays {
+  static constexpr int kCount = 5;
+  const void* data;
+  int64_t width;  // elements from one array to the next
+};
+
+// Sums are added to. They are float64, so that results are the nearest numbers of their dtype, and no other kernel is
+// closer; where tensors are in memory or in the last cache, that costs no time. Of bfloat16, eight terms at a time are
+// summed in float32 first. Its pivots have to be bfloat16 too: then x - pivot and its product with dy lose next to
+// nothing. Elementwise work is float32, for float64 float64.
+struct KernelTable {
+  // Numbers of channels lie in arrays, that of channel c at slot(c, split). They are laid out once for a pass.
+  int64_t split;
+  void (*set_pivot)(void* pivots, int64_t slot, double pivot);
+  void (*set_coefficients)(void* arrays, int64_t width, int64_t slot, const Coefficients&);
+
+  // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
+  void (*moments)(const Geometry&, const View& x, Block, const void* pivots, double* s1, double* s2);
+  // y = (x - mean) * scale + shift; `stream` stores around the caches where it can
+  void (*normalize)(const Geometry&, const View& x, const View& y, Block, CoefficientArrays, bool stream);
+  // sum_dy += sum(dy), sum_dy_xmp += sum(dy * (x - pivot))
+  void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const void* pivots, double* sum_dy,
+                        double* sum_dy_xmp);
+  // dx = scale_dy * dy + scale * (x - mean) + shift
+  void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, CoefficientArrays,
+                         bool stream);
+};
+
+// Where kernels that take vectors of `split` channels apart into even and odd ones want channel c. Others: split is 0.
+inline int64_t slot(int64_t c, int64_t split) {
+  return split == 0 ? c : c / split * split + c % 2 * (split / 2) + c % split / 2;
+}
 
 const KernelTable& kernel_table(Isa isa, const Geometry& geometry);
 

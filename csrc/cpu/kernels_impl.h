@@ -8,7 +8,8 @@ namespace bnext::cpu::BNEXT_ISA {
 
 #include "simd.h"
 
-// Calls f(offset_in(view)..., length) for each run of positions [begin, end) along the innermost dimension.
+// Calls f(offset_in(view)..., length, more) for each run of positions [begin, end) along the innermost dimension; `more`
+// tells whether another one follows at stride[1].
 template <typename F, typename... Views>
 BNEXT_INLINE void for_each_run(const Geometry& g, int64_t begin, int64_t end, F f, const Views&... views) {
   const int64_t inner = g.size[2];
@@ -17,13 +18,25 @@ BNEXT_INLINE void for_each_run(const Geometry& g, int64_t begin, int64_t end, F 
   int64_t i0 = begin / inner / g.size[1];
   while (begin < end) {
     const int64_t length = inner - i2 < end - begin ? inner - i2 : end - begin;
-    f((i0 * views.stride[0] + i1 * views.stride[1] + i2 * views.stride[2])..., length);
+    f((i0 * views.stride[0] + i1 * views.stride[1] + i2 * views.stride[2])..., length, i1 + 1 < g.size[1]);
     begin += length;
     i2 = 0;
     if (++i1 == g.size[1]) {
       i1 = 0;
       ++i0;
     }
+  }
+}
+
+// The same, the last run first: what the sums have read last is in the nearest cache. Within a run it goes forwards.
+template <typename F, typename... Views>
+BNEXT_INLINE void for_each_run_backwards(const Geometry& g, int64_t begin, int64_t end, F f, const Views&... views) {
+  const int64_t inner = g.size[2];
+  for (int64_t run = (end - 1) / inner; end > begin; --run) {
+    const int64_t first = run * inner > begin ? run * inner : begin;
+    const int64_t i2 = first - run * inner, i1 = run % g.size[1], i0 = run / g.size[1];
+    f((i0 * views.stride[0] + i1 * views.stride[1] + i2 * views.stride[2])..., end - first, i1 > 0);
+    end = first;
   }
 }
 
@@ -36,21 +49,24 @@ BNEXT_INLINE T* at_mutable(const View& view, int64_t offset) {
   return static_cast<T*>(view.data) + offset;
 }
 
-// (x - mean) * scale + shift of one channel, in what T's elementwise loops compute in. What rounding takes from the mean
-// goes into the shift. For float32 results, what it takes from the scale is kept as well, and a result is little more
-// than one rounding away; without it, single results were 1.7 times as far off as PyTorch's.
+constexpr int64_t kLineBytes = 64;
+
+template <bool kForWriting = false, typename T>
+BNEXT_INLINE void prefetch(const T* p, int64_t length) {
+  const char* byte = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < length * static_cast<int64_t>(sizeof(T)); i += kLineBytes) {
+    __builtin_prefetch(byte + i, kForWriting);
+  }
+}
+
 template <typename T>
-struct Affine {
-  Scalar<T> mean, scale, scale_low, shift;
+void set_pivot(void* pivots, int64_t slot, double pivot) {
+  static_cast<TermScalar<T>*>(pivots)[slot] = static_cast<TermScalar<T>>(pivot);
+}
 
-  Affine() = default;
-  BNEXT_INLINE Affine(double m, double a, double b)
-      : mean(to_scalar<Scalar<T>>(m)),
-        scale(to_scalar<Scalar<T>>(a)),
-        scale_low(std::isfinite(a) ? to_scalar<Scalar<T>>(a - static_cast<double>(scale)) : 0),
-        shift(to_scalar<Scalar<T>>(std::isfinite(m) ? b + (static_cast<double>(mean) - m) * a : b)) {}
-};
-
+// (x - mean) * scale + shift in what T's elementwise loops compute in. What rounding takes from the mean goes into the
+// shift. For float32 results, what it takes from the scale is kept as well, and a result is little more than one rounding
+// away; without it, single results were 1.7 times as far off as PyTorch's.
 template <typename T>
 struct AffineVector {
   Value<T> mean, scale, scale_low, shift;
@@ -61,33 +77,78 @@ struct AffineVector {
   }
 };
 
+template <typename T>
+void set_coefficients(void* arrays, int64_t width, int64_t slot, const Coefficients& c) {
+  Scalar<T>* to = static_cast<Scalar<T>*>(arrays) + slot;
+  const auto mean = to_scalar<Scalar<T>>(c.mean), scale = to_scalar<Scalar<T>>(c.scale);
+  const double lost_mean = std::isfinite(c.mean) ? static_cast<double>(mean) - c.mean : 0;
+  const double lost_scale = std::isfinite(c.scale) ? c.scale - static_cast<double>(scale) : 0;
+  to[0] = mean;
+  to[width] = scale;
+  to[2 * width] = to_scalar<Scalar<T>>(lost_scale);
+  to[3 * width] = to_scalar<Scalar<T>>(c.shift + lost_mean * c.scale);
+  to[4 * width] = to_scalar<Scalar<T>>(c.scale_dy);
+}
+
+// What set_coefficients has laid out: of a vector of channels, or of one channel, repeated.
+template <typename T>
+class LoadCoefficients {
+ public:
+  BNEXT_INLINE explicit LoadCoefficients(CoefficientArrays arrays)
+      : from_(static_cast<const Scalar<T>*>(arrays.data)), width_(arrays.width) {}
+  BNEXT_INLINE AffineVector<T> vector(int64_t i) const { return {load(0, i), load(1, i), load(2, i), load(3, i)}; }
+  BNEXT_INLINE Value<T> scale_dy(int64_t i) const { return load(4, i); }
+  BNEXT_INLINE AffineVector<T> one(int64_t c) const { return {repeat(0, c), repeat(1, c), repeat(2, c), repeat(3, c)}; }
+  BNEXT_INLINE Value<T> one_scale_dy(int64_t c) const { return repeat(4, c); }
+
+ private:
+  BNEXT_INLINE Value<T> load(int k, int64_t i) const { return load_raw<Value<T>>(from_ + k * width_ + i); }
+  BNEXT_INLINE Value<T> repeat(int k, int64_t c) const { return splat<Value<T>>(from_[k * width_ + c]); }
+
+  const Scalar<T>* from_;
+  int64_t width_;
+};
+
+// Stores one vector: streamed when it is whole and the caller wants it.
+template <bool kStream, typename T, typename Count>
+BNEXT_INLINE void put_value(T* p, Value<T> v, Count count) {
+  if constexpr (kStream && std::is_same_v<Count, Whole>) {
+    stream_value(p, v);
+  } else {
+    store_value(p, v, count);
+  }
+}
+
 #include "kernels_planes.h"
 #include "kernels_rows.h"
 
 template <typename T>
-void normalize(const Geometry& g, const View& x, const View& y, Block block, const double* mean, const double* scale,
-               const double* shift, bool stream) {
+void normalize(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c, bool stream) {
   const bool planes = g.walk == Walk::kPlanes;
   stream = stream && (planes || has_aligned_rows<T>(y));
   auto* kernel = planes ? (stream ? normalize_planes<true, T> : normalize_planes<false, T>)
                         : (stream ? normalize_rows<true, T> : normalize_rows<false, T>);
-  kernel(g, x, y, block, mean, scale, shift);
+  kernel(g, x, y, block, c);
 }
 
 template <typename T>
-void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block, const double* mean,
-                    const double* scale_dy, const double* scale_x, const double* shift, bool stream) {
+void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block, CoefficientArrays c,
+                    bool stream) {
   const bool planes = g.walk == Walk::kPlanes;
   stream = stream && (planes || has_aligned_rows<T>(dx));
   auto* kernel = planes ? (stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)
                         : (stream ? backward_apply_rows<true, T> : backward_apply_rows<false, T>);
-  kernel(g, x, dy, dx, block, mean, scale_dy, scale_x, shift);
+  kernel(g, x, dy, dx, block, c);
 }
 
 template <typename T>
 const KernelTable& table_of(Walk walk) {
-  static constexpr KernelTable planes = {moments_planes<T>, normalize<T>, backward_sums_planes<T>, backward_apply<T>};
-  static constexpr KernelTable rows = {moments_rows<T>, normalize<T>, backward_sums_rows<T>, backward_apply<T>};
+  static constexpr KernelTable planes = {
+      0,           set_pivot<T>, set_coefficients<T>, moments_planes<T>, normalize<T>, backward_sums_planes<T>,
+      backward_apply<T>};
+  static constexpr KernelTable rows = {
+      kIsSplit<T> ? kLanes<T> : 0, set_pivot<T>, set_coefficients<T>, moments_rows<T>, normalize<T>, backward_sums_rows<T>,
+      backward_apply<T>};
   return walk == Walk::kPlanes ? planes : rows;
 }
 

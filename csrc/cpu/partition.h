@@ -4,12 +4,12 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <numeric>
 #include <vector>
 
+#include "cache.h"
 #include "kernels.h"
 #include "threads.h"
 
@@ -19,32 +19,20 @@ namespace bnext::cpu {
 constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.
 constexpr int64_t kBlockElements = 8192;
-// Rows in a block of NHWC. Each block lays out the numbers of its channels, which costs about as much as 32 rows; and it
-// leaves 2 float64 sums for each channel. More than the first, up to the second where enough blocks remain to share.
-constexpr int64_t kMinRows = 64, kManyRows = 256, kEnoughChunks = 16;
-// Channels in a block of NHWC.
-constexpr int64_t kRowChannels = 512;
-// Vectors need a multiple of this many channels (floats in 64 bytes), and want a few vectors in a row.
-constexpr int64_t kLaneChannels = 16, kWideRow = 64, kMaxWideRow = 2048;
+// Rows in a block of NHWC: of so many bytes that a thread finds its last block in its own cache when it comes back for it,
+// and not more than leaves enough blocks to share. Not fewer than the first: a block leaves 2 float64 sums for each channel.
+constexpr int64_t kMinRows = 64, kRowsBytes = int64_t{256} << 10, kEnoughChunks = 16;
+// What is done once for each channel takes about 50 ns, as long as waking other threads takes for this many.
+constexpr int64_t kManyChannels = 256;
+// The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a few
+// vectors in a row.
+constexpr int64_t kMaxLanes = 32, kLaneChannels = 16, kWideRow = 64, kRowChannels = 1024;
 
 // Planes: contiguous bytes that a block of channels should have at each step of the outer dimensions, so that memory is
 // read in runs that are worth it; and what a block may take of the processor's own cache, where its second visit should
 // find it.
 constexpr int64_t kRunBytes = int64_t{8} << 10, kMinRunBytes = int64_t{2} << 10;
 constexpr int64_t kBlockBytes = int64_t{512} << 10;
-
-// What the tensors of a pass may take together before its stores go around the caches: nobody will find such an output
-// in a cache, and a plain store reads the line that it is about to overwrite.
-inline int64_t cache_bytes() {
-  static const int64_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    const int64_t last_level = sysconf(_SC_LEVEL3_CACHE_SIZE);
-    if (last_level > 0) return last_level;
-#endif
-    return int64_t{32} << 20;
-  }();
-  return bytes;
-}
 
 class Partition {
  public:
@@ -53,13 +41,14 @@ class Partition {
     int64_t num_tensors = 0;
     for (const View* view : views) num_tensors += view->data != nullptr;
     const int64_t tensor_bytes = channels * positions * dtype_bytes(geometry.dtype);
-    stream_ = num_tensors * tensor_bytes > cache_bytes();
+    stream_ = num_tensors * tensor_bytes > last_cache_bytes();
     serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1 ||
               pool_is_lost();
     const bool rows = geometry.walk == Walk::kRows;
     const int64_t inner = geometry.size[2];
     if (rows) {
-      chunk_ = std::max({kMinRows, kBlockElements / channels, std::min(kManyRows, positions / kEnoughChunks)});
+      const int64_t rows_bytes = std::min(channels, kRowChannels) * dtype_bytes(geometry.dtype);
+      chunk_ = std::max({kMinRows, kBlockElements / channels, std::min(kRowsBytes / rows_bytes, positions / kEnoughChunks)});
     } else {
       chunk_ = inner < kBlockElements ? kBlockElements / inner * inner : kBlockElements;  // whole runs
     }
@@ -69,15 +58,15 @@ class Partition {
     if (dense && channels % kLaneChannels != 0) {
       const int64_t step = kLaneChannels / std::gcd(kLaneChannels, channels);
       const int64_t fold = step * ceil_div(kWideRow, step * channels);
-      if (fold * channels <= kMaxWideRow) fold_ = fold;
+      if (fold * channels <= kRowChannels) fold_ = fold;
     }
     chunk_ = ceil_div(chunk_, fold_) * fold_;
     num_chunks_ = ceil_div(positions, chunk_);
     // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
     channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
-    channels_per_block_ =
-        rows ? (fold_ > 1 ? channels : std::min(channels, kRowChannels)) : choose_block_channels(threads, num_tensors);
+    channels_per_block_ = !rows ? choose_block_channels(threads, num_tensors)
+                         : fold_ > 1 ? channels : std::min(channels, kRowChannels);
   }
 
   int64_t num_channels() const { return geometry_.num_channels; }
@@ -88,8 +77,11 @@ class Partition {
 
   int64_t num_channel_blocks() const { return ceil_div(num_channels(), channels_per_block_); }
 
-  // Length that per-channel arrays need when kernels may see folded rows.
+  // Channels that kernels see: those of `fold` rows, where rows are folded.
   int64_t wide_channels() const { return num_channels() * fold_; }
+
+  // Length of arrays with a number for each of them, whole vectors long.
+  int64_t array_width() const { return ceil_div(wide_channels(), kMaxLanes) * kMaxLanes; }
 
   // Calls f(begin, end) on ranges that together make [0, count).
   template <typename F>
@@ -100,6 +92,16 @@ class Partition {
       note_pool_use();
       at::parallel_for(0, count, 1, f);
     }
+  }
+
+  // Calls f(channel) for every channel: what is done once for each, which is worth other threads where there are many.
+  template <typename F>
+  void for_each_channel(F f) const {
+    auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) f(c);
+    };
+    if (num_channels() >= kManyChannels) return parallel(num_channels(), some);
+    some(0, num_channels());
   }
 
   // Calls f(block, chunk) for every block, last first when asked.
@@ -165,74 +167,89 @@ inline View fold_view(View view, int64_t fold) {
   return view;
 }
 
-// kNumSums float64 sums per channel, indexed [sum * num_channels + channel]: totals, and the partial sums of each chunk
-// of positions or, for reduce_channels, of one chunk at a time.
+// Zeros, which begin where vectors are loaded in one piece.
+class AlignedArray {
+ public:
+  explicit AlignedArray(int64_t count) : storage_(count + kAlignment / sizeof(double)) {}
+  double* data() {
+    const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+    return reinterpret_cast<double*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+ private:
+  static constexpr uintptr_t kAlignment = 64;
+  std::vector<double> storage_;
+};
+
+// kNumSums float64 sums per channel: totals, and partial sums as kernels leave them, of each chunk of positions or, for
+// reduce_channels, of one chunk at a time.
 template <int kNumSums>
 class ChannelSums {
  public:
-  ChannelSums(const Partition& partition, int64_t num_partials)
+  ChannelSums(const Partition& partition, int64_t split, int64_t num_partials)
       : partition_(partition),
+        split_(split),
+        width_(partition.array_width()),
         totals_(kNumSums * partition.num_channels()),
-        partials_(kNumSums * partition.num_channels() * num_partials) {}
+        partials_(kNumSums * width_ * num_partials) {}
 
-  double* total(int k) { return totals_.data() + k * partition_.num_channels(); }
+  double total(int k, int64_t c) const { return totals_[k * partition_.num_channels() + c]; }
 
-  // Adds the sums of one block. kernel(geometry, block, fold, sums, stride): sum k of channel c is sums[k*stride + c].
+  // Adds the sums of one block to those of a chunk. kernel(geometry, block, fold, sums, width): sums k are those from
+  // sums + k * width on.
   template <typename Kernel>
-  void add_block(const Block& block, double* sums, Kernel kernel) const {
-    const int64_t channels = partition_.num_channels();
+  void add_block(const Block& block, int64_t chunk, Kernel kernel) {
     partition_.for_each_part(block, [&](const Geometry& g, const Block& part, int64_t fold) {
-      if (fold == 1) return kernel(g, part, fold, sums, channels);
-      std::vector<double> wide(kNumSums * g.num_channels);
-      kernel(g, part, fold, wide.data(), g.num_channels);
-      for (int k = 0; k < kNumSums; ++k) {
-        for (int64_t i = 0; i < g.num_channels; ++i) sums[k * channels + i % channels] += wide[k * g.num_channels + i];
-      }
+      kernel(g, part, fold, partial(chunk, 0), width_);
     });
   }
 
-  // All chunks of one block of channels, on this thread.
+  // All chunks of one block of channels, on this thread. Rows are not reduced like this: each channel has its own place.
   template <typename Kernel>
   void reduce_channels(int64_t channel_block, Kernel kernel) {
     for (int64_t chunk = 0; chunk < partition_.num_chunks(); ++chunk) {
       const Block block = partition_.block(channel_block, chunk);
-      for_each(block, [&](int64_t i) { partials_[i] = 0; });
-      add_block(block, partials_.data(), kernel);
-      for_each(block, [&](int64_t i) { totals_[i] = (chunk == 0 ? 0 : totals_[i]) + partials_[i]; });
+      for_each_sum(block, [&](double& sum, double&) { sum = 0; });
+      add_block(block, 0, kernel);
+      for_each_sum(block, [&](double& sum, double& total) { total = (chunk == 0 ? 0 : total) + sum; });
     }
   }
-
-  double* partial(int64_t chunk) { return partials_.data() + chunk * kNumSums * partition_.num_channels(); }
 
   // Every block on any thread, then the blocks' sums in order.
   template <typename Kernel>
   void reduce_all(Kernel kernel) {
-    std::fill(partials_.begin(), partials_.end(), 0.0);
-    partition_.for_each_block(false,
-                              [&](const Block& block, int64_t chunk) { add_block(block, partial(chunk), kernel); });
+    std::fill_n(partials_.data(), kNumSums * width_ * partition_.num_chunks(), 0.0);
+    partition_.for_each_block(false, [&](const Block& block, int64_t chunk) { add_block(block, chunk, kernel); });
     merge();
   }
 
   void merge() {
-    const int64_t length = static_cast<int64_t>(totals_.size());
+    const int64_t channels = partition_.num_channels(), wide = partition_.wide_channels();
     std::fill(totals_.begin(), totals_.end(), 0.0);
-    for (int64_t chunk = 0; chunk < partition_.num_chunks(); ++chunk) {
-      const double* from = partial(chunk);
-      for (int64_t i = 0; i < length; ++i) totals_[i] += from[i];
+    for (int k = 0; k < kNumSums; ++k) {
+      for (int64_t chunk = 1; chunk < partition_.num_chunks(); ++chunk) {
+        for (int64_t i = 0; i < width_; ++i) partial(0, k)[i] += partial(chunk, k)[i];
+      }
+      for (int64_t i = 0; i < wide; ++i) totals_[k * channels + i % channels] += partial(0, k)[slot(i, split_)];
     }
   }
 
  private:
-  // Calls f(index) for all sums of a block's channels.
+  double* partial(int64_t chunk, int k) { return partials_.data() + (chunk * kNumSums + k) * width_; }
+
   template <typename F>
-  void for_each(const Block& block, F f) const {
+  void for_each_sum(const Block& block, F f) {
     for (int k = 0; k < kNumSums; ++k) {
-      for (int64_t c = block.channel_begin; c < block.channel_end; ++c) f(k * partition_.num_channels() + c);
+      for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
+        f(partial(0, k)[c], totals_[k * partition_.num_channels() + c]);
+      }
     }
   }
 
   const Partition& partition_;
-  std::vector<double> totals_, partials_;
+  int64_t split_, width_;
+  std::vector<double> totals_;
+  AlignedArray partials_;
 };
 
 }  // namespace bnext::cpu

@@ -239,16 +239,6 @@ BNEXT_INLINE Term<T> load_term(const T* p, Count count) {
   }
 }
 
-// Where the lanes of channel i are in an array that is loaded as Values or Terms of T.
-template <typename T>
-BNEXT_INLINE int64_t slot(int64_t i) {
-  if constexpr (kIsSplit<T>) {
-    return i / kLanes<T> * kLanes<T> + i % 2 * (kLanes<T> / 2) + i % kLanes<T> / 2;
-  } else {
-    return i;
-  }
-}
-
 // One number repeated.
 template <typename V, typename S>
 BNEXT_INLINE V splat(S value) {
@@ -333,6 +323,18 @@ BNEXT_INLINE void finish_stream() {
 
 // Terms that are added up in registers before their sum goes into a Total.
 constexpr int kGroup = 8;
+
+// to[lane] += v, in float64.
+BNEXT_INLINE void add_to_sums(double* to, Doubles v) {
+  const Doubles sum = load_raw<Doubles>(to) + v;
+  __builtin_memcpy(to, &sum, sizeof sum);
+}
+BNEXT_INLINE void add_to_sums(double* to, Split v) {
+  add_to_sums(to, widen(low_half(v.even)));
+  add_to_sums(to + kDoubles, widen(high_half(v.even)));
+  add_to_sums(to + 2 * kDoubles, widen(low_half(v.odd)));
+  add_to_sums(to + 3 * kDoubles, widen(high_half(v.odd)));
+}
 
 // The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight products
 // of two bfloat16 of 16 bits each, of which next to nothing is lost.

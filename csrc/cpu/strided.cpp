@@ -30,8 +30,18 @@ void for_each_element(const Geometry& g, Block block, F f, const Views&... views
   }
 }
 
+void set_pivot(void* pivots, int64_t slot, double pivot) { static_cast<double*>(pivots)[slot] = pivot; }
+
+void set_coefficients(void* arrays, int64_t, int64_t slot, const Coefficients& c) {
+  static_cast<Coefficients*>(arrays)[slot] = c;
+}
+static_assert(sizeof(Coefficients) <= CoefficientArrays::kCount * sizeof(double));
+
+const Coefficients* all_of(CoefficientArrays arrays) { return static_cast<const Coefficients*>(arrays.data); }
+
 template <typename T>
-void moments(const Geometry& g, const View& x, Block block, const double* pivot, double* s1, double* s2) {
+void moments(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
+  const auto* pivot = static_cast<const double*>(pivots);
   for_each_element<T>(
       g, block,
       [&](int64_t c, const T* px) {
@@ -42,17 +52,19 @@ void moments(const Geometry& g, const View& x, Block block, const double* pivot,
       x);
 }
 
+double affine(const Coefficients& c, double x) { return (x - c.mean) * c.scale + c.shift; }
+
 template <typename T>
-void normalize(const Geometry& g, const View& x, const View& y, Block block, const double* mean, const double* scale,
-               const double* shift, bool) {
+void normalize(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays, bool) {
+  const Coefficients* of = all_of(arrays);
   for_each_element<T>(
-      g, block, [&](int64_t c, const T* px, T* py) { store_one(py, (load_one(px) - mean[c]) * scale[c] + shift[c]); },
-      x, y);
+      g, block, [&](int64_t c, const T* px, T* py) { store_one(py, affine(of[c], load_one(px))); }, x, y);
 }
 
 template <typename T>
-void backward_sums(const Geometry& g, const View& x, const View& dy, Block block, const double* pivot, double* sum_dy,
+void backward_sums(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots, double* sum_dy,
                    double* sum_dy_xmp) {
+  const auto* pivot = static_cast<const double*>(pivots);
   for_each_element<T>(
       g, block,
       [&](int64_t c, const T* px, const T* pdy) {
@@ -64,18 +76,20 @@ void backward_sums(const Geometry& g, const View& x, const View& dy, Block block
 }
 
 template <typename T>
-void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block, const double* mean,
-                    const double* scale_dy, const double* scale_x, const double* shift, bool) {
+void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
+                    CoefficientArrays arrays, bool) {
+  const Coefficients* of = all_of(arrays);
   for_each_element<T>(
       g, block,
       [&](int64_t c, const T* px, const T* pdy, T* pdx) {
-        store_one(pdx, load_one(pdy) * scale_dy[c] + ((load_one(px) - mean[c]) * scale_x[c] + shift[c]));
+        store_one(pdx, load_one(pdy) * of[c].scale_dy + affine(of[c], load_one(px)));
       },
       x, dy, dx);
 }
 
 template <typename T>
-constexpr KernelTable kTable = {moments<T>, normalize<T>, backward_sums<T>, backward_apply<T>};
+constexpr KernelTable kTable = {0,          set_pivot,        set_coefficients, moments<T>, normalize<T>,
+                                backward_sums<T>, backward_apply<T>};
 
 }  // namespace
 
