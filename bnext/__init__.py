@@ -7,6 +7,7 @@ from bnext.functional import (
     batchnorm2d_backward,
     layer_gradients,
 )
+from bnext.memory import empty_cache
 from bnext.modules import BatchNorm2d, LazyBatchNorm2d, convert, revert
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "batchnorm2d",
     "batchnorm2d_backward",
     "convert",
+    "empty_cache",
     "explain",
     "layer_gradients",
     "revert",

@@ -1,6 +1,7 @@
 // Owns output allocation, memory format, and the way to a device.
 #include "api.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/ops/_to_copy.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,7 +12,6 @@
 #include <limits>
 
 #include "cpu/batchnorm.h"
-#include "cpu/memory.h"
 #ifdef BNEXT_WITH_CUDA
 #include <c10/cuda/CUDAFunctions.h>
 
@@ -19,6 +19,7 @@
 #endif
 #include "cuda/plan_names.h"
 #include "layout.h"
+#include "output_memory.h"
 
 namespace bnext {
 namespace {
@@ -93,9 +94,12 @@ at::Tensor empty_statistic(const at::Tensor& input) {
 }
 
 at::Tensor empty_activation(const at::Tensor& input) {
-  at::Tensor output = at::empty_like(input, input.suggest_memory_format());
-  if (output.is_cpu()) cpu::advise_huge_pages(output.mutable_data_ptr(), static_cast<int64_t>(output.nbytes()));
-  return output;
+  const at::MemoryFormat format = input.suggest_memory_format();
+  if (!input.is_cpu() || static_cast<int64_t>(input.nbytes()) < kLargeOutputBytes) {
+    return at::empty_like(input, format);
+  }
+  return at::detail::empty_generic(input.sizes(), output_allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                   input.scalar_type(), format);
 }
 
 // grad_output may come in any strides. Where it and input have one walk in common it is read in place; otherwise it is

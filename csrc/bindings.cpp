@@ -12,6 +12,7 @@
 #include "api.h"
 #include "cpu/kernels.h"
 #include "cuda/plan_names.h"
+#include "output_memory.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -245,5 +246,7 @@ PYBIND11_MODULE(_C, m) {
   build["cuda_archs"] = py::none();
 #endif
   m.attr("build") = build;
+  m.def("cached_output_bytes", &bnext::cached_output_bytes);
+  m.def("empty_output_cache", &bnext::empty_output_cache);
   m.def("cpu_isa", torch::wrap_pybind_function([] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }));
 }

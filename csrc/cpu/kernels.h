@@ -54,9 +54,12 @@ struct KernelTable {
                          bool stream);
 };
 
-// Where kernels that take vectors of `split` channels apart into even and odd ones want channel c. Others: split is 0.
+// Where kernels that take vectors of `split` channels (a power of two) apart into even and odd ones want channel c. Others
+// have a split of 0.
 inline int64_t slot(int64_t c, int64_t split) {
-  return split == 0 ? c : c / split * split + c % 2 * (split / 2) + c % split / 2;
+  if (split == 0) return c;
+  const int64_t lane = c & (split - 1);
+  return c - lane + (lane & 1) * (split >> 1) + (lane >> 1);
 }
 
 const KernelTable& kernel_table(Isa isa, const Geometry& geometry);

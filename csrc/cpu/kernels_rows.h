@@ -16,9 +16,10 @@ constexpr int64_t kApplyPassBytes = int64_t{kIsSplit<T> ? 4 : 1} << 10;
 // How far ahead of a loop memory is asked for: in sums, which wait for nothing else, and in elementwise work.
 constexpr int64_t kSumAheadBytes = int64_t{8} << 10, kApplyAheadBytes = int64_t{4} << 10;
 
+// Of a row, what a block has of it.
 template <typename T>
-BNEXT_INLINE int64_t row_bytes(const Geometry& g) {
-  return g.num_channels * static_cast<int64_t>(sizeof(T));
+BNEXT_INLINE int64_t row_bytes(const Block& block) {
+  return (block.channel_end - block.channel_begin) * static_cast<int64_t>(sizeof(T));
 }
 
 BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
@@ -29,20 +30,20 @@ BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
 // terms shows when there are not many more.
 constexpr int64_t kFewPositions = 64;
 template <typename T>
-BNEXT_INLINE int rows_per_sum(const Geometry& g) {
+BNEXT_INLINE int rows_per_sum(const Geometry& g, const Block& block) {
   if (kIsSplit<T> && g.num_positions() <= kFewPositions) return 1;
-  return clamp_rows(kSumPassBytes<T> / row_bytes<T>(g), kIsSplit<T> ? 4 : 1);
+  return clamp_rows(kSumPassBytes<T> / row_bytes<T>(block), kIsSplit<T> ? 4 : 1);
 }
 
 template <typename T>
-BNEXT_INLINE int rows_per_apply(const Geometry& g) {
-  return clamp_rows(kApplyPassBytes<T> / row_bytes<T>(g), kIsSplit<T> ? 2 : 1);
+BNEXT_INLINE int rows_per_apply(const Block& block) {
+  return clamp_rows(kApplyPassBytes<T> / row_bytes<T>(block), kIsSplit<T> ? 2 : 1);
 }
 
 // Rows from one to that which is asked for: at least a pass.
 template <typename T>
-BNEXT_INLINE int64_t rows_ahead(const Geometry& g, int64_t bytes, int64_t pass) {
-  const int64_t rows = ceil_div(bytes, row_bytes<T>(g));
+BNEXT_INLINE int64_t rows_ahead(const Block& block, int64_t bytes, int64_t pass) {
+  const int64_t rows = ceil_div(bytes, row_bytes<T>(block));
   return rows > pass ? rows : pass;
 }
 
@@ -69,8 +70,8 @@ template <typename T>
 void moments_rows(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
-  const int step = rows_per_sum<T>(g);
-  const int64_t ahead = rows_ahead<T>(g, kSumAheadBytes, step) * x.stride[2];
+  const int step = rows_per_sum<T>(g, block);
+  const int64_t ahead = rows_ahead<T>(block, kSumAheadBytes, step) * x.stride[2];
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset, int64_t length, bool) __attribute__((always_inline)) {
@@ -107,8 +108,8 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
                         double* sum_dy, double* sum_dy_xmp) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
-  const int step = rows_per_sum<T>(g);
-  const int64_t rows_on = rows_ahead<T>(g, kSumAheadBytes, step), ahead_x = rows_on * x.stride[2],
+  const int step = rows_per_sum<T>(g, block);
+  const int64_t rows_on = rows_ahead<T>(block, kSumAheadBytes, step), ahead_x = rows_on * x.stride[2],
                 ahead_dy = rows_on * dy.stride[2];
   for_each_run(
       g, block.begin, block.end,
@@ -148,8 +149,8 @@ template <bool kStream, typename T>
 void normalize_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays) {
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
-  const int step = rows_per_apply<T>(g);
-  const int64_t ahead = rows_ahead<T>(g, kApplyAheadBytes, step) * x.stride[2];
+  const int step = rows_per_apply<T>(block);
+  const int64_t ahead = rows_ahead<T>(block, kApplyAheadBytes, step) * x.stride[2];
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_y, int64_t length, bool) __attribute__((always_inline)) {
@@ -182,8 +183,8 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
                          CoefficientArrays arrays) {
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
-  const int step = rows_per_apply<T>(g);
-  const int64_t rows_on = rows_ahead<T>(g, kApplyAheadBytes, step), ahead_x = rows_on * x.stride[2],
+  const int step = rows_per_apply<T>(block);
+  const int64_t rows_on = rows_ahead<T>(block, kApplyAheadBytes, step), ahead_x = rows_on * x.stride[2],
                 ahead_dy = rows_on * dy.stride[2];
   for_each_run(
       g, block.begin, block.end,

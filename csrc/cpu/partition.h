@@ -225,12 +225,16 @@ class ChannelSums {
 
   void merge() {
     const int64_t channels = partition_.num_channels(), wide = partition_.wide_channels();
-    std::fill(totals_.begin(), totals_.end(), 0.0);
     for (int k = 0; k < kNumSums; ++k) {
+      double *total = totals_.data() + k * channels, *sum = partial(0, k);
       for (int64_t chunk = 1; chunk < partition_.num_chunks(); ++chunk) {
-        for (int64_t i = 0; i < width_; ++i) partial(0, k)[i] += partial(chunk, k)[i];
+        const double* other = partial(chunk, k);
+        for (int64_t i = 0; i < width_; ++i) sum[i] += other[i];
       }
-      for (int64_t i = 0; i < wide; ++i) totals_[k * channels + i % channels] += partial(0, k)[slot(i, split_)];
+      for (int64_t c = 0; c < channels; ++c) {
+        total[c] = 0;
+        for (int64_t i = c; i < wide; i += channels) total[c] += sum[slot(i, split_)];
+      }
     }
   }
 

@@ -14,17 +14,14 @@
 namespace {
 
 // What the kernels take for the last cache: nothing makes every store a streamed one, a lot makes none.
-long g_cache_bytes = 1L << 40;
+int64_t g_cache_bytes = int64_t{1} << 40;
 // The case at work, for whoever reads a sanitizer's report.
 thread_local char g_label[256] = "start";
 
 }  // namespace
 
-// The linker sends the kernels' calls of sysconf here (--wrap).
-extern "C" long __real_sysconf(int name);
-extern "C" long __wrap_sysconf(int name) {
-  return name == _SC_LEVEL3_CACHE_SIZE ? g_cache_bytes : __real_sysconf(name);
-}
+// The linker sends the kernels' calls of bnext::cpu::last_cache_bytes() here (--wrap).
+extern "C" int64_t __wrap__ZN5bnext3cpu16last_cache_bytesEv() { return g_cache_bytes; }
 
 namespace sanitize {
 
