@@ -16,9 +16,10 @@ import bnext
 from bnext._extension import _C
 
 # Whole packs, odd planes, C = 3, several blocks to a channel, one value for each plane; runs of
-# channels (halves), and a channel of 384 KiB of x in float32: no block holds all of it.
+# channels (halves); a channel of 384 KiB of x in float32, of which no block holds all; and more
+# channels than a GPU has SMs.
 SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
-SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128))
+SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

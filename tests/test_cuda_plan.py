@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -20,9 +21,9 @@ RESULTS = (
     *("num_slabs", "block_packs", "block_rows", "num_blocks", "reduce", "finish", "apply"),
     *("fused", "finish_threads", "reduce_shared_bytes", "apply_shared_bytes"),
     *("finish_shared_bytes", "coefficient_offset", "workspace_bytes", "bytes_moved", "has_error"),
-    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count_first"),
+    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "prepare"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
-    "tensor_bytes",
+    *("tensor_bytes", "num_groups", "ring_batches", "batches_ahead", "counter_offset"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
 REQUEST += ("family", "cumulative")
@@ -40,6 +41,7 @@ class Device(NamedTuple):
     shared_bytes_opt_in: int
     shared_bytes_per_sm: int
     memory_gb_per_s: float
+    cooperative_blocks: int
     active_clusters: tuple[int, int, int, int]
 
 
@@ -65,6 +67,7 @@ class Query(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shared_bytes_per_block", "l2_bytes")),
         *((name, ctypes.c_int64) for name in ("shared_bytes_opt_in", "shared_bytes_per_sm")),
         ("active_clusters", ctypes.c_int64 * 4),
+        ("cooperative_blocks", ctypes.c_int64),
         ("memory_gb_per_s", ctypes.c_double),
         *((name, ctypes.c_int64) for name in RESULTS),
         *((name, ctypes.c_double) for name in ("held", "microseconds")),
@@ -131,7 +134,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-AUTO, STREAMING, RESIDENT, CLUSTER = range(4)
+AUTO, STREAMING, RESIDENT, CLUSTER, GRID, NO_GRID = range(6)
 
 
 def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -151,7 +154,9 @@ def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: tor
         assert q.block_packs * (q.num_slabs - 1) < columns <= q.block_packs * q.num_slabs, text
     else:
         assert q.num_items * q.vec >= n * h * w, text
-    if q.on_chip:
+    if q.family_chosen == GRID:
+        check_grid(q, device, c, text)
+    elif q.on_chip:
         check_on_chip(q, device, c, text)
     else:
         check_streaming(q, device, shape, dtype, text)
@@ -186,6 +191,36 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     again = (1 - q.held) * q.num_items * packs * 16 * tensors
     assert q.bytes_moved == pytest.approx((tensors + 1) * q.tensor_bytes + again, rel=1e-9), text
     assert q.workspace_bytes == 0, text
+
+
+def check_grid(q: Query, device: Device, channels: int, text: str) -> None:
+    tensors = 1 + q.backward
+    assert (q.on_chip, q.prepare, q.walk, q.cluster) == (1, 1, 0, 1), text
+    assert q.vec > 1, text
+    assert q.threads in (64, 128, 256, 512), text
+    # All blocks run at once, with an SM each, in groups that each have a channel at a time.
+    assert q.num_blocks == q.num_groups * q.num_splits, text
+    assert q.num_blocks <= min(device.num_sms, device.cooperative_blocks), text
+    assert 1 <= q.num_groups <= channels, text
+    # Every item is in exactly one block, and no thread has more steps than it takes.
+    assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
+    assert q.threads * (q.num_steps - 1) < q.chunk <= q.threads * q.num_steps, text
+    # Sums in float32 stay short: a batch is two packs here.
+    assert q.num_steps <= 2 * library().plan_batches(), text
+    # Whole batches without slots come first. The others have theirs while they are asked for, and
+    # until they are mapped: not before the sums of all blocks are there, and before a block would
+    # add up its next channel.
+    streamed, held = q.num_steps - q.held_steps, ceil_div(q.held_steps, 2)
+    assert streamed % 2 == 0, text
+    assert 1 <= q.batches_ahead <= 7, text
+    assert 0 <= q.ring_batches - q.batches_ahead - held < held, text
+    slots = q.ring_batches * 2 * tensors * q.threads * 16
+    assert slots < q.shared_bytes <= device.shared_bytes_opt_in, text
+    assert (q.held == 1) == (streamed == 0), text
+    again = (1 - q.held) * q.num_items * channels * 16 * tensors
+    assert q.bytes_moved == pytest.approx((tensors + 1) * q.tensor_bytes + again, rel=1e-9), text
+    assert q.counter_offset == ceil_div(3 * channels * q.num_splits * 8, 16) * 16, text
+    assert q.workspace_bytes == q.counter_offset + 4 * channels, text
 
 
 def check_streaming(
@@ -253,7 +288,7 @@ def test_forced_families(name: str) -> None:
         SHAPES, (torch.float32, torch.bfloat16), (0, 1), ("nchw", "channels_last")
     ):
         auto = plan(device, shape, dtype, layout, backward=backward)
-        for family in (RESIDENT, CLUSTER):
+        for family in (RESIDENT, CLUSTER, GRID):
             q = plan(device, shape, dtype, layout, backward=backward, family=family)
             assert q.family_chosen == family
             if q.has_error:
@@ -261,8 +296,9 @@ def test_forced_families(name: str) -> None:
                 continue
             ran.add(family)
             check(q, device, shape, dtype)
-            assert auto.microseconds <= q.microseconds
-    assert ran == ({RESIDENT, CLUSTER} if any(device.active_clusters) else {RESIDENT})
+            # A grid has to win by a tenth, because it may have to wait for all SMs.
+            assert auto.microseconds <= q.microseconds / (0.9 if family == GRID else 1)
+    assert ran == {RESIDENT, GRID} | ({CLUSTER} if any(device.active_clusters) else set())
 
 
 def test_what_runs_where() -> None:
@@ -274,22 +310,47 @@ def test_what_runs_where() -> None:
     # A channel of 1.6 MB of x and dy needs a cluster; without one it is streamed.
     q = plan(h200, (32, 64, 112, 112), half, backward=1)
     assert (q.family_chosen, q.held) == (CLUSTER, 1)
-    assert plan(a100, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
+    alone = a100._replace(cooperative_blocks=0)
+    assert plan(alone, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
     # 12.8 MB fit in no cluster: forward needs half of its 6.4 there, backward takes what it gets.
     for backward, least in ((0, 0.5), (1, 0.01)):
-        q = plan(h200, (256, 64, 112, 112), half, backward=backward)
+        apart = h200._replace(cooperative_blocks=0)
+        q = plan(apart, (256, 64, 112, 112), half, backward=backward)
         assert q.family_chosen == STREAMING or least <= q.held < 1
     # No share of a channel that leaves a thread too much to sum.
     q = plan(h200, (256, 64, 112, 112), backward=1, family=RESIDENT)
     assert b"too many batches" in q.text
     # Six channels, whole, would leave most of the device idle.
     assert plan(h200, (20, 6, 64, 64), backward=1).cluster > 1
-    assert plan(a100, (20, 6, 256, 256), backward=1).family_chosen == STREAMING
+    assert plan(alone, (20, 6, 256, 256), backward=1).family_chosen == STREAMING
     # Planes of 98 bytes, eight of them one run.
     q = plan(h200, (32, 512, 7, 7), half, backward=1)
     assert (q.run_length, q.slab_channels, q.held) == (49, 8, 1)
     assert plan(h200, (32, 512, 7, 7), half, backward=1, misaligned=1).run_length == 1
     assert plan(h200, (32, 512, 14, 14), torch.float32, backward=1).run_length == 1
+
+
+def test_where_a_grid_runs() -> None:
+    """Where a channel is too large for a cluster; not where blocks cannot all run at once."""
+    h200, a100, shape = DEVICES["h200"], DEVICES["a100"], (256, 64, 112, 112)
+    for dtype, backward in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
+        q = plan(h200, shape, dtype, backward=backward)
+        assert (q.family_chosen, q.held > 0.5) == (GRID, True), q.text.decode()
+        assert plan(a100, shape, dtype, backward=backward).family_chosen == GRID
+    for device in (h200._replace(cooperative_blocks=0), DEVICES["h200-mig-1g"], DEVICES["t4"]):
+        assert plan(device, shape, backward=1).family_chosen == STREAMING
+    # Other streams may be in its way.
+    assert plan(h200, shape, backward=1, family=NO_GRID).family_chosen == STREAMING
+    assert plan(h200, (256, 64, 56, 56), backward=1, family=NO_GRID).family_chosen == CLUSTER
+    q = plan(h200._replace(cooperative_blocks=0), shape, family=GRID)
+    assert q.has_error
+    assert b"no cooperative launch" in q.text
+    q = plan(h200, shape, layout="channels_last", family=GRID)
+    assert b"only planes" in q.text
+    assert b"too many batches" in plan(h200, (2048, 64, 256, 256), family=GRID).text
+    # Two kernels, and waits that nothing hides: not for what is small.
+    for small in ((32, 64, 56, 56), (8, 64, 8, 8), (2, 3, 33, 35)):
+        assert plan(h200, small, backward=1).family_chosen != GRID
 
 
 def test_only_second_passes_are_kept_on_chip() -> None:
@@ -299,7 +360,7 @@ def test_only_second_passes_are_kept_on_chip() -> None:
         {"backward": 1, "output": 0},
         {"backward": 0, "output": 0},
     ):
-        for family in (RESIDENT, CLUSTER):
+        for family in (RESIDENT, CLUSTER, GRID):
             q = plan(DEVICES["h200"], (8, 64, 8, 8), **request, family=family)
             assert q.has_error
             assert b"only streaming does it" in q.text
@@ -308,10 +369,15 @@ def test_only_second_passes_are_kept_on_chip() -> None:
 
 def test_batches_are_counted_before_they_are_read() -> None:
     shape = (8, 64, 8, 8)
-    for family, first in ((STREAMING, 0), (RESIDENT, 1), (CLUSTER, 1)):
+    for family, first in (
+        (STREAMING, (0, 0)),
+        (RESIDENT, (0, 1)),
+        (CLUSTER, (0, 1)),
+        (GRID, (1, 1)),
+    ):
         for cumulative in (0, 1):
             q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
-            assert q.count_first == (first and cumulative)
+            assert q.prepare == first[cumulative]
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -376,6 +442,11 @@ def test_text() -> None:
     assert " in clusters of " in text
     assert "all on chip" in text
     assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
+    shape = (256, 64, 112, 112)
+    text = plan(DEVICES["h200"], shape, torch.float16, family=GRID).text.decode()
+    assert text.startswith("grid forward, planes of float16 in packs of 16 bytes: prepare, then ")
+    assert re.search(r" x 512 at once \(\d+ blocks per channel\), all on chip", text)
+    assert "moves 2 tensors, 822.1 MB" in text
     text = plan(DEVICES["h200"], (32, 64, 7, 7), **request).text.decode()
     assert "runs of channels of float16" in text
 

@@ -143,8 +143,8 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "auto: 56 steps, 0 refused" in done.stdout
-    assert "streaming: 56 steps" in done.stdout
+    assert "auto: 64 steps, 0 refused" in done.stdout
+    assert "streaming: 64 steps" in done.stdout
 
 
 def test_tests_that_are_all_skipped_are_no_success(

@@ -112,6 +112,11 @@ def test_explain_families() -> None:
     for family in families:
         lines = plans(bnext.explain(x, "h200", family=family))
         assert [line.split()[0] for line in lines] == [family, family]
+    # All but the grid.
+    large = torch.empty(256, 256, 56, 56, device="meta")
+    for family, chosen in (("auto", "grid"), ("no-grid", "cluster")):
+        lines = plans(bnext.explain(large, "h200", family=family))
+        assert [line.split()[0] for line in lines] == [chosen] * 2
     # Streaming is for everything.
     assert "cannot run" not in bnext.explain(x, "t4", family="streaming")
     with pytest.raises(RuntimeError, match=r"^family should be auto.* not fastest"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import cases
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
+GRID = RESIDENT._replace(family="grid")  # its cluster is how many blocks share a channel
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
     "planes": ("nchw", (2, 3, 32, 32), 17000, 4300),
@@ -33,12 +35,22 @@ WAYS = {
     "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(cluster=2)),
     "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
     "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(cluster=4)),
+    "planes, grid": ("nchw", (4, 5, 8, 16), GRID._replace(cluster=2)),
+    "planes, whole grid": ("nchw", (4, 3, 16, 16), GRID._replace(cluster=4)),
 }
+# Ways on which some packs are read twice: two planes share them, or they have no slots.
+AGAIN = {
+    "skewed, grid": ("nchw", (4, 5, 17, 15), GRID._replace(cluster=2)),
+    "again, grid": ("nchw", (4, 3, 32, 32), GRID._replace(cluster=2, shared_bytes=14000)),
+}
+EVERY_WAY = WAYS | AGAIN
 
 
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
-@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("family", ["resident", "cluster"])
+@pytest.mark.parametrize(
+    ("layout", "family"),
+    [*itertools.product(("nchw", "channels_last"), ("resident", "cluster")), ("nchw", "grid")],
+)
 def test_shapes(family: str, layout: str, dtypes: str) -> None:
     affine, ran = list(cases.AFFINE), 0
     for number, shape in enumerate(SHAPES):
@@ -46,11 +58,13 @@ def test_shapes(family: str, layout: str, dtypes: str) -> None:
         options = {"layout": layout, "grad_layout": layout, "seed": number}
         case = cases.make_case(shape, dtypes, affine[number % 4], mode, **options)
         cluster = 0 if family == "resident" else 2 if shape[1] > 16 else 2 << number % 3
+        cluster = cluster if family != "grid" else 1 if shape[1] > 16 else number % 4 + 1
         machine = RESIDENT._replace(family=family, cluster=cluster)
         try:
             both(case, f"{shape}", machine=machine, schedule=simt.Schedule(number))
         except simt.NoPlanError as error:
-            reasons = ("do not fill packs", "has less to read", "too wide")
+            reasons = ("do not fill packs", "has less to read", "too wide", "little to read")
+            reasons += ("only planes",)
             assert any(reason in str(error) for reason in reasons)
         else:
             ran += 1
@@ -62,7 +76,7 @@ def test_shapes(family: str, layout: str, dtypes: str) -> None:
 def test_layouts(dtypes: str, layout: str) -> None:
     """In their own strides, and dy in other strides than x where one walk serves both."""
     for shape in ((3, 8, 7, 6), (2, 8, 5, 9)):
-        for machine in (RESIDENT, CLUSTER._replace(cluster=2)):
+        for machine in (RESIDENT, CLUSTER._replace(cluster=2), GRID._replace(cluster=2)):
             for grad_layout in (
                 layout,
                 "nchw" if "channels_last" not in layout else "channels_last",
@@ -73,7 +87,7 @@ def test_layouts(dtypes: str, layout: str) -> None:
                     try:
                         check(case, label, machine=machine, schedule=simt.Schedule(1))
                     except simt.NoPlanError as error:
-                        reasons = ("do not fill packs", "has less to read")
+                        reasons = ("do not fill packs", "has less to read", "only planes")
                         assert any(reason in str(error) for reason in reasons)
 
 
@@ -131,9 +145,28 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
     assert min(shares) < 0.8, shares
 
 
+def test_how_far_blocks_of_a_grid_run_ahead() -> None:
+    """From all on chip to one batch of it, with every distance between copies, sums and maps."""
+    held, ahead, behind = set(), set(), set()
+    for number, shared_bytes in enumerate((1 << 17, 40000, 26000, 18000, 14000, 10000)):
+        for cluster, shape in itertools.product((1, 2, 3, 4), ((2, 5, 32, 64), (3, 6, 16, 16))):
+            machine = GRID._replace(cluster=cluster, shared_bytes=shared_bytes)
+            case = cases.make_case(shape, ("float32", "float16")[cluster % 2], seed=number)
+            for check in (check_forward, check_backward):
+                label, schedule = f"{shape} {cluster}", simt.Schedule(number + cluster)
+                call = check(case, label, machine=machine, schedule=schedule).call
+                assert call.bytes_loaded + call.bytes_stored == call.planned_bytes
+                held.add(call.held)
+                ahead.add(call.batches_ahead)
+                behind.add(call.batches_behind)
+    assert min(held) <= 0.25 and max(held) == 1
+    assert ahead >= {1, 2, 3, 7}
+    assert behind >= {0, 1, 2}
+
+
 def test_only_training_has_a_second_pass() -> None:
     """What streaming does in one pass, the other families refuse."""
-    for machine in (RESIDENT, CLUSTER):
+    for machine in (RESIDENT, CLUSTER, GRID):
         case = cases.make_case((2, 8, 8, 8), mode="eval")
         for check in (check_forward, check_backward):
             with pytest.raises(simt.NoPlanError, match="only streaming"):
@@ -143,17 +176,17 @@ def test_only_training_has_a_second_pass() -> None:
             check_backward(case, "sums", want=(False, True, True, True, True), machine=machine)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_dx_alone(way: str) -> None:
-    layout, shape, machine = WAYS[way]
+    layout, shape, machine = EVERY_WAY[way]
     case = cases.make_case(shape, layout=layout, grad_layout=layout)
     for want in ((True, False, False, False, False), (True, False, True, False, True)):
         check_backward(case, way, want=want, machine=machine)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_every_schedule_gives_the_same_bits(way: str) -> None:
-    layout, shape, machine = WAYS[way]
+    layout, shape, machine = EVERY_WAY[way]
     case = cases.make_case(shape, "bfloat16-float32", layout=layout, grad_layout=layout)
     seen = set()
     for seed in range(4):
@@ -163,10 +196,10 @@ def test_every_schedule_gives_the_same_bits(way: str) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_cumulative_momentum(way: str) -> None:
     """The third batch counts one third, whichever block reads the count."""
-    layout, shape, machine = WAYS[way]
+    layout, shape, machine = EVERY_WAY[way]
     case = cases.make_case(shape, layout=layout)
     got = simt.forward(case.input, **case.arguments, momentum=None, machine=machine)
     want = reference.forward(case.input, **case.arguments, momentum=1 / 3)
@@ -186,10 +219,10 @@ def far_cases(layout: str, shape: tuple[int, int, int, int]) -> Iterator[tuple[s
         yield f"border, spread {spread}", case._replace(input=dark)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_far_from_zero(way: str) -> None:
     """A mean of 1e4 deviations, and a border unlike the rest."""
-    layout, shape, machine = WAYS[way]
+    layout, shape, machine = EVERY_WAY[way]
     for label, case in far_cases(layout, shape):
         both(case, label, machine=machine)
 
@@ -212,15 +245,17 @@ def test_offsets_beyond_32_bits(walk: str, dtypes: str) -> None:
     far = far_apart(case.input, walk == "rows")
     dense = torch.channels_last if walk == "rows" else torch.contiguous_format
     dy = case.grad_output.contiguous(memory_format=dense)
-    for machine in (RESIDENT, CLUSTER._replace(cluster=2)):
+    machines = [RESIDENT, CLUSTER._replace(cluster=2)]
+    machines += [GRID._replace(cluster=2)] if walk == "planes" else []
+    for machine in machines:
         both(case._replace(input=far, grad_output=dy), walk, machine=machine)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EVERY_WAY)
 def test_nan_stays_in_its_channel(way: str, poison: float) -> None:
     """Also where neighbouring channels share packs."""
-    layout, shape, machine = WAYS[way]
+    layout, shape, machine = EVERY_WAY[way]
     clean = cases.make_case(shape, layout=layout)
     data = clean.input.clone(memory_format=torch.preserve_format)
     data[1, 2, 2, 3] = poison

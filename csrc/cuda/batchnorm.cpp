@@ -44,6 +44,8 @@ DeviceInfo ask_device(int device) {
   for (int i = 0; i < kNumClusterSizes; ++i) {
     info.active_clusters[i] = active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
   }
+  const bool room = ask(cudaDevAttrCooperativeLaunch) != 0 && cooperative_blocks(info.shared_bytes_opt_in) > 0;
+  info.cooperative_blocks = room ? info.num_sms : 0;
   return info;
 }
 
@@ -63,7 +65,7 @@ const DeviceInfo& device_info(at::Device device) {
 
 namespace {
 
-// A plan takes a microsecond or two to make, and a network asks for the same ones again and again.
+// A plan takes some microseconds to make, and a network asks for the same ones again and again.
 const Plan& find_plan(const Request& request, at::Device device, const Limits& limits) {
   struct Entry {
     Request request;

@@ -1,6 +1,7 @@
 // Fills in the kernels' arguments, picks the template instance, launches. Choices are plan.cpp's.
 #include "launch.h"
 
+#include "kernels/grid.cuh"
 #include "kernels/on_chip.cuh"
 #include "kernels/streaming.cuh"
 
@@ -28,9 +29,15 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.held_steps = plan.held_steps;
   args.run_length = plan.run_length;
   args.slab_channels = plan.slab_channels;
+  args.num_groups = plan.num_groups;
+  args.ring_batches = plan.ring_batches;
+  args.batches_ahead = plan.batches_ahead;
   args.layout = plan.layout;
   args.num_positions = static_cast<double>(g.num_positions());
-  if (plan.reduce) args.partials = static_cast<double*>(workspace);
+  if (plan.reduce || plan.family == Family::kGrid) args.partials = static_cast<double*>(workspace);
+  if (plan.family == Family::kGrid) {
+    args.counters = reinterpret_cast<int*>(static_cast<char*>(workspace) + plan.counter_offset);
+  }
   if (plan.finish && plan.apply) args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
   return args;
 }
@@ -67,14 +74,21 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int 
 
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
-  if (plan.pass == Pass::kBackward)
-    return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
-  if (plan.count_first) {
-    const cudaError_t error = launch_kernel<&count_batch_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
+  LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
+  if (plan.prepare) {
+    const cudaError_t error = launch_kernel<&prepare_kernel>(launch_shape(1, kMaxThreads, 0), stream, args);
     if (error != cudaSuccess) return error;
   }
-  return launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
+  const bool backward = plan.pass == Pass::kBackward;
+  if constexpr (!kRows) {
+    shape.cooperative = plan.family == Family::kGrid;
+    if (shape.cooperative) {
+      return backward ? launch_kernel<&grid_backward_kernel<T, kVec, kWhole>>(shape, stream, args)
+                      : launch_kernel<&grid_forward_kernel<T, kVec, kWhole>>(shape, stream, args);
+    }
+  }
+  return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args)
+                  : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
@@ -201,6 +215,13 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
 int active_clusters(int cluster, int64_t shared_bytes) {
   return count_clusters<&on_chip_backward_kernel<float, 4, false, true>>(
       launch_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
+}
+
+// The same for the grid's: one kernel stands for all.
+int cooperative_blocks(int64_t shared_bytes) {
+  LaunchShape shape = launch_shape(1, kMaxOnChipThreads, shared_bytes);
+  shape.cooperative = true;
+  return count_blocks<&grid_backward_kernel<float, 4, true>>(shape);
 }
 
 }  // namespace bnext::cuda

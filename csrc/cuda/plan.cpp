@@ -5,6 +5,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "plan_grid.h"
 #include "plan_on_chip.h"
 #include "plan_steps.h"
 
@@ -159,8 +160,11 @@ std::string with_unit(double bytes) {
 std::string stages_text(const Plan& plan) {
   const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
   if (plan.on_chip) {
-    std::string text = plan.count_first ? " count, then" : "";
-    text += grid + (plan.cluster > 1 ? " in clusters of " + std::to_string(plan.cluster) : "") + ", ";
+    std::string text = plan.prepare ? " prepare, then" : "";
+    text += grid;
+    if (plan.cluster > 1) text += " in clusters of " + std::to_string(plan.cluster);
+    if (plan.family == Family::kGrid) text += " at once (" + std::to_string(plan.num_splits) + " blocks per channel)";
+    text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
     return text + " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
   }
@@ -244,10 +248,14 @@ Request make_request(const BackwardProblem& problem) {
 Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits) {
   const Plan streaming = plan_streaming(r, device, limits);
   if (limits.family == Family::kStreaming) return streaming;
+  if (limits.family == Family::kGrid) return plan_grid(r, device, limits, streaming);
   const Plan on_chip = plan_on_chip(r, device, limits, streaming);
-  if (limits.family != Family::kAuto) return on_chip;
+  if (limits.family == Family::kResident || limits.family == Family::kCluster) return on_chip;
   const bool better = on_chip.microseconds <= streaming.microseconds || !streaming.error.empty();
-  return on_chip.error.empty() && better ? on_chip : streaming;
+  const Plan& best = on_chip.error.empty() && better ? on_chip : streaming;
+  if (limits.family == Family::kNoGrid) return best;
+  const Plan grid = plan_grid(r, device, limits, streaming);
+  return grid.error.empty() && grid.microseconds < kGridMargin * best.microseconds ? grid : best;
 }
 
 bool operator==(const Request& a, const Request& b) {
@@ -267,8 +275,9 @@ bool operator==(const Plan& a, const Plan& b) {
     const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.finish_threads, p.reduce_shared_bytes,
                                  p.apply_shared_bytes, p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
                                  p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip = std::tie(p.on_chip, p.count_first, p.cluster, p.num_steps, p.held_steps, p.run_length,
-                                  p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds);
+    const auto on_chip = std::tie(p.on_chip, p.prepare, p.cluster, p.num_steps, p.held_steps, p.run_length,
+                                  p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds, p.num_groups,
+                                  p.ring_batches, p.batches_ahead, p.counter_offset);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
@@ -299,14 +308,18 @@ const char* family_name(Family family) {
       return "resident";
     case Family::kCluster:
       return "cluster";
+    case Family::kGrid:
+      return "grid";
+    case Family::kNoGrid:
+      return "no-grid";
   }
   return "?";
 }
 
 bool parse_family(const std::string& name, Family* family) {
-  for (Family known : {Family::kAuto, Family::kStreaming, Family::kResident, Family::kCluster}) {
-    if (name != family_name(known)) continue;
-    *family = known;
+  for (int i = 0; i <= static_cast<int>(Family::kNoGrid); ++i) {
+    if (name != family_name(static_cast<Family>(i))) continue;
+    *family = static_cast<Family>(i);
     return true;
   }
   return false;

@@ -26,11 +26,14 @@ struct DeviceInfo {
   int registers_per_sm = 64 << 10;
   // Of each of kClusterSizes, how many can run at once when each block needs an SM for itself; 0: none can.
   int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
+  // Blocks that a cooperative launch may have when each needs an SM for itself; 0: there is no such launch.
+  int cooperative_blocks = 132;
   double memory_gb_per_s = 4800;
 };
 
-// kAuto leaves the choice to make_plan. Resident and cluster keep a channel on chip: in one block, or in a cluster.
-enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster };
+// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or in
+// any number of the blocks that run at once. kNoGrid is kAuto for programs whose other streams would hold up a grid.
+enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid, kNoGrid };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -66,7 +69,7 @@ struct Limits {
   // Blocks to fill the device with, as a share of the threads it can hold. Half: registers allow no more than that.
   double waves = 0.5;
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
-  int cluster = 0;                          // blocks in a cluster: exactly this many, or 0 for any number
+  int cluster = 0;  // blocks in a cluster, or that share a channel in a grid: exactly this many, or 0 for any number
 };
 
 struct Plan {
@@ -88,16 +91,20 @@ struct Plan {
   int finish_threads = 32;
   int64_t reduce_shared_bytes = 0, apply_shared_bytes = 0, finish_shared_bytes = 0;
   int64_t coefficient_offset = 0, workspace_bytes = 0;
-  // On chip: one kernel for all, after a tiny one where batches have to be counted first.
-  bool on_chip = false, count_first = false;
+  // On chip: one kernel for all, after a tiny one where batches have to be counted first, or
+  // counters to begin at zero.
+  bool on_chip = false, prepare = false;
   int cluster = 1;                    // blocks that share a channel; num_splits is the same
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int run_length = 1, slab_channels = 1;
+  // Grid: blocks that share a channel form a group. Of the batches that a block has slots for, some wait to be summed.
+  int64_t num_groups = 1, counter_offset = 0;
+  int ring_batches = 0, batches_ahead = 0;
   double held = 0;  // share of the data that stays on chip
   OnChipLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;
-  double microseconds = 0;  // by the model of plan_on_chip.cpp
+  double microseconds = 0;  // by the model of plan_cost.h
   // Not empty: the pass cannot run, and why.
   std::string error;
 };

@@ -22,6 +22,7 @@ NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, do
   info.shared_bytes_opt_in = (arch == 75 ? shared_kib : shared_kib - 1) * kKiB;  // a block's own KiB is the system's
   info.l2_bytes = l2_bytes;
   info.memory_gb_per_s = memory_gb_per_s;
+  info.cooperative_blocks = num_sms;
   std::copy(active_clusters.begin(), active_clusters.end(), info.active_clusters);
   return {name, info};
 }
@@ -55,6 +56,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
       {"shared_bytes_opt_in", info.shared_bytes_opt_in},
       {"shared_bytes_per_sm", info.shared_bytes_per_sm},
       {"registers_per_sm", info.registers_per_sm},
+      {"cooperative_blocks", info.cooperative_blocks},
       {"memory_gb_per_s", info.memory_gb_per_s},
   };
   for (int i = 0; i < kNumClusterSizes; ++i) {
@@ -65,22 +67,18 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
 
 std::vector<Family> all_families() {
   std::vector<Family> families;
-  for (int i = static_cast<int>(Family::kAuto) + 1;; ++i) {
-    const Family family = static_cast<Family>(i);
-    Family parsed;
-    if (!parse_family(family_name(family), &parsed) || parsed != family) return families;
-    families.push_back(family);
+  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(Family::kGrid); ++i) {
+    families.push_back(static_cast<Family>(i));
   }
+  return families;
 }
 
 Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  const std::vector<Family> families = all_families();
-  for (size_t i = 0; i < families.size(); ++i) {
-    known += (i + 1 == families.size() ? " or " : ", ") + std::string(family_name(families[i]));
-  }
+  for (Family each : all_families()) known += ", " + std::string(family_name(each));
+  known += " or " + std::string(family_name(Family::kNoGrid));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 

@@ -3,19 +3,13 @@
 #include <cmath>
 #include <numeric>
 
+#include "plan_cost.h"
 #include "plan_steps.h"
 
 namespace bnext::cuda {
 namespace {
 
-// ---- what plans cost: all of it a model, until a GPU has been asked ------------------------------------------------
-
-constexpr double kLaunchUs = 2.5;     // a kernel more in a stream, from the last block of one to full speed of the next
-constexpr double kReductionUs = 1;    // from the last load of a block to its first store
-constexpr double kClusterUs = 1.5;    // the same again for a cluster's barrier and remote reads
-constexpr double kBusyShare = 0.6;    // of the SMs: as many as it takes to keep memory busy
-constexpr double kL2Time = 0.6;       // of a byte from L2, with a byte from memory as 1
-constexpr double kL2Share = 0.5;      // of L2 that still holds what was read a while ago
+constexpr double kClusterUs = 1.5;    // more of a reduction: a cluster's barrier and remote reads
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread: what ptxas takes for forward kernels, and what launch bounds allow backward ones.
@@ -24,12 +18,6 @@ constexpr int kMaxBlocksPerSm = 32;
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 // Of a forward pass: its statistics rely on it, see on_chip_forward_kernel. Backward any share will do.
 constexpr double kMinHeld = 0.5;
-
-// Microseconds for `bytes` of memory traffic, `again` of which were read before; `recent` of those may still be in L2.
-double traffic_time(const DeviceInfo& device, double bytes, double again, double recent) {
-  const double hits = std::min(again, recent > 0 ? again * std::min(1.0, kL2Share * device.l2_bytes / recent) : 0);
-  return (bytes - hits + kL2Time * hits) / (device.memory_gb_per_s * 1e3);
-}
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
@@ -150,8 +138,6 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.block_rows = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : 1;
   const int64_t again = items_again(plan);
   const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
-  plan.tensors_read = num_tensors;
-  plan.tensors_written = 1;
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
   plan.microseconds = predict_time(plan, r, device);
@@ -205,23 +191,31 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
   const int rounds = r.pass == Pass::kForward ? 2 : 1;
   const double reduction = rounds * (kReductionUs + (plan.cluster > 1 ? kClusterUs : 0));
   const double waves = std::ceil(num_blocks / (double(sms) * blocks));
-  return kLaunchUs * (1 + plan.count_first) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
+  return kLaunchUs * (1 + plan.prepare) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
          reduction * (1 + (waves - 1) / blocks);
 }
 
-Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
-  Plan base = streaming;
-  base.family = limits.family == Family::kCluster ? Family::kCluster : Family::kResident;
+Plan begin_on_chip(const Request& r, const Plan& streaming) {
+  Plan plan = streaming;
   if (const char* reason = refuse(r, streaming)) {
-    base.error = reason;
-    return base;
+    plan.error = reason;
+    return plan;
   }
-  base.on_chip = true;
-  base.count_first = r.pass == Pass::kForward && r.cumulative;
-  base.reduce = base.finish = base.apply = base.fused = false;
-  base.reduce_shared_bytes = base.apply_shared_bytes = base.finish_shared_bytes = 0;
-  base.coefficient_offset = base.workspace_bytes = 0;
-  base.error.clear();
+  plan.on_chip = true;
+  plan.reduce = plan.finish = plan.apply = plan.fused = false;
+  plan.reduce_shared_bytes = plan.apply_shared_bytes = plan.finish_shared_bytes = 0;
+  plan.coefficient_offset = plan.workspace_bytes = 0;
+  plan.tensors_read = r.pass == Pass::kForward ? 1 : 2;
+  plan.tensors_written = 1;
+  plan.error.clear();
+  return plan;
+}
+
+Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
+  Plan base = begin_on_chip(r, streaming);
+  base.family = limits.family == Family::kCluster ? Family::kCluster : Family::kResident;
+  if (!base.error.empty()) return base;
+  base.prepare = r.pass == Pass::kForward && r.cumulative;
   Plan best;
   best.error = "rows are too wide for a block";
   auto consider_blocks = [&](Plan plan, int cluster) {

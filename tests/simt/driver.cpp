@@ -40,6 +40,7 @@ struct Call {
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length;
+  int64_t batches_ahead, batches_behind;  // of a grid: copies before sums, and sums before maps beyond a channel's
   double held;
   char plan[512], error[256];
 };
@@ -74,6 +75,8 @@ void run(Call& call, const Problem& problem) {
   cuda::DeviceInfo device;
   device.num_sms = static_cast<int>(call.num_sms);
   device.threads_per_sm = static_cast<int>(call.threads_per_sm);
+  // So slow that blocks of 64 threads need as few batches in flight as those of 512 on a GPU.
+  device.memory_gb_per_s = 4.0 * device.num_sms;
   cuda::Limits limits;
   limits.threads = static_cast<int>(call.threads);
   limits.batches = static_cast<int>(call.batches);
@@ -105,6 +108,9 @@ void run(Call& call, const Problem& problem) {
   call.fold = plan.fold;
   call.num_splits = plan.num_splits;
   call.run_length = plan.run_length;
+  constexpr int kOnChip = cuda::kOnChipBatch;
+  call.batches_ahead = plan.batches_ahead;
+  call.batches_behind = plan.ring_batches - plan.batches_ahead - (plan.held_steps + kOnChip - 1) / kOnChip;
   call.held = plan.held;
 }
 

@@ -78,6 +78,36 @@ void early_look(Memory memory) {
   if (early || shared[threadIdx.x] != 0) simt::check_store(nullptr, 4);
 }
 
+double number = 0;
+int counter = 0;
+
+void waits_for_ever(Memory) {
+  if (threadIdx.x == 0 && blockIdx.x > 0) simt::wait_at(&counter, 2, __FILE__, __LINE__);
+  __syncthreads();
+  if (threadIdx.x == 0 && blockIdx.x == 0) simt::arrive_at(&counter, __FILE__, __LINE__);
+}
+
+void read_after(void (*leave)()) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) return leave();
+  simt::wait_at(&counter, 1, __FILE__, __LINE__);
+  if (number != 1) simt::check_store(nullptr, 4);
+}
+
+void arrives_before_leaving(Memory) {
+  read_after([] {
+    simt::arrive_at(&counter, __FILE__, __LINE__);
+    simt::leave_number(&number, 1);
+  });
+}
+
+void leaves_before_arriving(Memory) {
+  read_after([] {
+    simt::leave_number(&number, 1);
+    simt::arrive_at(&counter, __FILE__, __LINE__);
+  });
+}
+
 void nothing_wrong(Memory memory) {
   auto* shared = reinterpret_cast<float*>(simt::shared_memory());
   shared[threadIdx.x] = *static_cast<const float*>(simt::check_load(memory.loads + threadIdx.x, 4));
@@ -93,12 +123,26 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
     void (*kernel)(Memory);
     unsigned grid, cluster;
   };
-  const Fault faults[] = {{skipped_barrier, 2, 1},        {two_barriers, 2, 1},    {half_warp_shuffle, 2, 1},
-                          {partial_mask, 2, 1},           {misaligned_load, 2, 1}, {load_outside, 2, 1},
-                          {store_outside, 2, 1},          {store_twice, 2, 1},     {beyond_shared, 2, 1},
-                          {cluster_barrier_missed, 2, 2}, {ended_block, 2, 2},     {two_cluster_barriers, 2, 2},
-                          {left_in_flight, 2, 1},         {early_look, 2, 1},      {nothing_wrong, 1, 1}};
+  const Fault faults[] = {{skipped_barrier, 2, 1},
+                          {two_barriers, 2, 1},
+                          {half_warp_shuffle, 2, 1},
+                          {partial_mask, 2, 1},
+                          {misaligned_load, 2, 1},
+                          {load_outside, 2, 1},
+                          {store_outside, 2, 1},
+                          {store_twice, 2, 1},
+                          {beyond_shared, 2, 1},
+                          {cluster_barrier_missed, 2, 2},
+                          {ended_block, 2, 2},
+                          {two_cluster_barriers, 2, 2},
+                          {left_in_flight, 2, 1},
+                          {early_look, 2, 1},
+                          {nothing_wrong, 1, 1},
+                          {waits_for_ever, 3, 3},
+                          {arrives_before_leaving, 2, 2},
+                          {leaves_before_arriving, 2, 2}};
   const Fault& fault = faults[which];
+  number = counter = 0;
   alignas(16) float loads[64] = {}, stores[64] = {};
   simt::begin({static_cast<uint64_t>(seed), ""});
   simt::allow_load(loads, sizeof loads);

@@ -23,7 +23,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the or
 FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
 # A checked longjmp refuses to leave a fiber's stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DBNEXT_SIMT", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/simt"]
-PLANS = ("csrc/cuda/plan.cpp", "csrc/cuda/plan_on_chip.cpp", "csrc/layout.cpp")
+PLANS = (
+    *("csrc/cuda/plan.cpp", "csrc/cuda/plan_grid.cpp", "csrc/cuda/plan_on_chip.cpp"),
+    "csrc/layout.cpp",
+)
 PLAN_SOURCES = ("tests/simt/plan_driver.cpp", *PLANS)
 SIMT_SOURCES = (
     *("tests/simt/driver.cpp", "tests/simt/faults.cpp", "tests/simt/simt.cpp"),
@@ -87,11 +90,11 @@ VECTORS = (
     *("dweight", "dbias", "dmean", "dvar"),
     *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
-FAMILIES = ("auto", "streaming", "resident", "cluster")  # the order of Family
+FAMILIES = ("auto", "streaming", "resident", "cluster", "grid", "no-grid")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "cluster", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold")
-RESULTS += ("num_splits", "run_length")
+RESULTS += ("num_splits", "run_length", "batches_ahead", "batches_behind")
 
 
 class Call(ctypes.Structure):

@@ -14,7 +14,7 @@ constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCluster = 16;
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kAtCounter, kDone };
 
 struct Copy {
   void* to;
@@ -26,18 +26,19 @@ struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   ucontext_t context;
   jmp_buf resume;
-  bool started = false;  // it waits in `resume` for the next block
-  State state = State::kDone;
+  bool started = false;        // it waits in `resume` for the next block
   const char* file = nullptr;  // of the barrier
   int line = 0;                // of the barrier or the shuffle
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   std::string arrived_at;
-  std::vector<Copy> copies;                 // begun, and in no group yet
-  std::deque<std::vector<Copy>> in_flight;  // groups
+  const int* counter = nullptr;  // that it waits for, to reach `count`
+  int count = 0;
+  std::vector<std::pair<double*, double>> left;  // for other blocks, who do not see it yet
+  std::vector<Copy> copies;                      // begun, and in no group yet
+  std::deque<std::vector<Copy>> in_flight;       // groups
   uint64_t slot[2] = {0, 0};  // values left for other lanes, alternating: a fast lane cannot overwrite what is read
   unsigned num_shuffles = 0;
-  uint32_t priority = 0;
 };
 
 struct Range {
@@ -48,7 +49,10 @@ struct Range {
 struct Machine {
   Session session;
   std::mt19937_64 random;
-  std::deque<Fiber> fibers;  // of all blocks of a cluster
+  std::deque<Fiber> fibers;  // of all blocks of a cluster, or of a cooperative launch
+  // Of each fiber, side by side: they are looked at whenever another one runs.
+  std::vector<State> states;
+  std::vector<uint32_t> priorities;
   jmp_buf scheduler;
   unsigned fiber = 0, first_block = 0, num_threads = 0, cluster = 1, num_blocks = 0;
   const std::function<void()>* kernel = nullptr;
@@ -82,15 +86,21 @@ void yield() {
   _longjmp(m.scheduler, 2);
 }
 
+void publish() {
+  for (const auto& [to, value] : current().left) *to = value;
+  current().left.clear();
+}
+
 void fiber_main() {
   for (;;) {
     (*m.kernel)();
+    publish();
     if (current().arrived) fail("a thread ends without waiting at the cluster's barrier");
     if (!current().copies.empty()) fail("an asynchronous copy that nobody waits for");
     for (const auto& group : current().in_flight) {
       if (!group.empty()) fail("an asynchronous copy that nobody waits for");
     }
-    current().state = State::kDone;
+    m.states[m.fiber] = State::kDone;
     yield();
   }
 }
@@ -111,24 +121,24 @@ bool skipped(const char* file, int line) {
 void release_warp(unsigned first) {
   Fiber& leader = m.fibers[first];
   for (unsigned i = first; i < first + kWarp; ++i) {
-    if (m.fibers[i].state != State::kAtShuffle) return;
+    if (m.states[i] != State::kAtShuffle) return;
   }
   for (unsigned i = first; i < first + kWarp; ++i) {
     if (m.fibers[i].line != leader.line || m.fibers[i].num_shuffles != leader.num_shuffles) {
       fail("lanes of a warp are at different shuffles");
     }
   }
-  for (unsigned i = first; i < first + kWarp; ++i) m.fibers[i].state = State::kReady;
+  for (unsigned i = first; i < first + kWarp; ++i) m.states[i] = State::kReady;
 }
 
 void release_block(unsigned first) {
   Fiber& leader = m.fibers[first];
   for (unsigned i = first; i < first + m.num_threads; ++i) {
-    if (m.fibers[i].state != State::kAtBarrier) return;
+    if (m.states[i] != State::kAtBarrier) return;
   }
   for (unsigned i = first; i < first + m.num_threads; ++i) {
     if (m.fibers[i].line != leader.line || m.fibers[i].file != leader.file) fail("threads are at different barriers");
-    m.fibers[i].state = State::kReady;
+    m.states[i] = State::kReady;
   }
 }
 
@@ -141,14 +151,14 @@ void release_cluster() {
     Fiber& fiber = m.fibers[i];
     if (fiber.arrived_at != m.fibers[0].arrived_at) fail("threads are at different cluster barriers");
     fiber.arrived = false;
-    if (fiber.state == State::kAtClusterBarrier) fiber.state = State::kReady;
+    if (m.states[i] == State::kAtClusterBarrier) m.states[i] = State::kReady;
   }
   for (unsigned i = 0; i < num_fibers(); ++i) m.fibers[i].passed += 1;
 }
 
 bool has_ended(unsigned rank) {
   for (unsigned i = rank * m.num_threads; i < (rank + 1) * m.num_threads; ++i) {
-    if (m.fibers[i].state != State::kDone) return false;
+    if (m.states[i] != State::kDone) return false;
   }
   return true;
 }
@@ -157,7 +167,7 @@ bool has_ended(unsigned rank) {
 void draw_priorities(unsigned together) {
   for (unsigned i = 0; i < num_fibers(); ++i) {
     const bool follows = i % together != 0;
-    m.fibers[i].priority = follows ? m.fibers[i - 1].priority : static_cast<uint32_t>(m.random());
+    m.priorities[i] = follows ? m.priorities[i - 1] : static_cast<uint32_t>(m.random());
   }
 }
 
@@ -169,7 +179,7 @@ unsigned pick(const std::vector<unsigned>& ready) {
   if (together == 0) return ready[m.random() % ready.size()];
   if (m.random() % (8 * num_fibers()) == 0) draw_priorities(together);
   return *std::max_element(ready.begin(), ready.end(),
-                           [](unsigned a, unsigned b) { return m.fibers[a].priority < m.fibers[b].priority; });
+                           [](unsigned a, unsigned b) { return m.priorities[a] < m.priorities[b]; });
 }
 
 void start_fiber(Fiber& fiber) {
@@ -183,10 +193,18 @@ void start_fiber(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
+// Who waits for a counter holds up the others of its block.
 void report_deadlock() {
-  for (m.fiber = 0; current().state == State::kDone;) ++m.fiber;
+  for (m.fiber = 0; m.fiber < num_fibers() && m.states[m.fiber] != State::kAtCounter;) ++m.fiber;
+  if (m.fiber < num_fibers()) {
+    const Fiber& fiber = current();
+    m.error = "waits for ever at " + place(fiber.file, fiber.line) + ": " + std::to_string(*fiber.counter) + " of " +
+              std::to_string(fiber.count) + " have arrived" + where();
+    return;
+  }
+  for (m.fiber = 0; m.states[m.fiber] == State::kDone;) ++m.fiber;
   const Fiber& fiber = current();
-  m.error = fiber.state == State::kAtBarrier || fiber.state == State::kAtClusterBarrier
+  m.error = m.states[m.fiber] == State::kAtBarrier || m.states[m.fiber] == State::kAtClusterBarrier
                 ? "not all threads reach the barrier at " + place(fiber.file, fiber.line)
                 : "not all lanes reach the shuffle at line " + std::to_string(fiber.line);
   m.error += where() + " does";
@@ -197,10 +215,11 @@ void run_cluster(unsigned first_block) {
   for (auto& memory : m.shared) std::fill(memory.begin(), memory.end() - kGuardBytes, kPoison);
   for (unsigned i = 0; i < num_fibers(); ++i) {
     Fiber& fiber = m.fibers[i];
-    fiber.state = State::kReady;
+    m.states[i] = State::kReady;
     fiber.num_shuffles = 0;
     fiber.arrived = false;
     fiber.passed = fiber.waited = 0;
+    fiber.left.clear();
     fiber.copies.clear();
     fiber.in_flight.clear();
   }
@@ -211,8 +230,10 @@ void run_cluster(unsigned first_block) {
     ready.clear();
     bool all_done = true;
     for (unsigned i = 0; i < num_fibers(); ++i) {
-      if (m.fibers[i].state == State::kReady) ready.push_back(i);
-      all_done = all_done && m.fibers[i].state == State::kDone;
+      State& state = m.states[i];
+      if (state == State::kAtCounter && *m.fibers[i].counter >= m.fibers[i].count) state = State::kReady;
+      if (state == State::kReady) ready.push_back(i);
+      all_done = all_done && state == State::kDone;
     }
     if (all_done) break;
     if (ready.empty()) return report_deadlock();
@@ -251,7 +272,7 @@ unsigned char* shared_memory() { return m.shared[rank()].data(); }
 
 void barrier(const char* file, int line) {
   if (skipped(file, line)) return;
-  current().state = State::kAtBarrier;
+  m.states[m.fiber] = State::kAtBarrier;
   current().file = file;
   current().line = line;
   release_block(rank() * m.num_threads);
@@ -273,7 +294,7 @@ void cluster_wait(const char* file, int line) {
   if (!fiber.arrived && fiber.passed == fiber.waited) fail("a thread waits at the cluster's barrier without arriving");
   fiber.waited += 1;
   if (fiber.passed >= fiber.waited) return;
-  fiber.state = State::kAtClusterBarrier;
+  m.states[m.fiber] = State::kAtClusterBarrier;
   fiber.file = file;
   fiber.line = line;
   yield();
@@ -288,7 +309,31 @@ const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other
   return m.shared[rank_of_other].data() + offset;
 }
 
-void copy_async(void* to, const void* from, size_t bytes) { current().copies.push_back({to, from, bytes}); }
+void leave_number(double* to, double value) { current().left.push_back({to, value}); }
+
+// Others may run at once, before this thread does anything more.
+void arrive_at(int* counter, const char* file, int line) {
+  if (skipped(file, line)) return;
+  publish();
+  ++*counter;
+  yield();
+}
+
+void wait_at(const int* counter, int count, const char* file, int line) {
+  if (skipped(file, line)) return;
+  Fiber& fiber = current();
+  m.states[m.fiber] = State::kAtCounter;
+  fiber.counter = counter;
+  fiber.count = count;
+  fiber.file = file;
+  fiber.line = line;
+  yield();
+}
+
+void copy_async(void* to, const void* from, size_t bytes) {
+  std::memset(to, kPoison, bytes);
+  current().copies.push_back({to, from, bytes});
+}
 
 void commit_async() {
   current().in_flight.push_back(std::move(current().copies));
@@ -308,7 +353,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line) {
   Fiber& fiber = current();
   const unsigned turn = fiber.num_shuffles++ % 2;
   fiber.slot[turn] = bits;
-  fiber.state = State::kAtShuffle;
+  m.states[m.fiber] = State::kAtShuffle;
   fiber.line = line;
   const unsigned self = m.fiber;
   release_warp(self / kWarp * kWarp);
@@ -340,8 +385,8 @@ void* check_store(void* to, size_t bytes) {
 void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
               const std::function<void()>& kernel) {
   if (!m.error.empty()) return;
-  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 || cluster > kMaxCluster ||
-      grid % cluster != 0) {
+  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 ||
+      (cluster > kMaxCluster && cluster != grid) || grid % cluster != 0) {
     m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
               std::to_string(cluster) + " cannot run";
     return;
@@ -351,6 +396,8 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_byt
   m.num_threads = block;
   m.cluster = cluster;
   if (m.fibers.size() < num_fibers()) m.fibers.resize(num_fibers());
+  m.states.assign(m.fibers.size(), State::kDone);
+  m.priorities.resize(m.fibers.size());
   m.shared.assign(cluster, std::vector<unsigned char>(shared_bytes + kGuardBytes, kGuard));
   std::vector<unsigned> order(grid / cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;

@@ -3,9 +3,11 @@
 //
 // It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned pack;
 // a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size, or that
-// of a block that has ended; an asynchronous copy that nobody waits for. Shared memory starts as NaN, and asynchronous
-// copies arrive when they are waited for, no sooner: a value read too early shows in the result, and so does a missing
-// barrier, since some seeds run the reader first. The blocks of a cluster run at the same time, others one by one.
+// of a block that has ended; an asynchronous copy that nobody waits for; a wait for a counter that nothing will end.
+// Shared memory starts as NaN; asynchronous copies arrive when they are waited for, no sooner, and leave NaN until then;
+// numbers for other blocks when their thread arrives at a counter: a value read too early shows in the result, and so does
+// a missing barrier, since some seeds run the reader first. The blocks of a cluster, and of a cooperative launch, run at the
+// same time, others one by one.
 #pragma once
 
 #include <cstddef>
@@ -48,6 +50,11 @@ void cluster_arrive(const char* file, int line);
 void cluster_wait(const char* file, int line);
 // What lies at `own`'s place in the shared memory of another block of the cluster.
 const void* cluster_memory(const void* own, size_t bytes, unsigned rank);
+
+// For other blocks, who see it when this thread has arrived somewhere, or has ended.
+void leave_number(double* to, double value);
+void arrive_at(int* counter, const char* file, int line);
+void wait_at(const int* counter, int count, const char* file, int line);
 
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_async();

@@ -42,4 +42,32 @@ __device__ inline void wait_async(BNEXT_CALLER) {
 #endif
 }
 
+// The same where only the launch knows how many. More than kMostGroups are not left in flight.
+constexpr int kMostGroups = 7;
+
+__device__ inline void wait_async_but(int groups BNEXT_AND_CALLER) {
+#ifdef BNEXT_SIMT
+  simt::wait_async(groups < kMostGroups ? groups : kMostGroups, file, line);
+#elif __CUDA_ARCH__ >= 800
+  switch (groups) {
+    case 0:
+      return wait_async<0>();
+    case 1:
+      return wait_async<1>();
+    case 2:
+      return wait_async<2>();
+    case 3:
+      return wait_async<3>();
+    case 4:
+      return wait_async<4>();
+    case 5:
+      return wait_async<5>();
+    case 6:
+      return wait_async<6>();
+    default:
+      return wait_async<kMostGroups>();
+  }
+#endif
+}
+
 }  // namespace bnext::cuda

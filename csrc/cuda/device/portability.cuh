@@ -10,9 +10,11 @@
 #include "simt.h"  // threadIdx, __syncthreads, shuffles, cudaError_t: the shim's own
 // The shim knows a barrier by the place that calls it.
 #define BNEXT_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define BNEXT_AND_CALLER , BNEXT_CALLER
 #else
 #include <cuda_runtime.h>
 #define BNEXT_CALLER
+#define BNEXT_AND_CALLER
 #endif
 
 namespace bnext::cuda {
@@ -29,22 +31,29 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
-// Blocks of `cluster` neighbours run together and see each other's shared memory.
+// Blocks of `cluster` neighbours run together and see each other's shared memory. Cooperative: all blocks run at once, or
+// the launch is an error.
 struct LaunchShape {
   unsigned blocks = 0, threads = 0, cluster = 1;
   size_t shared_bytes = 0;
+  bool cooperative = false;
 };
 
 #ifdef BNEXT_SIMT
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.shared_bytes, stream, args);
+  simt::launch(kKernel, shape.blocks, shape.threads, shape.cooperative ? shape.blocks : shape.cluster,
+               shape.shared_bytes, stream, args);
   return cudaGetLastError();
 }
 
 // What the shim can run is up to those who ask for plans.
 template <auto kKernel>
 int count_clusters(const LaunchShape&) {
+  return 1;
+}
+template <auto kKernel>
+int count_blocks(const LaunchShape&) {
   return 1;
 }
 #else
@@ -61,7 +70,7 @@ inline cudaError_t keep_to_ourselves(cudaError_t error) {
 
 // What a kernel must be told once per device before it may have large shared memory or large clusters.
 template <auto kKernel>
-cudaError_t prepare_kernel() {
+cudaError_t set_attributes() {
   static std::atomic<uint64_t> prepared{0};  // one bit per device
   int device = 0, shared_bytes = 0, arch_major = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -85,18 +94,23 @@ cudaError_t prepare_kernel() {
   return error;
 }
 
-inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute& cluster) {
-  cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = shape.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute& attribute) {
+  attribute = {};
+  if (shape.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = shape.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(shape.blocks);
   config.blockDim = dim3(shape.threads);
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = &attribute;
+  config.numAttrs = shape.cooperative || shape.cluster > 1 ? 1 : 0;
   return config;
 }
 
@@ -105,10 +119,10 @@ template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
   cudaError_t error = cudaSuccess;
   if (shape.shared_bytes > kSharedBytesWithoutAsking || shape.cluster > kPortableCluster) {
-    error = prepare_kernel<kKernel>();
+    error = set_attributes<kKernel>();
   }
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(shape, stream, cluster);
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = launch_config(shape, stream, attribute);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kKernel, args);
   return keep_to_ourselves(error);
 }
@@ -120,12 +134,24 @@ template <auto kKernel>
 int count_clusters(const LaunchShape& shape) {
   int count = 0;
   cudaFuncAttributes compiled = {};
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(shape, nullptr, cluster);
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = launch_config(shape, nullptr, attribute);
   cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kKernel));
   if (error == cudaSuccess && compiled.ptxVersion < kClusterArch) return 0;
-  if (error == cudaSuccess) error = prepare_kernel<kKernel>();
+  if (error == cudaSuccess) error = set_attributes<kKernel>();
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
+  return keep_to_ourselves(error) == cudaSuccess ? count : 0;
+}
+
+// Blocks of this shape that an SM of the current device has room for; 0 if it cannot run any.
+template <auto kKernel>
+int count_blocks(const LaunchShape& shape) {
+  int count = 0;
+  cudaError_t error = set_attributes<kKernel>();
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, static_cast<int>(shape.threads),
+                                                          shape.shared_bytes);
+  }
   return keep_to_ourselves(error) == cudaSuccess ? count : 0;
 }
 #endif

@@ -2,6 +2,7 @@
 // is little work, and what it rounds every element would inherit.
 #pragma once
 
+#include "../device/grid.cuh"
 #include "../device/math.cuh"
 #include "../device/reduce.cuh"
 #include "kernel_args.h"
@@ -13,39 +14,54 @@ struct ChannelTotals {
   double value[kNumSums];
 };
 
+// Who adds up a channel's partial sums together: a block, or a warp, which needs no barriers.
+struct BlockTeam {
+  double* scratch;  // one number for each warp
+
+  __device__ int rank() const { return threadIdx.x; }
+  __device__ int size() const { return blockDim.x; }
+  __device__ double sum(double value) const { return block_sum(value, scratch); }
+};
+struct WarpTeam {
+  __device__ int rank() const { return threadIdx.x % kWarpSize; }
+  __device__ int size() const { return kWarpSize; }
+  __device__ double sum(double value) const { return warp_sum(value); }
+};
+
 // Calls f(pointer to the partial sums) for this thread's share of channel c: wide channels c, c + num_channels, and so on,
 // each with all its splits.
-template <typename F>
-__device__ inline void for_each_partial(const KernelArgs& args, int64_t c, F f) {
+template <typename Team, typename F>
+__device__ inline void for_each_partial(const KernelArgs& args, int64_t c, const Team& team, F f) {
   for (int64_t wide = c; wide < args.wide_channels; wide += args.num_channels) {
     const double* of_channel = args.partials + wide * args.num_splits;
-    for (int64_t split = threadIdx.x; split < args.num_splits; split += blockDim.x) f(of_channel + split);
+    for (int64_t split = team.rank(); split < args.num_splits; split += team.size()) f(of_channel + split);
   }
 }
 
-// Adds up the partial sums of channel c, the whole block together; every thread gets the totals.
-__device__ inline ChannelTotals merge_partials(const KernelArgs& args, int64_t c, double* scratch) {
+// Adds up the partial sums of channel c; every thread of the team gets the totals.
+template <typename Team>
+__device__ inline ChannelTotals merge_partials(const KernelArgs& args, int64_t c, const Team& team) {
   const int64_t stride = args.wide_channels * args.num_splits;  // from one of the sums to the next
   ChannelTotals totals;
   double sum[kNumSums] = {0, 0, 0};
   if (args.backward) {
-    for_each_partial(args, c, [&](const double* p) {
+    for_each_partial(args, c, team, [&](const double* p) {
 #pragma unroll
-      for (int k = 0; k < kNumSums; ++k) sum[k] += p[k * stride];
+      for (int k = 0; k < kNumSums; ++k) sum[k] += read_number(p + k * stride);
     });
 #pragma unroll
-    for (int k = 0; k < kNumSums; ++k) totals.value[k] = block_sum(sum[k], scratch);
+    for (int k = 0; k < kNumSums; ++k) totals.value[k] = team.sum(sum[k]);
     return totals;
   }
   // Chan: first the mean of all, then every part's squares moved to it. No difference of large numbers anywhere.
-  for_each_partial(args, c, [&](const double* p) { sum[0] += p[0] * p[stride]; });
-  const double mean = block_sum(sum[0], scratch) / args.num_positions;
-  for_each_partial(args, c, [&](const double* p) {
-    const double distance = p[stride] - mean;
-    sum[1] += p[2 * stride] + p[0] * distance * distance;
+  for_each_partial(args, c, team, [&](const double* p) { sum[0] += read_number(p) * read_number(p + stride); });
+  const double mean = team.sum(sum[0]) / args.num_positions;
+  for_each_partial(args, c, team, [&](const double* p) {
+    const double distance = read_number(p + stride) - mean;
+    sum[1] += read_number(p + 2 * stride) + read_number(p) * distance * distance;
   });
   totals.value[0] = mean;
-  totals.value[1] = block_sum(sum[1], scratch);
+  totals.value[1] = team.sum(sum[1]);
   totals.value[2] = 0;
   return totals;
 }
@@ -74,7 +90,7 @@ __device__ inline Coefficients<Acc> finish_forward(const KernelArgs& args, int64
     store_channel(args.stats_mean, c, mean);
     store_channel(args.stats_var, c, var);
     if (args.running_mean.data != nullptr) {
-      // A kernel before this one has counted the batch already: reduce, or on chip count_batch_kernel.
+      // A kernel before this one has counted the batch already: reduce, or on chip prepare_kernel.
       const double momentum = args.cumulative && args.num_batches_tracked != nullptr
                                   ? 1.0 / static_cast<double>(*args.num_batches_tracked)
                                   : args.momentum;
@@ -150,10 +166,18 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const KernelArgs
     if (threadIdx.x == 0) constant_coefficients<Acc>(args, c, true);
     return;
   }
-  const ChannelTotals totals = merge_partials(args, c, reinterpret_cast<double*>(shared_memory()));
+  const ChannelTotals totals = merge_partials(args, c, BlockTeam{reinterpret_cast<double*>(shared_memory())});
   if (threadIdx.x != 0) return;
   const Coefficients<Acc> coefficients = finish_channel<Acc>(args, c, totals, true);
   if (stored != nullptr) stored[c] = coefficients;
+}
+
+// Before on-chip kernels that rely on it: counters begin at zero, and the batch has been counted, because a cumulative
+// momentum is 1 / number of batches, which all blocks read. One block.
+__global__ void __launch_bounds__(kMaxThreads) prepare_kernel(const KernelArgs args) {
+  if (args.num_batches_tracked != nullptr && threadIdx.x == 0) ++*args.num_batches_tracked;
+  if (args.counters == nullptr) return;
+  for (int64_t c = threadIdx.x; c < args.num_channels; c += blockDim.x) args.counters[c] = 0;
 }
 
 }  // namespace bnext::cuda

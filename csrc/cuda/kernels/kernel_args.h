@@ -64,13 +64,17 @@ struct KernelArgs {
   int64_t num_slabs;      // rows: blocks side by side
   int block_packs, block_rows;
 
-  // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number.
+  // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number. So it is of the blocks of a
+  // grid, which go through the channels in num_groups groups of so many; a counter for each channel says who has arrived.
   int cluster_size;
   int num_steps, held_steps;  // items of a thread, and how many of them stay on chip
   // Column e of a slab is of its channel e / run_length % slab_channels: planes of run_length elements side by side, or
   // one row of slab_channels (or several, folded).
   int run_length, slab_channels;
   OnChipLayout layout;
+  int64_t num_groups;
+  int ring_batches, batches_ahead;  // batches that there are slots for, and those of them that wait to be added up
+  int* counters;
 
   double* partials;    // [kNumSums][wide_channels][num_splits]
   void* coefficients;  // [num_channels] of Coefficients<Acc>

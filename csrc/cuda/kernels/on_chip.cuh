@@ -4,10 +4,10 @@
 // read again, last things first, while it may still be in L2.
 #pragma once
 
-#include "../device/async.cuh"
 #include "../device/cluster.cuh"
 #include "elementwise.cuh"
 #include "finish.cuh"
+#include "slots.cuh"
 
 namespace bnext::cuda {
 
@@ -19,114 +19,48 @@ constexpr int kBatchesInFlight = 6;
 template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 class OnChip {
  public:
-  static constexpr int kViews = 1 + kTensors;  // out, x, and dy if there are two tensors
-
-  struct Batch {
-    Item<T, kViews> items[kOnChipBatch];
-    Pack<T, kVec> pack[kTensors][kOnChipBatch];
-  };
+  using Data = Slots<T, kVec, kRows, kWhole, kTensors>;
+  using Batch = typename Data::Batch;
 
   __device__ OnChip(const KernelArgs& args, const Tile& tile) : args_(args), tile_(tile) {}
 
   // Brings what stays on chip there, and calls use(batch) for each batch as it arrives.
   template <typename F>
   __device__ void load(F use) const {
-    Steps loading(args_, tile_), arrived(args_, tile_);
+    typename Data::Steps loading(args_, tile_), arrived(args_, tile_);
     const int batches = held_batches();
     for (int b = 0; b < batches + kBatchesInFlight; ++b) {
-      if (b < batches) start(loading, b);
+      if (b < batches) Data::copy(loading, b);
       commit_async();
       if (b < kBatchesInFlight) continue;
       wait_async<kBatchesInFlight>();
-      use(held(arrived, b - kBatchesInFlight));
+      use(Data::held(arrived, b - kBatchesInFlight, args_.held_steps));
     }
   }
 
   // The same batches again.
   template <typename F>
   __device__ void revisit(F use) const {
-    Steps steps(args_, tile_);
+    typename Data::Steps steps(args_, tile_);
     const int batches = held_batches();
-    for (int b = 0; b < batches; ++b) use(held(steps, b));
+    for (int b = 0; b < batches; ++b) use(Data::held(steps, b, args_.held_steps));
   }
 
   // The batches that do not stay on chip, from memory.
   template <typename F>
   __device__ void stream(F use) const {
-    const int from = held_batches(), to = all_batches();
-    if (from == to) return;
-    Steps steps(args_, tile_, from * kOnChipBatch);
-    for (int b = from; b < to; ++b) {
-      Batch batch;
-      for (auto& item : batch.items) item = steps.next();
-      fetch<Cache::kKeep>(batch);
-      use(batch);
-    }
+    Data::stream(args_, tile_, held_batches(), all_batches(), use);
   }
 
   template <typename F>
   __device__ void stream_backwards(F use) const {
-    const int from = held_batches(), to = all_batches();
-    if (from == to) return;
-    Steps steps(args_, tile_, to * kOnChipBatch - 1);
-    for (int b = from; b < to; ++b) {
-      Batch batch;
-      for (auto& item : batch.items) item = steps.previous();
-      fetch<Cache::kLastUse>(batch);
-      use(batch);
-    }
+    Data::stream_backwards(args_, tile_, held_batches(), all_batches(), use);
   }
 
  private:
-  using Steps = Cursor<T, kVec, kRows, kWhole, kViews>;
-
   // held_steps is all of them, or whole batches.
   __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
   __device__ int all_batches() const { return (args_.num_steps + kOnChipBatch - 1) / kOnChipBatch; }
-
-  // Neighbouring threads have neighbouring packs: no bank conflicts.
-  __device__ Pack<T, kVec>* slot(int step, int tensor) const {
-    return reinterpret_cast<Pack<T, kVec>*>(shared_memory()) + (step * kTensors + tensor) * blockDim.x + threadIdx.x;
-  }
-
-  __device__ void start(Steps& steps, int batch) const {
-#pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      const Item<T, kViews> item = steps.next();
-      if (item.empty()) continue;
-#pragma unroll
-      for (int t = 0; t < kTensors; ++t) {
-        Pack<T, kVec>* to = slot(batch * kOnChipBatch + u, t);
-        if (kWhole || is_aligned(item.at[1 + t])) {
-          copy_async(to, item.at[1 + t]);
-        } else {
-          const Item<T, kViews> one[1] = {item};
-          Pack<T, kVec> pack[1];
-          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
-          *to = pack[0];
-        }
-      }
-    }
-  }
-
-  // Slots of items that are not there are read as well, as far as there are slots: what is in them, nobody uses.
-  __device__ Batch held(Steps& steps, int b) const {
-    Batch batch;
-#pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      batch.items[u] = steps.next();
-      const int step = b * kOnChipBatch + u, last = args_.held_steps - 1;
-#pragma unroll
-      for (int t = 0; t < kTensors; ++t) batch.pack[t][u] = load_slot(slot(step < last ? step : last, t));
-    }
-    return batch;
-  }
-
-  template <Cache kCache>
-  __device__ void fetch(Batch& batch) const {
-#pragma unroll
-    for (int t = 0; t < kTensors; ++t) load_batch<kCache, kWhole>(batch.pack[t], batch.items, 1 + t);
-  }
 
   const KernelArgs& args_;
   const Tile& tile_;
@@ -388,11 +322,6 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(
   data.stream_backwards(apply);
   data.revisit(apply);
   leave_cluster(args);
-}
-
-// A cumulative momentum is 1 / number of batches, which all blocks of the forward kernel read: this comes before it.
-__global__ void count_batch_kernel(const KernelArgs args) {
-  if (threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 
 }  // namespace bnext::cuda

@@ -57,7 +57,7 @@ class Cursor {
   using Index = std::conditional_t<(kVec > 1), int, int64_t>;
 
   // Begins at the first step of each thread, or at a later one.
-  __device__ Cursor(const KernelArgs& args, const Tile& tile, Index step = 0) : args_(args) {
+  __device__ Cursor(const KernelArgs& args, const Tile& tile, Index step = 0) : args_(&args) {
     static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
     const int thread = threadIdx.x;
     int64_t start = thread, offset_c = tile.column;
@@ -96,10 +96,10 @@ class Cursor {
     const Item<T, kViews> item = here();
     item_ += num_threads_;
     move(1);
-    digit_[2] += static_cast<Index>(args_.step[2]);
-    digit_[1] += static_cast<Index>(args_.step[1]);
-    if (digit_[2] >= static_cast<Index>(args_.size[2])) carry(2, 1);
-    if (args_.size[0] > 1 && digit_[1] >= static_cast<Index>(args_.size[1])) carry(1, 1);
+    digit_[2] += static_cast<Index>(args_->step[2]);
+    digit_[1] += static_cast<Index>(args_->step[1]);
+    if (digit_[2] >= static_cast<Index>(args_->size[2])) carry(2, 1);
+    if (args_->size[0] > 1 && digit_[1] >= static_cast<Index>(args_->size[1])) carry(1, 1);
     return item;
   }
 
@@ -108,10 +108,10 @@ class Cursor {
     const Item<T, kViews> item = here();
     item_ -= num_threads_;
     move(-1);
-    digit_[2] -= static_cast<Index>(args_.step[2]);
-    digit_[1] -= static_cast<Index>(args_.step[1]);
+    digit_[2] -= static_cast<Index>(args_->step[2]);
+    digit_[1] -= static_cast<Index>(args_->step[1]);
     if (digit_[2] < 0) carry(2, -1);
-    if (args_.size[0] > 1 && digit_[1] < 0) carry(1, -1);
+    if (args_->size[0] > 1 && digit_[1] < 0) carry(1, -1);
     return item;
   }
 
@@ -127,7 +127,7 @@ class Cursor {
       const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(at_[0]) % kPackBytes / sizeof(T));
       for (int k = 0; k < kViews; ++k) item.at[k] = at_[k] - skew;
       if (digit_[2] == 0) item.lanes &= kAllLanes << skew;
-      const int64_t left = args_.plane_size + skew - int64_t{digit_[2]} * kVec;
+      const int64_t left = args_->plane_size + skew - int64_t{digit_[2]} * kVec;
       if (left < kVec) item.lanes &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
     }
     return item;
@@ -136,16 +136,16 @@ class Cursor {
   // One step of all threads in every view. Where a digit overflows, carry moves on to the next row, plane or group.
   __device__ void move(int direction) {
 #pragma unroll
-    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_.move[k][0];
+    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_->move[k][0];
   }
   __device__ void carry(int d, int direction) {
-    digit_[d] -= direction * static_cast<Index>(args_.size[d]);
+    digit_[d] -= direction * static_cast<Index>(args_->size[d]);
     digit_[d - 1] += direction;
 #pragma unroll
-    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_.move[k][3 - d];
+    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_->move[k][3 - d];
   }
 
-  const KernelArgs& args_;
+  const KernelArgs* args_;
   T* at_[kViews];  // of lane 0 if planes began at packs
   Index item_, end_, digit_[3];
   int num_threads_;

@@ -1,0 +1,93 @@
+// Where a thread of an on-chip kernel keeps the packs that it has read: slots of its own in shared memory, in which no
+// other thread looks, so no barrier guards them. Neighbouring threads have neighbouring packs: no bank conflicts.
+#pragma once
+
+#include "../device/async.cuh"
+#include "walk.cuh"
+
+namespace bnext::cuda {
+
+template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
+struct Slots {
+  static constexpr int kViews = 1 + kTensors;  // out, x, and dy if there are two tensors
+  using Steps = Cursor<T, kVec, kRows, kWhole, kViews>;
+
+  struct Batch {
+    Item<T, kViews> items[kOnChipBatch];
+    Pack<T, kVec> pack[kTensors][kOnChipBatch];
+  };
+
+  __device__ static Pack<T, kVec>* slot(int step, int tensor) {
+    return reinterpret_cast<Pack<T, kVec>*>(shared_memory()) + (step * kTensors + tensor) * blockDim.x + threadIdx.x;
+  }
+
+  // Asks for the next steps of a thread, as batch number `batch` of its slots.
+  __device__ static void copy(Steps& steps, int batch) {
+#pragma unroll
+    for (int u = 0; u < kOnChipBatch; ++u) {
+      const Item<T, kViews> item = steps.next();
+      if (item.empty()) continue;
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) {
+        Pack<T, kVec>* to = slot(batch * kOnChipBatch + u, t);
+        if (kWhole || is_aligned(item.at[1 + t])) {
+          copy_async(to, item.at[1 + t]);
+        } else {
+          const Item<T, kViews> one[1] = {item};
+          Pack<T, kVec> pack[1];
+          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
+          *to = pack[0];
+        }
+      }
+    }
+  }
+
+  // The same steps from their slots. Slots of items that are not there are read as well, as far as there are slots, of
+  // which the last batch may have too few: what is in them, nobody uses.
+  __device__ static Batch held(Steps& steps, int batch, int num_slots = 1 << 30) {
+    Batch found;
+#pragma unroll
+    for (int u = 0; u < kOnChipBatch; ++u) {
+      found.items[u] = steps.next();
+      const int step = batch * kOnChipBatch + u, last = num_slots - 1;
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) found.pack[t][u] = load_slot(slot(step < last ? step : last, t));
+    }
+    return found;
+  }
+
+  // Batches that do not stay on chip, from memory.
+  template <typename F>
+  __device__ static void stream(const KernelArgs& args, const Tile& tile, int from, int to, F use) {
+    if (from == to) return;
+    Steps steps(args, tile, from * kOnChipBatch);
+    for (int b = from; b < to; ++b) {
+      Batch batch;
+      for (auto& item : batch.items) item = steps.next();
+      fetch<Cache::kKeep>(batch);
+      use(batch);
+    }
+  }
+
+  // The last ones first: they may still be in L2.
+  template <typename F>
+  __device__ static void stream_backwards(const KernelArgs& args, const Tile& tile, int from, int to, F use) {
+    if (from == to) return;
+    Steps steps(args, tile, to * kOnChipBatch - 1);
+    for (int b = from; b < to; ++b) {
+      Batch batch;
+      for (auto& item : batch.items) item = steps.previous();
+      fetch<Cache::kLastUse>(batch);
+      use(batch);
+    }
+  }
+
+ private:
+  template <Cache kCache>
+  __device__ static void fetch(Batch& batch) {
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) load_batch<kCache, kWhole>(batch.pack[t], batch.items, 1 + t);
+  }
+};
+
+}  // namespace bnext::cuda
