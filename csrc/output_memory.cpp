@@ -9,6 +9,7 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <mutex>
 #include <unordered_map>
@@ -24,9 +25,16 @@ constexpr size_t kHugePage = size_t{2} << 20;
 // A kept block serves an output that fills so much of it.
 constexpr double kFilled = 0.8;
 
+// Marking a page costs a few microseconds, and a training loop will have used the block again by then.
+constexpr std::chrono::seconds kMarkAfter{1};
+
+using Clock = std::chrono::steady_clock;
+
 struct Block {
   void* data;
   size_t bytes;
+  Clock::time_point freed{};
+  bool marked = false;  // the system may take it
 };
 
 size_t cache_limit() {
@@ -60,7 +68,7 @@ class Cache {
   void* take(size_t bytes) {
     const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     Block block = take_kept(rounded);
-    if (block.data == nullptr) block = {map(rounded), rounded};
+    if (block.data == nullptr) block = Block{map(rounded), rounded};
     if (block.data == nullptr) return nullptr;
     const std::lock_guard<std::mutex> lock(mutex_);
     used_[block.data] = block.bytes;
@@ -72,12 +80,13 @@ class Cache {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto it = used_.find(data);
-      const Block block{data, it->second};
+      const Block block{data, it->second, Clock::now()};
       used_.erase(it);
-      if (block.bytes <= limit_ && madvise(data, block.bytes, MADV_FREE) == 0) {
+      if (block.bytes <= limit_) {
         kept_.push_back(block);
         kept_bytes_ += block.bytes;
         dropped = shrink(limit_);
+        mark(block.freed - kMarkAfter);
       } else {
         dropped.push_back(block);
       }
@@ -112,11 +121,19 @@ class Cache {
       const bool fits = it->bytes >= bytes && static_cast<double>(bytes) >= kFilled * static_cast<double>(it->bytes);
       if (fits && (best == kept_.end() || it->bytes <= best->bytes)) best = it;
     }
-    if (best == kept_.end()) return {nullptr, 0};
+    if (best == kept_.end()) return Block{nullptr, 0};
     const Block block = *best;
     kept_.erase(best);
     kept_bytes_ -= block.bytes;
     return block;
+  }
+
+  void mark(Clock::time_point before) {
+    for (Block& block : kept_) {
+      if (block.freed > before) return;
+      if (!block.marked) madvise(block.data, block.bytes, MADV_FREE);
+      block.marked = true;
+    }
   }
 
   // The longest unused go first.

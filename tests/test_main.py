@@ -176,6 +176,7 @@ def test_public_surface() -> None:
         "batchnorm2d",
         "batchnorm2d_backward",
         "convert",
+        "empty_cache",
         "explain",
         "layer_gradients",
         "revert",

@@ -193,6 +193,28 @@ assert _C.cached_output_bytes() == 8 * 2**20  # larger than the limit: not kept,
     )
 
 
+def test_the_system_may_take_what_has_long_been_unused() -> None:
+    in_process(
+        """
+import time
+from pathlib import Path
+
+def lazily_free():  # bytes
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree:")) * 1024
+
+x, y = torch.randn(8, 4, 256, 256), torch.randn(4, 4, 256, 256)
+bnext.batchnorm2d(x, training=True)
+for _ in range(3):
+    bnext.batchnorm2d(y, training=True)
+assert lazily_free() == 0  # nothing is old enough
+time.sleep(1.1)
+bnext.batchnorm2d(y, training=True)
+assert lazily_free() == x.nbytes, lazily_free()
+""",
+    )
+
+
 def test_nothing_is_kept_when_the_limit_is_zero() -> None:
     in_process(
         """
