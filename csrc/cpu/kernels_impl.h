@@ -121,34 +121,50 @@ BNEXT_INLINE void put_value(T* p, Value<T> v, Count count) {
 
 #include "kernels_planes.h"
 #include "kernels_rows.h"
+#include "kernels_runs.h"
 
 template <typename T>
-void normalize(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c, bool stream) {
-  const bool planes = g.walk == Walk::kPlanes;
-  stream = stream && (planes || has_aligned_rows<T>(y));
-  auto* kernel = planes ? (stream ? normalize_planes<true, T> : normalize_planes<false, T>)
-                        : (stream ? normalize_rows<true, T> : normalize_rows<false, T>);
-  kernel(g, x, y, block, c);
+void moments_of_planes(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
+  (has_runs<T>(g, x) ? moments_runs<T> : moments_planes<T>)(g, x, block, pivots, s1, s2);
 }
 
 template <typename T>
-void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block, CoefficientArrays c,
-                    bool stream) {
-  const bool planes = g.walk == Walk::kPlanes;
-  stream = stream && (planes || has_aligned_rows<T>(dx));
-  auto* kernel = planes ? (stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)
-                        : (stream ? backward_apply_rows<true, T> : backward_apply_rows<false, T>);
-  kernel(g, x, dy, dx, block, c);
+void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
+                             double* sum_dy, double* sum_dy_xmp) {
+  auto* kernel = has_runs<T>(g, x, dy) ? backward_sums_runs<T> : backward_sums_planes<T>;
+  kernel(g, x, dy, block, pivots, sum_dy, sum_dy_xmp);
+}
+
+template <typename T>
+void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
+                         bool stream) {
+  if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, stream);
+  (stream ? normalize_planes<true, T> : normalize_planes<false, T>)(g, x, y, block, c);
+}
+
+template <typename T>
+void backward_apply_of_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
+                              CoefficientArrays c, bool stream) {
+  if (has_runs<T>(g, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, stream);
+  (stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)(g, x, dy, dx, block, c);
 }
 
 template <typename T>
 const KernelTable& table_of(Walk walk) {
-  static constexpr KernelTable planes = {
-      0,           set_pivot<T>, set_coefficients<T>, moments_planes<T>, normalize<T>, backward_sums_planes<T>,
-      backward_apply<T>};
-  static constexpr KernelTable rows = {
-      kIsSplit<T> ? kLanes<T> : 0, set_pivot<T>, set_coefficients<T>, moments_rows<T>, normalize<T>, backward_sums_rows<T>,
-      backward_apply<T>};
+  static constexpr KernelTable planes = {0,
+                                         set_pivot<T>,
+                                         set_coefficients<T>,
+                                         moments_of_planes<T>,
+                                         normalize_of_planes<T>,
+                                         backward_sums_of_planes<T>,
+                                         backward_apply_of_planes<T>};
+  static constexpr KernelTable rows = {kIsSplit<T> ? kLanes<T> : 0,
+                                       set_pivot<T>,
+                                       set_coefficients<T>,
+                                       moments_rows<T>,
+                                       normalize_any_rows<T>,
+                                       backward_sums_rows<T>,
+                                       backward_apply_any_rows<T>};
   return walk == Walk::kPlanes ? planes : rows;
 }
 

@@ -66,17 +66,19 @@ BNEXT_INLINE void for_each_column(const Block& block, F f) {
   if (c < end) f(c, std::integral_constant<int, 1>(), end - c);
 }
 
+// Sums of passes of `step` rows.
 template <typename T>
-void moments_rows(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
+void moments_in_passes(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2,
+                       int step) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
-  const int step = rows_per_sum<T>(g, block);
-  const int64_t ahead = rows_ahead<T>(block, kSumAheadBytes, step) * x.stride[2];
+  const int64_t rows_on = rows_ahead<T>(block, kSumAheadBytes, step);
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset, int64_t length, bool) __attribute__((always_inline)) {
         for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
           const T* first = at<T>(x, offset + row * x.stride[2]);
+          const int64_t ahead = row + rows_on < length ? rows_on * x.stride[2] : 0;
           for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
             constexpr int kVectors = decltype(vectors)::value;
             Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
@@ -104,19 +106,19 @@ void moments_rows(const Geometry& g, const View& x, Block block, const void* piv
 }
 
 template <typename T>
-void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
-                        double* sum_dy, double* sum_dy_xmp) {
+void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
+                             double* sum_dy, double* sum_dy_xmp, int step) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
-  const int step = rows_per_sum<T>(g, block);
-  const int64_t rows_on = rows_ahead<T>(block, kSumAheadBytes, step), ahead_x = rows_on * x.stride[2],
-                ahead_dy = rows_on * dy.stride[2];
+  const int64_t rows_on = rows_ahead<T>(block, kSumAheadBytes, step);
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_dy, int64_t length, bool) __attribute__((always_inline)) {
         for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
           const T* first_x = at<T>(x, offset_x + row * x.stride[2]);
           const T* first_dy = at<T>(dy, offset_dy + row * dy.stride[2]);
+          const int64_t on = row + rows_on < length ? rows_on : 0;
+          const int64_t ahead_x = on * x.stride[2], ahead_dy = on * dy.stride[2];
           for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
             constexpr int kVectors = decltype(vectors)::value;
             Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
@@ -145,18 +147,30 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
       x, dy);
 }
 
+template <typename T>
+void moments_rows(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
+  moments_in_passes<T>(g, x, block, pivots, s1, s2, rows_per_sum<T>(g, block));
+}
+
+template <typename T>
+void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
+                        double* sum_dy, double* sum_dy_xmp) {
+  backward_sums_in_passes<T>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, rows_per_sum<T>(g, block));
+}
+
 template <bool kStream, typename T>
 void normalize_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays) {
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
   const int step = rows_per_apply<T>(block);
-  const int64_t ahead = rows_ahead<T>(block, kApplyAheadBytes, step) * x.stride[2];
+  const int64_t rows_on = rows_ahead<T>(block, kApplyAheadBytes, step);
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_y, int64_t length, bool) __attribute__((always_inline)) {
         for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
           const T* first_x = at<T>(x, offset_x + row * x.stride[2]);
           T* first_y = at_mutable<T>(y, offset_y + row * y.stride[2]);
+          const int64_t ahead = row + rows_on < length ? rows_on * x.stride[2] : 0;
           for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
             constexpr int kVectors = decltype(vectors)::value;
             AffineVector<T> f[kVectors];
@@ -184,8 +198,7 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
   const int step = rows_per_apply<T>(block);
-  const int64_t rows_on = rows_ahead<T>(block, kApplyAheadBytes, step), ahead_x = rows_on * x.stride[2],
-                ahead_dy = rows_on * dy.stride[2];
+  const int64_t rows_on = rows_ahead<T>(block, kApplyAheadBytes, step);
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length, bool)
@@ -193,6 +206,8 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
         for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
           const T* first_x = at<T>(x, offset_x + row * x.stride[2]);
           const T* first_dy = at<T>(dy, offset_dy + row * dy.stride[2]);
+          const int64_t on = row + rows_on < length ? rows_on : 0;
+          const int64_t ahead_x = on * x.stride[2], ahead_dy = on * dy.stride[2];
           T* first_dx = at_mutable<T>(dx, offset_dx + row * dx.stride[2]);
           for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
             constexpr int kVectors = decltype(vectors)::value;
@@ -230,4 +245,17 @@ bool has_aligned_rows(const View& view) {
   for (int64_t stride : view.stride)
     aligned = aligned && stride * static_cast<int64_t>(sizeof(T)) % kStoreBytes<T> == 0;
   return aligned;
+}
+
+template <typename T>
+void normalize_any_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
+                        bool stream) {
+  (stream && has_aligned_rows<T>(y) ? normalize_rows<true, T> : normalize_rows<false, T>)(g, x, y, block, c);
+}
+
+template <typename T>
+void backward_apply_any_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
+                             CoefficientArrays c, bool stream) {
+  auto* kernel = stream && has_aligned_rows<T>(dx) ? backward_apply_rows<true, T> : backward_apply_rows<false, T>;
+  kernel(g, x, dy, dx, block, c);
 }
