@@ -33,6 +33,14 @@ class Ahead {
   int64_t stride_c_, distance_, jump_;
 };
 
+// Elementwise work comes back to what the sums have left in the nearest cache. Of a channel that is too large for it, the
+// runs are long, and this asks ahead in one: 6 x 3 x 400 x 300 float32, forward, 0.40 -> 0.37 ms.
+template <typename T>
+BNEXT_INLINE void ask_in_run(const T* p, int64_t i, int64_t length) {
+  constexpr int64_t distance = kAheadBytes / static_cast<int64_t>(sizeof(T));
+  if (i + distance < length) prefetch(p + i + distance, kLanes<T>);
+}
+
 // Calls ask(offset, count) and then step(offset, count, a, b), which adds to a and b, over [0, length).
 template <typename T, typename Ask, typename Step>
 BNEXT_INLINE void sum_run(int64_t length, Ask ask, Step step, Total<T>& total_a, Total<T>& total_b) {
@@ -167,6 +175,7 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
           const AffineVector<T> f = coefficients.one(c);
           for_each_value<kStream>(py, length, [&](int64_t i, auto count) __attribute__((always_inline)) {
             if (!kStream) ahead.ask(py + i, c - block.channel_begin, kLanes<T>);
+            ask_in_run(px, i, length);
             put_value<kStream>(py + i, f(load_value(px + i, count)), count);
           });
         }
@@ -192,6 +201,8 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
           const Value<T> a = coefficients.one_scale_dy(c);
           for_each_value<kStream>(pdx, length, [&](int64_t i, auto count) __attribute__((always_inline)) {
             if (!kStream) ahead.ask(pdx + i, c - block.channel_begin, kLanes<T>);
+            ask_in_run(px, i, length);
+            ask_in_run(pdy, i, length);
             put_value<kStream>(pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
           });
         }
