@@ -42,8 +42,8 @@ SHAPES = (
     (2, 33, 4, 4),
     (19, 2, 2, 3),
 )
-# Enough work for every thread, also with fewer channels than threads.
-LARGE_SHAPES = ((2, 3, 160, 161), (16, 65, 28, 28))
+# Enough work for every thread, also with fewer channels than threads; and short planes of many channels.
+LARGE_SHAPES = ((2, 3, 160, 161), (16, 65, 28, 28), (11, 83, 7, 7))
 
 
 def _copied(x: Tensor, *order: int) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 import bnext
 
 SHAPES = ((2, 3, 160, 161), (16, 65, 28, 28), (4, 256, 14, 14), (64, 512, 1, 1), (3, 1, 200, 99))
+SHAPES += ((32, 96, 7, 7), (700, 1030, 1, 1))
 LAYOUTS = ("nchw", "channels_last", "transposed_nc", "sliced_w")
 
 
