@@ -49,6 +49,13 @@ size_t cache_limit() {
   return std::min(memory / 16, size_t{1} << 30);
 }
 
+// Only advice: where it is refused, pages are small.
+void advise_huge_pages(void* data, size_t bytes) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 // Aligned to 2 MB, or null.
 void* map(size_t bytes) {
   void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -56,8 +63,8 @@ void* map(size_t bytes) {
   char* begin = static_cast<char*>(mapped);
   const size_t skip = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
   if (skip > 0) munmap(begin, skip);
-  if (skip < kHugePage) munmap(begin + skip + bytes, kHugePage - skip);
-  madvise(begin + skip, bytes, MADV_HUGEPAGE);  // where it is refused, pages are small
+  munmap(begin + skip + bytes, kHugePage - skip);
+  advise_huge_pages(begin + skip, bytes);
   return begin + skip;
 }
 
@@ -69,6 +76,10 @@ class Cache {
     const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     Block block = take_kept(rounded);
     if (block.data == nullptr) block = Block{map(rounded), rounded};
+    if (block.data == nullptr) {
+      empty();
+      block.data = map(rounded);
+    }
     if (block.data == nullptr) return nullptr;
     const std::lock_guard<std::mutex> lock(mutex_);
     used_[block.data] = block.bytes;
@@ -178,13 +189,20 @@ void free_output(void* data) {
 class OutputAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
+    if (!cache().keeps()) {
+      c10::DataPtr plain = c10::GetCPUAllocator()->allocate(bytes);
+      advise_huge_pages(plain.get(), bytes);
+      return plain;
+    }
     void* data = bytes == 0 ? nullptr : cache().take(bytes);
     TORCH_CHECK_WITH(OutOfMemoryError, data != nullptr || bytes == 0, "bnext: no memory for an output of ", bytes,
                      " bytes");
     if (data != nullptr) c10::profiledCPUMemoryReporter().New(data, bytes);
     return {data, data, &free_output, c10::Device(c10::DeviceType::CPU)};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &free_output; }
+  c10::DeleterFnPtr raw_deleter() const override {
+    return cache().keeps() ? &free_output : c10::GetCPUAllocator()->raw_deleter();
+  }
   void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
@@ -192,7 +210,7 @@ class OutputAllocator final : public c10::Allocator {
 
 c10::Allocator* output_allocator() {
   static OutputAllocator allocator;
-  return cache().keeps() ? &allocator : c10::GetCPUAllocator();
+  return &allocator;
 }
 
 int64_t cached_output_bytes() { return static_cast<int64_t>(cache().kept_bytes()); }

@@ -219,10 +219,38 @@ def test_nothing_is_kept_when_the_limit_is_zero() -> None:
     in_process(
         """
 x = torch.randn(4, 4, 256, 256)
-bnext.batchnorm2d(x, training=True)
+y = bnext.batchnorm2d(x, training=True)
+assert torch.equal(torch._lazy_clone(y), y)
+del y
 assert _C.cached_output_bytes() == 0
 """,
         BNEXT_CPU_CACHE_MB="0",
+    )
+
+
+def test_what_is_kept_is_given_up_before_memory_runs_out() -> None:
+    in_process(
+        """
+import resource
+from pathlib import Path
+
+x = torch.randn(8, 4, 256, 256)  # 8 MB
+outputs = [bnext.batchnorm2d(x, training=True) for _ in range(8)]
+del outputs
+kept = _C.cached_output_bytes()
+assert kept == 8 * x.nbytes
+big = torch.randn(24, 4, 256, 256)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + big.nbytes // 2,) * 2)
+y = bnext.batchnorm2d(big, training=True)
+assert _C.cached_output_bytes() == 0 and y.isfinite().all()
+try:
+    more = [bnext.batchnorm2d(big, training=True) for _ in range(8)]
+except torch.OutOfMemoryError as error:
+    assert str(big.nbytes) in str(error), error
+else:
+    raise AssertionError("no error")
+""",
     )
 
 
