@@ -59,8 +59,8 @@ class OnChip {
 
  private:
   // held_steps is all of them, or whole batches.
-  __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
-  __device__ int all_batches() const { return (args_.num_steps + kOnChipBatch - 1) / kOnChipBatch; }
+  __device__ int held_batches() const { return on_chip_batches(args_.held_steps); }
+  __device__ int all_batches() const { return on_chip_batches(args_.num_steps); }
 
   const KernelArgs& args_;
   const Tile& tile_;
