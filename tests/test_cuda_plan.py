@@ -445,7 +445,7 @@ def test_text() -> None:
     assert " in clusters of " in text
     assert "all on chip" in text
     assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
-    shape = (256, 64, 112, 112)
+    shape = (256, 256, 56, 56)
     text = plan(DEVICES["h200"], shape, torch.float16, family=GRID).text.decode()
     assert text.startswith("grid forward, planes of float16 in packs of 16 bytes: prepare, then ")
     assert re.search(r" x 512 at once \(\d+ blocks per channel\), all on chip", text)

@@ -10,8 +10,9 @@ namespace {
 // Guesses, each of them: no GPU has been asked. Three trips to L2 of 0.6 to 0.7 us each are the fence before a block's
 // arrival, the arrival, and the poll that sees it.
 constexpr double kSignalUs = 2;
-// Then a warp reads the partial sums of all blocks, and when they are added up its channel's parameters: two trips more.
-constexpr double kMergeUs = 1.5;
+// What a merge takes even where nobody has to wait, three trips more and some float64: the channel's parameters, the poll,
+// and the partial sums of all blocks. Where a block does wait, the first two are part of that.
+constexpr double kMergeUs = 2.2;
 // Of memory that is busy: 48 KiB in flight on an SM of an H200 at its share of speed.
 constexpr double kLatencyUs = 1.3;
 constexpr double kCooperativeUs = 1;  // more than another launch: all SMs have to be free before the first block starts
