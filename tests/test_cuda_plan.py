@@ -41,7 +41,7 @@ class Device(NamedTuple):
     shared_bytes_opt_in: int
     shared_bytes_per_sm: int
     memory_gb_per_s: float
-    cooperative_blocks: int
+    cooperative: int
     active_clusters: tuple[int, int, int, int]
 
 
@@ -67,7 +67,7 @@ class Query(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shared_bytes_per_block", "l2_bytes")),
         *((name, ctypes.c_int64) for name in ("shared_bytes_opt_in", "shared_bytes_per_sm")),
         ("active_clusters", ctypes.c_int64 * 4),
-        ("cooperative_blocks", ctypes.c_int64),
+        ("cooperative", ctypes.c_int64),
         ("memory_gb_per_s", ctypes.c_double),
         *((name, ctypes.c_int64) for name in RESULTS),
         *((name, ctypes.c_double) for name in ("held", "microseconds")),
@@ -134,7 +134,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-AUTO, STREAMING, RESIDENT, CLUSTER, GRID, NO_GRID = range(6)
+AUTO, STREAMING, RESIDENT, CLUSTER, GRID = range(5)
 
 
 def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -200,7 +200,8 @@ def check_grid(q: Query, device: Device, channels: int, text: str) -> None:
     assert q.threads in (64, 128, 256, 512), text
     # All blocks run at once, with an SM each, in groups that each have a channel at a time.
     assert q.num_blocks == q.num_groups * q.num_splits, text
-    assert q.num_blocks <= min(device.num_sms, device.cooperative_blocks), text
+    assert q.num_blocks <= device.num_sms, text
+    assert device.cooperative, text
     assert 1 <= q.num_groups <= channels, text
     # Every item is in exactly one block, and no thread has more steps than it takes.
     assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
@@ -296,8 +297,7 @@ def test_forced_families(name: str) -> None:
                 continue
             ran.add(family)
             check(q, device, shape, dtype)
-            # A grid has to win by a tenth, because it may have to wait for all SMs.
-            assert auto.microseconds <= q.microseconds / (0.9 if family == GRID else 1)
+            assert family == GRID or auto.microseconds <= q.microseconds
     assert ran == {RESIDENT, GRID} | ({CLUSTER} if any(device.active_clusters) else set())
 
 
@@ -310,19 +310,17 @@ def test_what_runs_where() -> None:
     # A channel of 1.6 MB of x and dy needs a cluster; without one it is streamed.
     q = plan(h200, (32, 64, 112, 112), half, backward=1)
     assert (q.family_chosen, q.held) == (CLUSTER, 1)
-    alone = a100._replace(cooperative_blocks=0)
-    assert plan(alone, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
+    assert plan(a100, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
     # 12.8 MB fit in no cluster: forward needs half of its 6.4 there, backward takes what it gets.
     for backward, least in ((0, 0.5), (1, 0.01)):
-        apart = h200._replace(cooperative_blocks=0)
-        q = plan(apart, (256, 64, 112, 112), half, backward=backward)
+        q = plan(h200, (256, 64, 112, 112), half, backward=backward)
         assert q.family_chosen == STREAMING or least <= q.held < 1
     # No share of a channel that leaves a thread too much to sum.
     q = plan(h200, (256, 64, 112, 112), backward=1, family=RESIDENT)
     assert b"too many batches" in q.text
     # Six channels, whole, would leave most of the device idle.
     assert plan(h200, (20, 6, 64, 64), backward=1).cluster > 1
-    assert plan(alone, (20, 6, 256, 256), backward=1).family_chosen == STREAMING
+    assert plan(a100, (20, 6, 256, 256), backward=1).family_chosen == STREAMING
     # Planes of 98 bytes, eight of them one run.
     q = plan(h200, (32, 512, 7, 7), half, backward=1)
     assert (q.run_length, q.slab_channels, q.held) == (49, 8, 1)
@@ -330,27 +328,32 @@ def test_what_runs_where() -> None:
     assert plan(h200, (32, 512, 14, 14), torch.float32, backward=1).run_length == 1
 
 
-def test_where_a_grid_runs() -> None:
-    """Where a channel is too large for a cluster; not where blocks cannot all run at once."""
-    h200, a100, shape = DEVICES["h200"], DEVICES["a100"], (256, 64, 112, 112)
+def test_a_grid_runs_by_name_only() -> None:
+    """A launch that may wait for ever behind other streams is nothing that a call should choose."""
+    for device, shape, dtype, backward in itertools.product(
+        DEVICES.values(), SHAPES, (torch.float32, torch.bfloat16), (0, 1)
+    ):
+        assert plan(device, shape, dtype, backward=backward).family_chosen != GRID
+    h200, shape = DEVICES["h200"], (256, 64, 112, 112)
     for dtype, backward in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
-        q = plan(h200, shape, dtype, backward=backward)
-        assert (q.family_chosen, q.held > 0.5) == (GRID, True), q.text.decode()
-        assert plan(a100, shape, dtype, backward=backward).family_chosen == GRID
-    for device in (h200._replace(cooperative_blocks=0), DEVICES["h200-mig-1g"], DEVICES["t4"]):
-        assert plan(device, shape, backward=1).family_chosen == STREAMING
-    # Other streams may be in its way.
-    assert plan(h200, shape, backward=1, family=NO_GRID).family_chosen == STREAMING
-    assert plan(h200, (256, 64, 56, 56), backward=1, family=NO_GRID).family_chosen == CLUSTER
-    q = plan(h200._replace(cooperative_blocks=0), shape, family=GRID)
+        q = plan(h200, shape, dtype, backward=backward, family=GRID)
+        assert (q.has_error, q.held > 0.5) == (0, True), q.text.decode()
+    assert plan(h200, shape, backward=1).family_chosen == STREAMING
+    assert plan(h200, (256, 64, 56, 56), backward=1).family_chosen == CLUSTER
+    q = plan(h200._replace(cooperative=0), shape, family=GRID)
     assert q.has_error
     assert b"no cooperative launch" in q.text
     q = plan(h200, shape, layout="channels_last", family=GRID)
     assert b"only planes" in q.text
     assert b"too many batches" in plan(h200, (2048, 64, 256, 256), family=GRID).text
-    # Two kernels, and waits that nothing hides: not for what is small.
-    for small in ((32, 64, 56, 56), (8, 64, 8, 8), (2, 3, 33, 35)):
-        assert plan(h200, small, backward=1).family_chosen != GRID
+
+
+def test_a_grid_takes_what_is_smaller_than_it() -> None:
+    """Fewer packs in a channel than the device has SMs: some blocks less, not none."""
+    h200 = DEVICES["h200"]
+    q = plan(h200, (1, 1, 20, 20), family=GRID)
+    check(q, h200, (1, 1, 20, 20), torch.float32)
+    assert (q.num_items, q.num_groups) == (100, 1)
 
 
 def test_only_second_passes_are_kept_on_chip() -> None:
@@ -442,7 +445,7 @@ def test_text() -> None:
     assert " in clusters of " in text
     assert "all on chip" in text
     assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
-    shape = (256, 64, 112, 112)
+    shape = (256, 256, 56, 56)
     text = plan(DEVICES["h200"], shape, torch.float16, family=GRID).text.decode()
     assert text.startswith("grid forward, planes of float16 in packs of 16 bytes: prepare, then ")
     assert re.search(r" x 512 at once \(\d+ blocks per channel\), all on chip", text)

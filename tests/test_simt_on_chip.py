@@ -208,6 +208,40 @@ def test_cumulative_momentum(way: str) -> None:
     assert got.num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("way", EVERY_WAY)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_refused_launch_counts_nothing(way: str, momentum: float | None) -> None:
+    """But where the batch has to be counted before, because the momentum depends on it."""
+    layout, shape, machine = EVERY_WAY[way]
+    x, tracked = cases.make_case(shape, layout=layout).input, torch.tensor(2)
+    out = simt.guarded(x.shape, x.dtype, torch.empty_like(x).stride())
+    vectors = {
+        name: simt.guarded((x.shape[1],), torch.float32, (1,)) for name in ("mean", "invstd")
+    }
+    launches = 1 + (momentum is None or machine.family == "grid")
+    with pytest.raises(simt.ShimError, match="refused"):
+        simt.run(
+            *(x, None, out, vectors),
+            training=True,
+            momentum=momentum,
+            num_batches_tracked=tracked,
+            machine=machine,
+            schedule=simt.Schedule(refused_launch=launches),
+        )
+    assert tracked == 2 + (momentum is None)
+
+
+def test_many_blocks_to_a_channel() -> None:
+    """More than a warp adds up at once, the last of them empty, in float64."""
+    machine = GRID._replace(threads=64, num_sms=170, cluster=170)
+    case = cases.make_case((3, 1, 16, 19), "float64", grad_layout="nchw")
+    forward, backward = (
+        check_forward(case, "many", machine=machine),
+        check_backward(case, "many", machine=machine),
+    )
+    assert forward.call.num_splits == backward.call.num_splits == 170
+
+
 def far_cases(layout: str, shape: tuple[int, int, int, int]) -> Iterator[tuple[str, cases.Case]]:
     for spread in (1e2, 1e4):
         options = {"layout": layout, "grad_layout": layout, "spread": spread}

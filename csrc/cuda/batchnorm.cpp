@@ -44,8 +44,7 @@ DeviceInfo ask_device(int device) {
   for (int i = 0; i < kNumClusterSizes; ++i) {
     info.active_clusters[i] = active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
   }
-  const bool room = ask(cudaDevAttrCooperativeLaunch) != 0 && cooperative_blocks(info.shared_bytes_opt_in) > 0;
-  info.cooperative_blocks = room ? info.num_sms : 0;
+  info.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0 && grid_block_fits(info.shared_bytes_opt_in);
   return info;
 }
 

@@ -218,10 +218,8 @@ int active_clusters(int cluster, int64_t shared_bytes) {
 }
 
 // The same for the grid's: one kernel stands for all.
-int cooperative_blocks(int64_t shared_bytes) {
-  LaunchShape shape = launch_shape(1, kMaxOnChipThreads, shared_bytes);
-  shape.cooperative = true;
-  return count_blocks<&grid_backward_kernel<float, 4, true>>(shape);
+bool grid_block_fits(int64_t shared_bytes) {
+  return count_blocks<&grid_backward_kernel<float, 4, true>>(launch_shape(1, kMaxOnChipThreads, shared_bytes)) > 0;
 }
 
 }  // namespace bnext::cuda

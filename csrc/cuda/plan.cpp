@@ -252,10 +252,7 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   const Plan on_chip = plan_on_chip(r, device, limits, streaming);
   if (limits.family == Family::kResident || limits.family == Family::kCluster) return on_chip;
   const bool better = on_chip.microseconds <= streaming.microseconds || !streaming.error.empty();
-  const Plan& best = on_chip.error.empty() && better ? on_chip : streaming;
-  if (limits.family == Family::kNoGrid) return best;
-  const Plan grid = plan_grid(r, device, limits, streaming);
-  return grid.error.empty() && grid.microseconds < kGridMargin * best.microseconds ? grid : best;
+  return on_chip.error.empty() && better ? on_chip : streaming;
 }
 
 bool operator==(const Request& a, const Request& b) {
@@ -310,14 +307,12 @@ const char* family_name(Family family) {
       return "cluster";
     case Family::kGrid:
       return "grid";
-    case Family::kNoGrid:
-      return "no-grid";
   }
   return "?";
 }
 
 bool parse_family(const std::string& name, Family* family) {
-  for (int i = 0; i <= static_cast<int>(Family::kNoGrid); ++i) {
+  for (int i = 0; i <= static_cast<int>(Family::kGrid); ++i) {
     if (name != family_name(static_cast<Family>(i))) continue;
     *family = static_cast<Family>(i);
     return true;

@@ -26,14 +26,13 @@ struct DeviceInfo {
   int registers_per_sm = 64 << 10;
   // Of each of kClusterSizes, how many can run at once when each block needs an SM for itself; 0: none can.
   int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
-  // Blocks that a cooperative launch may have when each needs an SM for itself; 0: there is no such launch.
-  int cooperative_blocks = 132;
+  bool cooperative = true;  // blocks can be launched all at once, with an SM for each
   double memory_gb_per_s = 4800;
 };
 
 // kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or in
-// any number of the blocks that run at once. kNoGrid is kAuto for programs whose other streams would hold up a grid.
-enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid, kNoGrid };
+// any number of the blocks that run at once. That last one runs only where it is named: see plan_grid.h.
+enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -91,8 +90,7 @@ struct Plan {
   int finish_threads = 32;
   int64_t reduce_shared_bytes = 0, apply_shared_bytes = 0, finish_shared_bytes = 0;
   int64_t coefficient_offset = 0, workspace_bytes = 0;
-  // On chip: one kernel for all, after a tiny one where batches have to be counted first, or
-  // counters to begin at zero.
+  // On chip: one kernel for all, after a tiny one where batches have to be counted first, or counters to begin at zero.
   bool on_chip = false, prepare = false;
   int cluster = 1;                    // blocks that share a channel; num_splits is the same
   int num_steps = 0, held_steps = 0;  // as in KernelArgs

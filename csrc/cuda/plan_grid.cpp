@@ -10,14 +10,14 @@ namespace {
 // Guesses, each of them: no GPU has been asked. Three trips to L2 of 0.6 to 0.7 us each are the fence before a block's
 // arrival, the arrival, and the poll that sees it.
 constexpr double kSignalUs = 2;
-// Then a warp reads the partial sums of all blocks, and when they are added up its channel's parameters: two trips more.
-constexpr double kMergeUs = 1.5;
-constexpr double kLatencyUs =
-    1.3;  // of memory that is busy: 48 KiB in flight on an SM of an H200 at its share of speed
+// What a merge takes even where nobody has to wait, three trips more and some float64: the channel's parameters, the poll,
+// and the partial sums of all blocks. Where a block does wait, the first two are part of that.
+constexpr double kMergeUs = 2.2;
+// Of memory that is busy: 48 KiB in flight on an SM of an H200 at its share of speed.
+constexpr double kLatencyUs = 1.3;
 constexpr double kCooperativeUs = 1;  // more than another launch: all SMs have to be free before the first block starts
 
 constexpr int kAsyncArch = 80;    // the first with copies that take no registers
-constexpr int kMostAhead = 7;     // groups of copies that a thread can leave in flight: kMostGroups of device/async.cuh
 constexpr int kFewestPlaces = 3;  // batches that there should be slots for, rather than more threads
 
 int64_t batch_bytes(const Plan& plan) { return int64_t{kOnChipBatch} * plan.tensors_read * plan.threads * kPackBytes; }
@@ -40,8 +40,6 @@ int choose_ring(int64_t shared_bytes, const Limits& limits, Plan& plan) {
   }
 }
 
-int held_batches(const Plan& plan) { return static_cast<int>(ceil_div(plan.held_steps, kOnChipBatch)); }
-
 // Microseconds in which `groups` groups of blocks do a channel each.
 double round_time(const Plan& plan, const Request& r, const DeviceInfo& device, double groups) {
   const double channels = static_cast<double>(r.geometry.num_channels), blocks = groups * plan.num_splits;
@@ -57,7 +55,7 @@ double round_time(const Plan& plan, const Request& r, const DeviceInfo& device, 
   memory *= std::max(1.0, kLatencyUs / ahead_us);
   // Threads have less to do than memory, but stand still to add up and to wait; memory goes on with what was asked for.
   const double work = memory * kBusyShare * device.num_sms / blocks;
-  const int held = held_batches(plan), lag = plan.ring_batches - plan.batches_ahead - held;
+  const int held = on_chip_batches(plan.held_steps), lag = plan.ring_batches - plan.batches_ahead - held;
   const double streamed = static_cast<double>(plan.num_steps - plan.held_steps) / kOnChipBatch;
   const double reads = static_cast<double>(plan.tensors_read) / (plan.tensors_read + plan.tensors_written);
   const double hidden = (lag + streamed * reads) * memory / (held + streamed);
@@ -71,34 +69,26 @@ double round_time(const Plan& plan, const Request& r, const DeviceInfo& device, 
 double grid_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
   const int64_t channels = r.geometry.num_channels, rest = channels % plan.num_groups;
   const double rounds = static_cast<double>(channels / plan.num_groups);
-  double time =
-      2 * kLaunchUs + kCooperativeUs + kReductionUs + kSignalUs + kMergeUs;  // the last channel's hides nothing
+  // Nothing hides what comes after the last channel's sums.
+  double time = 2 * kLaunchUs + kCooperativeUs + kReductionUs + kSignalUs + kMergeUs;
   time += rounds * round_time(plan, r, device, static_cast<double>(plan.num_groups));
   return rest == 0 ? time : time + round_time(plan, r, device, static_cast<double>(rest));
-}
-
-// Items of a channel that have no slots: the first ones of every block.
-int64_t items_again(const Plan& plan) {
-  const int64_t streamed = int64_t{plan.num_steps - plan.held_steps} * plan.threads;
-  int64_t items = 0;
-  for (int64_t split = 0; split < plan.num_splits; ++split) {
-    items += std::min(streamed, std::clamp<int64_t>(plan.num_items - split * plan.chunk, 0, plan.chunk));
-  }
-  return items;
 }
 
 // A channel for `plan.num_splits` blocks that hold all of it but `streamed` batches each, with slots for `places`.
 void finish_plan(const Request& r, const DeviceInfo& device, int streamed, int places, Plan& plan) {
   plan.held_steps = plan.num_steps - streamed * kOnChipBatch;
-  const int held = held_batches(plan);
+  const int held = on_chip_batches(plan.held_steps);
   const double speed = memory_speed(device) / device.num_sms;
   const int needed = static_cast<int>(ceil_div(static_cast<int64_t>(kLatencyUs * speed), batch_bytes(plan)));
   // Less than a channel's: between two reductions of a block is one merge, see leave_sums.
   const int lag = std::clamp(places - held - needed, 0, held - 1);
-  plan.batches_ahead = std::min(kMostAhead, places - held - lag);
+  plan.batches_ahead = std::min(kMostGroups, places - held - lag);
   plan.ring_batches = plan.batches_ahead + held + lag;
   plan.layout = make_layout(plan);
-  const int64_t again = items_again(plan);
+  // What has no slots are the first items of every block.
+  const int64_t streamed_items = int64_t{plan.num_steps - plan.held_steps} * plan.threads;
+  const int64_t again = add_blocks(plan, [&](int64_t own) { return std::min(own, streamed_items); });
   plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes +
                      again * r.geometry.num_channels * plan.tensors_read * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
@@ -112,13 +102,13 @@ Plan plan_grid(const Request& r, const DeviceInfo& device, const Limits& limits,
   base.family = Family::kGrid;
   if (!base.error.empty()) return base;
   base.prepare = true;
-  const int blocks = std::min(device.cooperative_blocks, device.num_sms);
+  const int blocks = device.num_sms;
   const int places = choose_ring(std::min(limits.shared_bytes, device.shared_bytes_opt_in), limits, base);
   if (base.walk == Walk::kRows) {
     base.error = "only planes are shared by a grid";
   } else if (r.geometry.num_channels > kMaxBlocks / 2) {
     base.error = "a thread cannot count so many channels";
-  } else if (blocks == 0) {
+  } else if (!device.cooperative) {
     base.error = "the device has no cooperative launch";
   } else if (places < 2) {
     base.error = "nothing of it fits on chip";
@@ -132,17 +122,17 @@ Plan plan_grid(const Request& r, const DeviceInfo& device, const Limits& limits,
   for (int64_t splits = limits.cluster != 0 ? limits.cluster : blocks; splits >= 1 && splits <= blocks; --splits) {
     Plan plan = base;
     plan.num_splits = splits;
+    if (plan.num_items < splits) continue;
     plan.num_groups = std::min(channels, blocks / splits);
-    const bool fewer_blocks = plan.num_groups == groups_before;  // for as many groups
+    if (plan.num_groups == groups_before) continue;  // more blocks for as many groups have been looked at
     groups_before = plan.num_groups;
-    if (fewer_blocks || plan.num_items < splits) continue;
     plan.num_blocks = splits * plan.num_groups;
     plan.chunk = ceil_div(plan.num_items, splits);
     plan.num_steps = static_cast<int>(ceil_div(plan.chunk, plan.threads));
     if (plan.num_steps > limits.batches * kOnChipBatch) break;
     plan.counter_offset = round_up(kNumSums * channels * splits * 8, kPackBytes);
     plan.workspace_bytes = plan.counter_offset + channels * static_cast<int64_t>(sizeof(int));
-    const int batches = static_cast<int>(ceil_div(plan.num_steps, kOnChipBatch));
+    const int batches = on_chip_batches(plan.num_steps);
     for (int streamed = std::max(0, batches - places + 1); streamed < batches; ++streamed) {
       finish_plan(r, device, streamed, places, plan);
       if (!best.error.empty() || plan.microseconds < best.microseconds) best = plan;

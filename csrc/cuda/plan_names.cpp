@@ -22,7 +22,6 @@ NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, do
   info.shared_bytes_opt_in = (arch == 75 ? shared_kib : shared_kib - 1) * kKiB;  // a block's own KiB is the system's
   info.l2_bytes = l2_bytes;
   info.memory_gb_per_s = memory_gb_per_s;
-  info.cooperative_blocks = num_sms;
   std::copy(active_clusters.begin(), active_clusters.end(), info.active_clusters);
   return {name, info};
 }
@@ -56,7 +55,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
       {"shared_bytes_opt_in", info.shared_bytes_opt_in},
       {"shared_bytes_per_sm", info.shared_bytes_per_sm},
       {"registers_per_sm", info.registers_per_sm},
-      {"cooperative_blocks", info.cooperative_blocks},
+      {"cooperative", info.cooperative},
       {"memory_gb_per_s", info.memory_gb_per_s},
   };
   for (int i = 0; i < kNumClusterSizes; ++i) {
@@ -77,8 +76,7 @@ Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  for (Family each : all_families()) known += ", " + std::string(family_name(each));
-  known += " or " + std::string(family_name(Family::kNoGrid));
+  for (Family each : all_families()) known += (each == Family::kGrid ? " or " : ", ") + std::string(family_name(each));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 

@@ -21,7 +21,7 @@ const std::vector<NamedDevice>& named_devices();
 // What plans depend on, of a device, by name: for people and for measurements.
 std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info);
 
-// Every family that can be forced, in the order of plan.h: not kAuto, nor kNoGrid.
+// Every family that can be forced, in the order of plan.h: not kAuto.
 std::vector<Family> all_families();
 
 // What BNEXT_CUDA_FAMILY names, read at every call; kAuto where it is not set. For tests and measurements.

@@ -115,17 +115,6 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
   set_step(plan, parallel(plan.threads));
 }
 
-// Items of a channel, or rows of a slab, that are read a second time.
-int64_t items_again(const Plan& plan) {
-  const int64_t held = int64_t{plan.held_steps} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
-  int64_t items = 0;
-  for (int rank = 0; rank < plan.cluster; ++rank) {
-    const int64_t own = std::clamp<int64_t>(plan.num_items - rank * plan.chunk, 0, plan.chunk);
-    items += own - std::min(own, held);
-  }
-  return items;
-}
-
 // Finishes a plan whose walk and slab are chosen, for clusters of `cluster` blocks.
 void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, int cluster, Plan& plan) {
   const int num_tensors = r.pass == Pass::kForward ? 1 : 2;
@@ -136,7 +125,8 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.num_blocks = plan.num_slabs * cluster;
   hold(device, limits, num_tensors, plan);
   plan.block_rows = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : 1;
-  const int64_t again = items_again(plan);
+  const int64_t held = int64_t{plan.held_steps} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
+  const int64_t again = add_blocks(plan, [&](int64_t own) { return own - std::min(own, held); });
   const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);

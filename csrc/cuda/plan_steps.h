@@ -23,6 +23,16 @@ inline void set_step(Plan& plan, int64_t distance) {
   plan.step[0] = distance / plan.size[2] / plan.size[1];
 }
 
+// Adds up f(items of a block) over the blocks that share a channel.
+template <typename F>
+int64_t add_blocks(const Plan& plan, F f) {
+  int64_t sum = 0;
+  for (int64_t split = 0; split < plan.num_splits; ++split) {
+    sum += f(std::clamp<int64_t>(plan.num_items - split * plan.chunk, 0, plan.chunk));
+  }
+  return sum;
+}
+
 // The fewest threads, a power of two, that still take all items in one batch.
 template <typename Fits>
 int choose_threads(int most, int fewest, Fits fits) {

@@ -36,7 +36,7 @@ struct Call {
   // the device, and limits of the plan
   int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, cluster, shared_bytes;
   double waves;
-  int64_t seed;
+  int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length;
@@ -90,7 +90,7 @@ void run(Call& call, const Problem& problem) {
 
   call.illegal = !plan.error.empty();
   if (call.illegal != 0) return;
-  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barriers});
+  simt::begin({static_cast<uint64_t>(call.seed), call.skipped_barriers, static_cast<int>(call.refused_launch)});
   for (const Tensor* t : {&call.x, &call.dy}) {
     if (t->data != nullptr) simt::allow_load(t->storage, t->storage_bytes);
   }
@@ -108,9 +108,8 @@ void run(Call& call, const Problem& problem) {
   call.fold = plan.fold;
   call.num_splits = plan.num_splits;
   call.run_length = plan.run_length;
-  constexpr int kOnChip = cuda::kOnChipBatch;
   call.batches_ahead = plan.batches_ahead;
-  call.batches_behind = plan.ring_batches - plan.batches_ahead - (plan.held_steps + kOnChip - 1) / kOnChip;
+  call.batches_behind = plan.ring_batches - plan.batches_ahead - cuda::on_chip_batches(plan.held_steps);
   call.held = plan.held;
 }
 

@@ -90,7 +90,7 @@ VECTORS = (
     *("dweight", "dbias", "dmean", "dvar"),
     *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
-FAMILIES = ("auto", "streaming", "resident", "cluster", "grid", "no-grid")  # the order of Family
+FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "cluster", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold")
@@ -108,6 +108,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in LIMITS),
         ("waves", ctypes.c_double),
         ("seed", ctypes.c_int64),
+        ("refused_launch", ctypes.c_int64),
         ("skipped_barriers", ctypes.c_char * 128),
         *((name, ctypes.c_int64) for name in RESULTS),
         ("held", ctypes.c_double),
@@ -133,6 +134,7 @@ class Machine(NamedTuple):
 class Schedule(NamedTuple):
     seed: int = 0
     skipped_barriers: tuple[str, ...] = ()
+    refused_launch: int = 0
 
 
 class ShimError(Exception):
@@ -214,6 +216,7 @@ def run(
         setattr(call, name, FAMILIES.index(value) if name == "family" else value)
     schedule = schedule or Schedule()
     call.seed, call.skipped_barriers = schedule.seed, " ".join(schedule.skipped_barriers).encode()
+    call.refused_launch = schedule.refused_launch
     library().simt_run(ctypes.byref(call))
     if call.illegal:
         raise NoPlanError(call.plan.decode())

@@ -16,7 +16,7 @@ struct Query {
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
   int64_t family, cumulative;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
-  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes], cooperative_blocks;
+  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes], cooperative;
   double memory_gb_per_s;
   // results
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
@@ -71,7 +71,7 @@ void plan_run(Query* q) {
   device.shared_bytes_opt_in = q->shared_bytes_opt_in;
   device.shared_bytes_per_sm = q->shared_bytes_per_sm;
   for (int i = 0; i < kNumClusterSizes; ++i) device.active_clusters[i] = static_cast<int>(q->active_clusters[i]);
-  device.cooperative_blocks = static_cast<int>(q->cooperative_blocks);
+  device.cooperative = q->cooperative != 0;
   device.memory_gb_per_s = q->memory_gb_per_s;
   Limits limits;
   limits.family = static_cast<Family>(q->family);

@@ -59,6 +59,7 @@ struct Machine {
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
   int64_t bytes_loaded = 0, bytes_stored = 0;
+  int launches = 0;
   std::string error;
   std::vector<std::string> barriers;
 };
@@ -385,6 +386,10 @@ void* check_store(void* to, size_t bytes) {
 void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
               const std::function<void()>& kernel) {
   if (!m.error.empty()) return;
+  if (++m.launches == m.session.refused_launch) {
+    m.error = "refused";
+    return;
+  }
   if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 ||
       (cluster > kMaxCluster && cluster != grid) || grid % cluster != 0) {
     m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
@@ -416,6 +421,7 @@ void begin(const Session& session) {
   m.loads.clear();
   m.stores.clear();
   m.bytes_loaded = m.bytes_stored = 0;
+  m.launches = 0;
   m.error.clear();
 }
 

@@ -92,6 +92,7 @@ struct Session {
   uint64_t seed = 0;
   // "file.cuh:line file.cuh:line": as if these barriers, or waits for copies, had been deleted.
   std::string skipped_barriers;
+  int refused_launch = 0;  // this one, counted from 1, is an error and runs nothing
 };
 
 // Forgets memory, counts and errors of the session before.

@@ -43,8 +43,6 @@ __device__ inline void wait_async(BNEXT_CALLER) {
 }
 
 // The same where only the launch knows how many. More than kMostGroups are not left in flight.
-constexpr int kMostGroups = 7;
-
 __device__ inline void wait_async_but(int groups BNEXT_AND_CALLER) {
 #ifdef BNEXT_SIMT
   simt::wait_async(groups < kMostGroups ? groups : kMostGroups, file, line);

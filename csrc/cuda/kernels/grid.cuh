@@ -114,17 +114,28 @@ __device__ inline void leave_sums(const KernelArgs& args, const Tile& tile, cons
 }
 
 // When the sums of all blocks are there: from them to coefficients, every block for itself. One warp does it, with one
-// barrier in place of seven: the others have nothing to do meanwhile. What it overwrites has been read: there was a
-// barrier of leave_sums since.
-template <typename Acc>
+// barrier in place of seven: the others have nothing to do meanwhile, so it asks for what it can before it waits, and
+// writes results when the others have gone on. What it overwrites has been read: there was a barrier of leave_sums since.
+template <bool kBackward, typename Acc>
 __device__ inline Coefficients<Acc> finish_grid(const KernelArgs& args, const Tile& tile) {
   auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + args.layout.coefficients);
+  Finished<Acc> finished = {};
   if (threadIdx.x < kWarpSize) {
+    const double of_lane = load_input_of_lane<kBackward>(args, tile.column);
     wait_at(args.counters + tile.column, static_cast<int>(args.num_splits));
-    const ChannelTotals totals = merge_partials(args, tile.column, WarpTeam());
-    if (threadIdx.x == 0) *shared = finish_channel<Acc>(args, tile.column, totals, tile.split == 0);
+    const ChannelTotals totals = merge_by_warp<kBackward>(args, tile.column);
+    const ChannelInputs inputs = gather_inputs<kBackward>(of_lane);
+    finished = kBackward ? finish_backward<Acc>(args, totals, inputs) : finish_forward<Acc>(args, totals, inputs);
+    if (threadIdx.x == 0) *shared = finished.coefficients;
   }
   __syncthreads();
+  if (threadIdx.x == 0 && tile.split == 0) {
+    if (kBackward) {
+      store_gradients(args, tile.column, finished.result);
+    } else {
+      store_statistics(args, tile.column, finished.result);
+    }
+  }
   return *shared;
 }
 
@@ -134,6 +145,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_forward_kernel(cons
   using Data = Slots<T, kVec, false, kWhole, 1>;
   using Batch = typename Data::Batch;
   constexpr int kLanes = kSumLanes<false, kVec>;
+  count_batch(args);
   // Of a channel: sums around the mean of the first batch that a warp sees of it, as in streaming.
   Acc of_warp = 0, s1[kLanes] = {}, s2[kLanes] = {};
   int count = 0;
@@ -163,7 +175,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_forward_kernel(cons
                               warp_sum(add_lanes(s2))};
         leave_sums<true>(args, tile, value);
       },
-      [&](const Tile& tile) { of_channel = finish_grid<Acc>(args, tile); },
+      [&](const Tile& tile) { of_channel = finish_grid<false, Acc>(args, tile); },
       [&](const Batch& batch) { map_batch<kWhole, false, kVec>(of_channel, batch); });
 }
 
@@ -191,7 +203,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_backward_kernel(con
         for (int k = 0; k < kNumSums; ++k) value[k] = warp_sum(add_lanes(sum[k]));
         leave_sums<false>(args, tile, value);
       },
-      [&](const Tile& tile) { of_channel = finish_grid<Acc>(args, tile); },
+      [&](const Tile& tile) { of_channel = finish_grid<true, Acc>(args, tile); },
       [&](const Batch& batch) { map_batch<kWhole, true, kVec>(of_channel, batch); });
 }
 

@@ -24,6 +24,9 @@ constexpr int kUnroll = 4;
 // On chip: packs of each tensor that a thread takes from shared memory at once. That is near, and more would cost
 // registers, which decide how many blocks an SM has room for.
 constexpr int kOnChipBatch = 2;
+BNEXT_HOST_DEVICE constexpr int on_chip_batches(int steps) { return (steps + kOnChipBatch - 1) / kOnChipBatch; }
+// Grid: groups of copies that a thread leaves in flight at most, one for each batch.
+constexpr int kMostGroups = 7;
 constexpr int kMaxThreads = 256;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;

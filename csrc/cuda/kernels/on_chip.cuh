@@ -59,8 +59,8 @@ class OnChip {
 
  private:
   // held_steps is all of them, or whole batches.
-  __device__ int held_batches() const { return (args_.held_steps + kOnChipBatch - 1) / kOnChipBatch; }
-  __device__ int all_batches() const { return (args_.num_steps + kOnChipBatch - 1) / kOnChipBatch; }
+  __device__ int held_batches() const { return on_chip_batches(args_.held_steps); }
+  __device__ int all_batches() const { return on_chip_batches(args_.num_steps); }
 
   const KernelArgs& args_;
   const Tile& tile_;
@@ -224,9 +224,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   const Tile tile = on_chip_tile(args);
   const Data data(args, tile);
-  // Nobody reads it here: with a cumulative momentum, a kernel before this one counts.
-  const bool counts = args.num_batches_tracked != nullptr && !args.cumulative;
-  if (counts && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
+  count_batch(args);
 
   // The mean of what is on chip, which is all of the channel, or half of it at least.
   Acc pivot[kVec] = {}, first[2][kLanes] = {}, unused[kLanes] = {};

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const K
   if (!kRows && args.source == Source::kPartials) {
     double* scratch = reinterpret_cast<double*>(shared_memory());
     auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + finish_coefficients_offset(blockDim.x));
-    const ChannelTotals totals = merge_partials(args, tile.column, BlockTeam{scratch});
+    const ChannelTotals totals = merge_partials(args, tile.column, scratch);
     if (threadIdx.x == 0) *shared = finish_channel<Acc>(args, tile.column, totals, tile.split == 0);
     __syncthreads();
     of_block = *shared;
