@@ -8,8 +8,8 @@ def empty_cache() -> None:
 
     Outputs of 2 MB and more that were freed leave their memory behind for the next ones, which then
     take no page faults: at most 1 GiB or a sixteenth of the machine's memory, whichever is less, or
-    what ``BNEXT_CPU_CACHE_MB`` says when the first such output is made; 0 keeps nothing. What has not
-    been used for a second is marked, when another output is freed, as memory that the system may
-    take when it is short of it. Memory on a GPU is torch's: :func:`torch.cuda.empty_cache`.
+    what ``BNEXT_CPU_CACHE_MB`` says when the first such output is made; 0 keeps nothing. What has
+    not been used for a second is marked, when another output is freed, as memory that the system
+    may take when it is short of it. Memory on a GPU is torch's: :func:`torch.cuda.empty_cache`.
     """
     _C.empty_output_cache()

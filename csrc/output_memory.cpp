@@ -41,8 +41,8 @@ size_t cache_limit() {
   if (const char* text = std::getenv("BNEXT_CPU_CACHE_MB")) {
     char* end = nullptr;
     const long megabytes = std::strtol(text, &end, 10);
-    TORCH_CHECK(end != text && *end == '\0' && megabytes >= 0, "BNEXT_CPU_CACHE_MB should be a number of megabytes, not ",
-                text);
+    TORCH_CHECK(end != text && *end == '\0' && megabytes >= 0,
+                "BNEXT_CPU_CACHE_MB should be a number of megabytes, not ", text);
     return static_cast<size_t>(megabytes) << 20;
   }
   const size_t memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -52,7 +52,8 @@ size_t cache_limit() {
 // Only advice: where it is refused, pages are small.
 void advise_huge_pages(void* data, size_t bytes) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + bytes) / kHugePage * kHugePage;
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage,
+                  end = (address + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 

@@ -42,7 +42,7 @@ SHAPES = (
     (2, 33, 4, 4),
     (19, 2, 2, 3),
 )
-# Enough work for every thread, also with fewer channels than threads; and short planes of many channels.
+# Enough work for every thread, also with fewer channels than threads; short planes of many.
 LARGE_SHAPES = ((2, 3, 160, 161), (16, 65, 28, 28), (11, 83, 7, 7))
 
 

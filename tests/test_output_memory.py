@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,8 @@ def normalized(x: Tensor) -> Tensor:
 
 def in_process(program: str, **environment: str) -> None:
     """Runs the program, which asserts for itself, in a process with this environment."""
-    command = [sys.executable, "-c", f"import torch, bnext\nfrom bnext._extension import _C\n{program}"]
+    imports = "import torch, bnext\nfrom bnext._extension import _C\n"
+    command = [sys.executable, "-c", imports + program]
     run = subprocess.run(
         command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -62,7 +64,7 @@ def test_outputs_alive_at_once_are_apart() -> None:
     x = large()
     outputs = [normalized(x) for _ in range(3)]
     begins = sorted(y.data_ptr() for y in outputs)
-    assert all(b - a >= x.nbytes for a, b in zip(begins, begins[1:], strict=False))
+    assert all(b - a >= x.nbytes for a, b in pairwise(begins))
 
 
 def test_small_outputs_are_left_to_torch() -> None:
@@ -187,7 +189,8 @@ for _ in range(3):
     del outputs
     assert _C.cached_output_bytes() == 8 * 2**20
 bnext.batchnorm2d(torch.randn(16, 4, 256, 256), training=True)
-assert _C.cached_output_bytes() == 8 * 2**20  # larger than the limit: not kept, and nothing had to go for it
+# Larger than the limit: not kept, and nothing had to go for it.
+assert _C.cached_output_bytes() == 8 * 2**20
 """,
         BNEXT_CPU_CACHE_MB="8",
     )

@@ -101,8 +101,7 @@ class Pivots : public ChannelNumbers {
 
 class AllCoefficients : public ChannelNumbers {
  public:
-  AllCoefficients(const Partition& p, const KernelTable& table)
-      : ChannelNumbers(p, table, CoefficientArrays::kCount) {}
+  AllCoefficients(const Partition& p, const KernelTable& table) : ChannelNumbers(p, table, CoefficientArrays::kCount) {}
   void set(int64_t c, const Coefficients& value) {
     for_each_slot(c, [&](int64_t i) { table_.set_coefficients(array_.data(), width_, i, value); });
   }

@@ -158,13 +158,9 @@ const KernelTable& table_of(Walk walk) {
                                          normalize_of_planes<T>,
                                          backward_sums_of_planes<T>,
                                          backward_apply_of_planes<T>};
-  static constexpr KernelTable rows = {kIsSplit<T> ? kLanes<T> : 0,
-                                       set_pivot<T>,
-                                       set_coefficients<T>,
-                                       moments_rows<T>,
-                                       normalize_any_rows<T>,
-                                       backward_sums_rows<T>,
-                                       backward_apply_any_rows<T>};
+  static constexpr KernelTable rows = {
+      kIsSplit<T> ? kLanes<T> : 0, set_pivot<T>,          set_coefficients<T>,       moments_rows<T>,
+      normalize_any_rows<T>,       backward_sums_rows<T>, backward_apply_any_rows<T>};
   return walk == Walk::kPlanes ? planes : rows;
 }
 

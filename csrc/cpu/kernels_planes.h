@@ -102,9 +102,8 @@ void moments_planes(const Geometry& g, const View& x, Block block, const void* p
           const auto p = splat<Term<T>>(pivot[c]);
           totals.add_run(
               c, length,
-              [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-                ahead.ask(px + i, c - block.channel_begin, count);
-              },
+              [&](int64_t i, int64_t count)
+                  __attribute__((always_inline)) { ahead.ask(px + i, c - block.channel_begin, count); },
               [&](int64_t i, auto count, Term<T>& a, Term<T>& b) __attribute__((always_inline)) {
                 const Term<T> d = keep_lanes(load_term(px + i, count) - p, count);
                 a += d;
@@ -192,21 +191,21 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length, bool more)
           __attribute__((always_inline)) {
-        const Ahead<T, true> ahead(g, dx, block, offset_dx, length, more ? -dx.stride[1] : 0);
-        for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
-          const T* px = at<T>(x, c * x.stride_c + offset_x);
-          const T* pdy = at<T>(dy, c * dy.stride_c + offset_dy);
-          T* pdx = at_mutable<T>(dx, c * dx.stride_c + offset_dx);
-          const AffineVector<T> f = coefficients.one(c);
-          const Value<T> a = coefficients.one_scale_dy(c);
-          for_each_value<kStream>(pdx, length, [&](int64_t i, auto count) __attribute__((always_inline)) {
-            if (!kStream) ahead.ask(pdx + i, c - block.channel_begin, kLanes<T>);
-            ask_in_run(px, i, length);
-            ask_in_run(pdy, i, length);
-            put_value<kStream>(pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
-          });
-        }
-      },
+            const Ahead<T, true> ahead(g, dx, block, offset_dx, length, more ? -dx.stride[1] : 0);
+            for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
+              const T* px = at<T>(x, c * x.stride_c + offset_x);
+              const T* pdy = at<T>(dy, c * dy.stride_c + offset_dy);
+              T* pdx = at_mutable<T>(dx, c * dx.stride_c + offset_dx);
+              const AffineVector<T> f = coefficients.one(c);
+              const Value<T> a = coefficients.one_scale_dy(c);
+              for_each_value<kStream>(pdx, length, [&](int64_t i, auto count) __attribute__((always_inline)) {
+                if (!kStream) ahead.ask(pdx + i, c - block.channel_begin, kLanes<T>);
+                ask_in_run(px, i, length);
+                ask_in_run(pdy, i, length);
+                put_value<kStream>(pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
+              });
+            }
+          },
       x, dy, dx);
   if constexpr (kStream) finish_stream();
 }

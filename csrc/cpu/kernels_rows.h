@@ -210,8 +210,7 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
   const int64_t rows_on = rows_ahead<T>(block, kApplyAheadBytes, step);
   for_each_run(
       g, block.begin, block.end,
-      [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length, bool)
-          __attribute__((always_inline)) {
+      [&](int64_t offset_x, int64_t offset_dy, int64_t offset_dx, int64_t length, bool) __attribute__((always_inline)) {
         for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
           const T* first_x = at<T>(x, offset_x + row * x.stride[2]);
           const T* first_dy = at<T>(dy, offset_dy + row * dy.stride[2]);
@@ -236,9 +235,9 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
               if (!kStream) prefetch<true>(pdx + write_ahead<T>(dx, block, c), kVectors * lanes);
 #pragma GCC unroll 4
               for (int v = 0; v < kVectors; ++v) {
-                put_value<kStream>(
-                    pdx + v * lanes,
-                    load_value(pdy + v * lanes, count) * a[v] + f[v](load_value(px + v * lanes, count)), count);
+                put_value<kStream>(pdx + v * lanes,
+                                   load_value(pdy + v * lanes, count) * a[v] + f[v](load_value(px + v * lanes, count)),
+                                   count);
               }
             }
           });

@@ -15,7 +15,8 @@ constexpr int kRunPassRows = 2;
 template <typename T, typename... Views>
 BNEXT_INLINE bool has_runs(const Geometry& g, const Views&... views) {
   const bool dense = ((views.stride_c == g.size[2]) && ...);
-  return !kIsSplit<T> && dense && g.size[2] > 1 && g.size[2] <= kMaxRunPositions && g.size[0] == 1 && g.size[1] >= kMinRunRows;
+  return !kIsSplit<T> && dense && g.size[2] > 1 && g.size[2] <= kMaxRunPositions && g.size[0] == 1 &&
+         g.size[1] >= kMinRunRows;
 }
 
 // Channels [begin, end) of a block, as rows.

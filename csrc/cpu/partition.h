@@ -48,7 +48,8 @@ class Partition {
     const int64_t inner = geometry.size[2];
     if (rows) {
       const int64_t rows_bytes = std::min(channels, kRowChannels) * dtype_bytes(geometry.dtype);
-      chunk_ = std::max({kMinRows, kBlockElements / channels, std::min(kRowsBytes / rows_bytes, positions / kEnoughChunks)});
+      chunk_ =
+          std::max({kMinRows, kBlockElements / channels, std::min(kRowsBytes / rows_bytes, positions / kEnoughChunks)});
     } else {
       chunk_ = inner < kBlockElements ? kBlockElements / inner * inner : kBlockElements;  // whole runs
     }
@@ -65,8 +66,9 @@ class Partition {
     // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
     channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
-    channels_per_block_ = !rows ? choose_block_channels(threads, num_tensors)
-                         : fold_ > 1 ? channels : std::min(channels, kRowChannels);
+    channels_per_block_ = !rows       ? choose_block_channels(threads, num_tensors)
+                          : fold_ > 1 ? channels
+                                      : std::min(channels, kRowChannels);
   }
 
   int64_t num_channels() const { return geometry_.num_channels; }

@@ -88,8 +88,8 @@ void backward_apply(const Geometry& g, const View& x, const View& dy, const View
 }
 
 template <typename T>
-constexpr KernelTable kTable = {0,          set_pivot,        set_coefficients, moments<T>, normalize<T>,
-                                backward_sums<T>, backward_apply<T>};
+constexpr KernelTable kTable = {
+    0, set_pivot, set_coefficients, moments<T>, normalize<T>, backward_sums<T>, backward_apply<T>};
 
 }  // namespace
 
