@@ -80,8 +80,9 @@ def work(rank: int, folder: str, wraps: tuple[Callable, ...]) -> None:
                 torch.testing.assert_close(
                     a, b, rtol=1e-9, atol=1e-9, msg=lambda m, w=wrap: f"{w.__name__}: {m}"
                 )
-        # The wrappers are in cycles, and hold the group. One that outlives its destruction here ends
-        # at exit, where gloo's threads sometimes abort the process; so does one that a peer still uses.
+        # The wrappers are in cycles, and hold the group. One that outlives its destruction below
+        # ends at exit, where gloo's threads abort the process now and then; so it goes before, and
+        # not while the other rank uses it.
         gc.collect()
         distributed.barrier()
     finally:
