@@ -3,7 +3,7 @@
 // Part of kernels_impl.h; no include guard on purpose.
 
 // How far ahead of a loop memory is asked for: the processor's own prefetcher begins anew at every run, and whenever sums
-// and elementwise work take turns. Backward sums of 32 x 128 x 28 x 28 float32, 2 threads: 36 -> 62 GB/s.
+// and elementwise work take turns. Side by side, a backward pass of 32 x 256 x 28 x 28 float32: 1.41 -> 1.32 x an addition.
 constexpr int64_t kAheadBytes = int64_t{4} << 10;
 
 // Asks for what a loop over the runs of a block will come to, in one tensor: beyond the end of a run, what comes next is

@@ -22,7 +22,7 @@ constexpr int64_t kBlockElements = 8192;
 // Rows in a block of NHWC: of so many bytes that a thread finds its last block in its own cache when it comes back for it,
 // and not more than leaves enough blocks to share. Not fewer than the first: a block leaves 2 float64 sums for each channel.
 constexpr int64_t kMinRows = 64, kRowsBytes = int64_t{256} << 10, kEnoughChunks = 16;
-// What is done once for each channel takes about 50 ns, as long as waking other threads takes for this many.
+// What is done once for each channel takes 15 to 50 ns, and for this many about as long as waking other threads.
 constexpr int64_t kManyChannels = 256;
 // The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a few
 // vectors in a row.
