@@ -123,7 +123,9 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
         }
         if (apply == nullptr) continue;
         for (int64_t k = 0; k < p.num_chunks(); ++k) {
-          p.for_each_part(p.block(i, p.num_chunks() - 1 - k), *apply);
+          const Block next = i + 1 < end ? p.block(i + 1, k) : Block();
+          p.for_each_part(p.block(i, p.num_chunks() - 1 - k),
+                          [&](const Geometry& g, const Block& block, int64_t fold) { (*apply)(g, block, fold, next); });
         }
       }
     });
@@ -158,9 +160,9 @@ void forward(const ForwardProblem& problem) {
     const double centre = std::abs(mean) * invstd < 1 ? 0 : mean;
     coefficients.set(c, {centre, scale, load_channel(problem.bias, c, 0) - (mean - centre) * scale});
   };
-  auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
+  auto apply = [&](const Geometry& part, const Block& block, int64_t fold, const Block& next = {}) {
     table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients.arrays(),
-                    p.stream());
+                    {p.stream(), next});
   };
   const bool has_output = problem.y.data != nullptr;
 
@@ -258,9 +260,9 @@ void backward(const BackwardProblem& problem) {
   };
 
   if (problem.training) {
-    auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
+    auto apply = [&](const Geometry& part, const Block& block, int64_t fold, const Block& next = {}) {
       table.backward_apply(part, fold_view(problem.x, fold), fold_view(problem.dy, fold), fold_view(problem.dx, fold),
-                           block, coefficients.arrays(), p.stream());
+                           block, coefficients.arrays(), {p.stream(), next});
     };
     reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
     return;
@@ -269,7 +271,7 @@ void backward(const BackwardProblem& problem) {
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients.arrays(),
-                    p.stream());
+                    {p.stream(), Block()});
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
     if (needs_sums) sums.add_block(block, chunk, reduce);

@@ -16,8 +16,14 @@ Isa current_isa();
 // Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; of planes, at most kMaxBlockChannels.
 constexpr int64_t kMaxBlockChannels = 32;
 struct Block {
-  int64_t channel_begin, channel_end;
-  int64_t begin, end;
+  int64_t channel_begin = 0, channel_end = 0;
+  int64_t begin = 0, end = 0;
+};
+
+// How elementwise work is done, beside what it computes.
+struct Elementwise {
+  bool stream = false;  // stores go around the caches where they can
+  Block next;           // whose sums come next, or an empty one
 };
 
 // dx = scale_dy * dy + scale * (x - mean) + shift, or y without the first term, for one channel.
@@ -44,14 +50,14 @@ struct KernelTable {
 
   // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
   void (*moments)(const Geometry&, const View& x, Block, const void* pivots, double* s1, double* s2);
-  // y = (x - mean) * scale + shift; `stream` stores around the caches where it can
-  void (*normalize)(const Geometry&, const View& x, const View& y, Block, CoefficientArrays, bool stream);
+  // y = (x - mean) * scale + shift
+  void (*normalize)(const Geometry&, const View& x, const View& y, Block, CoefficientArrays, Elementwise);
   // sum_dy += sum(dy), sum_dy_xmp += sum(dy * (x - pivot))
   void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const void* pivots, double* sum_dy,
                         double* sum_dy_xmp);
   // dx = scale_dy * dy + scale * (x - mean) + shift
   void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, CoefficientArrays,
-                         bool stream);
+                         Elementwise);
 };
 
 // Where kernels that take vectors of `split` channels (a power of two) apart into even and odd ones want channel c. Others

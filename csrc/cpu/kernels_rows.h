@@ -258,13 +258,13 @@ bool has_aligned_rows(const View& view) {
 
 template <typename T>
 void normalize_any_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
-                        bool stream) {
-  (stream && has_aligned_rows<T>(y) ? normalize_rows<true, T> : normalize_rows<false, T>)(g, x, y, block, c);
+                        Elementwise how) {
+  (how.stream && has_aligned_rows<T>(y) ? normalize_rows<true, T> : normalize_rows<false, T>)(g, x, y, block, c);
 }
 
 template <typename T>
 void backward_apply_any_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
-                             CoefficientArrays c, bool stream) {
-  auto* kernel = stream && has_aligned_rows<T>(dx) ? backward_apply_rows<true, T> : backward_apply_rows<false, T>;
+                             CoefficientArrays c, Elementwise how) {
+  auto* kernel = how.stream && has_aligned_rows<T>(dx) ? backward_apply_rows<true, T> : backward_apply_rows<false, T>;
   kernel(g, x, dy, dx, block, c);
 }
