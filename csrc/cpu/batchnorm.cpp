@@ -72,7 +72,9 @@ class ChannelNumbers {
         channels_(p.num_channels()),
         wide_(p.wide_channels()),
         width_(p.array_width()),
-        array_(count * width_) {}
+        array_(count * width_) {
+    std::fill_n(array_.data(), count * width_, 0.0);
+  }
 
   // Calls f(slot) for every place that channel c has.
   template <typename F>
@@ -274,7 +276,7 @@ void backward(const BackwardProblem& problem) {
                     {p.stream(), Block()});
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
-    if (needs_sums) sums.add_block(block, chunk, reduce);
+    if (needs_sums) sums.reduce_block(block, chunk, reduce);
     if (has_dx) p.for_each_part(block, apply);
   });
   if (!needs_sums) return;

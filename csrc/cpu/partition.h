@@ -106,13 +106,19 @@ class Partition {
     some(0, num_channels());
   }
 
-  // Calls f(block, chunk) for every block, last first when asked.
+  // Calls f(block, chunk) for every block, last first when asked: in the order in which they lie in memory. Parts of rows
+  // are not for different threads: what the processor fetches ahead of one would be what the other is writing. 1568 x 2048
+  // float32, forward: 1.28 -> 0.73 ms.
   template <typename F>
   void for_each_block(bool reverse, F f) const {
-    parallel(num_channel_blocks() * num_chunks_, [&](int64_t begin, int64_t end) {
+    const int64_t num_blocks = num_channel_blocks();
+    const bool rows = geometry_.walk == Walk::kRows;
+    parallel(num_blocks * num_chunks_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t task = reverse ? begin + end - 1 - i : i;
-        f(block(task / num_chunks_, task % num_chunks_), task % num_chunks_);
+        const int64_t channel_block = rows ? task % num_blocks : task / num_chunks_;
+        const int64_t chunk = rows ? task / num_blocks : task % num_chunks_;
+        f(block(channel_block, chunk), chunk);
       }
     });
   }
@@ -169,8 +175,8 @@ inline View fold_view(View view, int64_t fold) {
   return view;
 }
 
-// Zeros, which begin where vectors are loaded in one piece. A thread keeps the memory for its next array: fresh from the
-// system, the pages of 25 partial sums of 2048 channels cost as much as a pass over the tensor.
+// Numbers, not set yet, which begin where vectors are loaded in one piece. A thread keeps the memory for its next array:
+// fresh from the system, the pages of 25 partial sums of 2048 channels cost as much as a pass over the tensor.
 class AlignedArray {
  public:
   explicit AlignedArray(int64_t count) {
@@ -178,7 +184,8 @@ class AlignedArray {
       storage_ = std::move(spare().back());
       spare().pop_back();
     }
-    storage_.assign(count + kAlignment / sizeof(double), 0);
+    const size_t wanted = count + kAlignment / sizeof(double);
+    if (storage_.size() < wanted) storage_.resize(wanted);
   }
   ~AlignedArray() {
     if (storage_.capacity() <= kMostKept) spare().push_back(std::move(storage_));
@@ -218,10 +225,14 @@ class ChannelSums {
 
   double total(int k, int64_t c) const { return totals_[k * partition_.num_channels() + c]; }
 
-  // Adds the sums of one block to those of a chunk. kernel(geometry, block, fold, sums, width): sums k are those from
-  // sums + k * width on.
+  // Sets the partial sums of one block. kernel(geometry, block, fold, sums, width) adds to sums, of which the kth begin at
+  // sums + k * width.
   template <typename Kernel>
-  void add_block(const Block& block, int64_t chunk, Kernel kernel) {
+  void reduce_block(const Block& block, int64_t chunk, Kernel kernel) {
+    const bool last = block.channel_end == partition_.num_channels();  // has all up to the end of the array
+    for (int k = 0; k < kNumSums; ++k) {
+      std::fill(partial(chunk, k) + block.channel_begin, partial(chunk, k) + (last ? width_ : block.channel_end), 0.0);
+    }
     partition_.for_each_part(block, [&](const Geometry& g, const Block& part, int64_t fold) {
       kernel(g, part, fold, partial(chunk, 0), width_);
     });
@@ -232,46 +243,49 @@ class ChannelSums {
   void reduce_channels(int64_t channel_block, Kernel kernel) {
     for (int64_t chunk = 0; chunk < partition_.num_chunks(); ++chunk) {
       const Block block = partition_.block(channel_block, chunk);
-      for_each_sum(block, [&](double& sum, double&) { sum = 0; });
-      add_block(block, 0, kernel);
-      for_each_sum(block, [&](double& sum, double& total) { total = (chunk == 0 ? 0 : total) + sum; });
+      reduce_block(block, 0, kernel);
+      for (int k = 0; k < kNumSums; ++k) {
+        double *total = totals_.data() + k * partition_.num_channels(), *sum = partial(0, k);
+        for (int64_t c = block.channel_begin; c < block.channel_end; ++c)
+          total[c] = (chunk == 0 ? 0 : total[c]) + sum[c];
+      }
     }
   }
 
   // Every block on any thread, then the blocks' sums in order.
   template <typename Kernel>
   void reduce_all(Kernel kernel) {
-    std::fill_n(partials_.data(), kNumSums * width_ * partition_.num_chunks(), 0.0);
-    partition_.for_each_block(false, [&](const Block& block, int64_t chunk) { add_block(block, chunk, kernel); });
+    partition_.for_each_block(false, [&](const Block& block, int64_t chunk) { reduce_block(block, chunk, kernel); });
     merge();
   }
 
   void merge() {
-    const int64_t channels = partition_.num_channels(), wide = partition_.wide_channels();
-    for (int k = 0; k < kNumSums; ++k) {
-      double *total = totals_.data() + k * channels, *sum = partial(0, k);
-      for (int64_t chunk = 1; chunk < partition_.num_chunks(); ++chunk) {
-        const double* other = partial(chunk, k);
-        for (int64_t i = 0; i < width_; ++i) sum[i] += other[i];
+    auto add_chunks = [&](int64_t begin, int64_t end) {
+      for (int k = 0; k < kNumSums; ++k) {
+        double* sum = partial(0, k);
+        for (int64_t chunk = 1; chunk < partition_.num_chunks(); ++chunk) {
+          const double* other = partial(chunk, k);
+          for (int64_t i = begin; i < end; ++i) sum[i] += other[i];
+        }
       }
-      for (int64_t c = 0; c < channels; ++c) {
-        total[c] = 0;
-        for (int64_t i = c; i < wide; i += channels) total[c] += sum[slot(i, split_)];
-      }
+    };
+    if (width_ * partition_.num_chunks() >= kSerialElements) {
+      partition_.parallel(width_, add_chunks);
+    } else {
+      add_chunks(0, width_);
     }
+    const int64_t channels = partition_.num_channels(), wide = partition_.wide_channels();
+    partition_.for_each_channel([&](int64_t c) {
+      for (int k = 0; k < kNumSums; ++k) {
+        double total = 0;
+        for (int64_t i = c; i < wide; i += channels) total += partial(0, k)[slot(i, split_)];
+        totals_[k * channels + c] = total;
+      }
+    });
   }
 
  private:
   double* partial(int64_t chunk, int k) { return partials_.data() + (chunk * kNumSums + k) * width_; }
-
-  template <typename F>
-  void for_each_sum(const Block& block, F f) {
-    for (int k = 0; k < kNumSums; ++k) {
-      for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
-        f(partial(0, k)[c], totals_[k * partition_.num_channels() + c]);
-      }
-    }
-  }
 
   const Partition& partition_;
   int64_t split_, width_;
