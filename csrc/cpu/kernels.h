@@ -13,8 +13,8 @@ const char* isa_name(Isa isa);
 // The widest instruction set that this processor has and this build holds; BNEXT_CPU_ISA=generic|avx2|avx512 forces one.
 Isa current_isa();
 
-// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; of planes, at most kMaxBlockChannels.
-constexpr int64_t kMaxBlockChannels = 32;
+// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes and of rows.
+constexpr int64_t kMaxBlockChannels = 32, kMaxRowChannels = 1024;
 struct Block {
   int64_t channel_begin = 0, channel_end = 0;
   int64_t begin = 0, end = 0;

@@ -102,7 +102,7 @@ class LoadCoefficients {
   BNEXT_INLINE Value<T> one_scale_dy(int64_t c) const { return repeat(4, c); }
 
  private:
-  BNEXT_INLINE Value<T> load(int k, int64_t i) const { return load_raw<Value<T>>(from_ + k * width_ + i); }
+  BNEXT_INLINE Value<T> load(int k, int64_t i) const { return load_numbers<Value<T>>(from_ + k * width_ + i); }
   BNEXT_INLINE Value<T> repeat(int k, int64_t c) const { return splat<Value<T>>(from_[k * width_ + c]); }
 
   const Scalar<T>* from_;

@@ -7,10 +7,8 @@ template <typename T>
 constexpr int kColumns = (BNEXT_ISA_LEVEL == 2 ? 4 : 2) / (kIsSplit<T> ? 2 : 1);
 
 // Rows of one pass. The more, the less often the numbers of the channels are loaded; but memory is read best in its order,
-// and rows of a pass are read side by side. Sums of 6272 x 1024 float32, 2 threads: 49 GB/s with 1 row, 36 GB/s with 8. The
-// sums of bfloat16 cost most when they leave float32, at the end of a pass: that has to be rare.
-template <typename T>
-constexpr int64_t kSumPassBytes = int64_t{kIsSplit<T> ? 8 : 1} << 10;
+// and rows of a pass are read side by side. Sums of 6272 x 1024 float32, 2 threads: 49 GB/s with 1 row, 36 GB/s with 8.
+constexpr int64_t kSumPassBytes = int64_t{1} << 10;
 template <typename T>
 constexpr int64_t kApplyPassBytes = int64_t{kIsSplit<T> ? 4 : 1} << 10;
 // How far ahead of a loop memory is asked for: in sums, which wait for nothing else, and in elementwise work.
@@ -25,13 +23,18 @@ BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
   return rows >= kGroup ? kGroup : rows <= least ? least : static_cast<int>(rows);
 }
 
-// Chains are no longer than a pass. Few rows of bfloat16 go one by one: what rounding takes from a float32 sum of eight
-// terms shows when there are not many more.
-constexpr int64_t kFewPositions = 64;
+// The sums of bfloat16 cost most when they leave float32. Eight rows are summed before they do: in registers, as one pass, or
+// where rows are wide one by one, in the nearest cache. Few rows leave it each: what rounding takes from a float32 sum of
+// eight terms shows when there are not many more.
+constexpr int64_t kFewPositions = 64, kWideRowBytes = 512;
+template <typename T>
+BNEXT_INLINE bool sums_in_groups(const Geometry& g, const Block& block) {
+  return kIsSplit<T> && g.num_positions() > kFewPositions && row_bytes<T>(block) >= kWideRowBytes;
+}
 template <typename T>
 BNEXT_INLINE int rows_per_sum(const Geometry& g, const Block& block) {
-  if (kIsSplit<T> && g.num_positions() <= kFewPositions) return 1;
-  return clamp_rows(kSumPassBytes<T> / row_bytes<T>(block), kIsSplit<T> ? 4 : 1);
+  if constexpr (kIsSplit<T>) return g.num_positions() <= kFewPositions ? 1 : kGroup;
+  return clamp_rows(kSumPassBytes / row_bytes<T>(block), 1);
 }
 
 template <typename T>
@@ -85,13 +88,59 @@ BNEXT_INLINE void for_each_column(const Block& block, F f) {
   if (c < end) f(c, std::integral_constant<int, 1>(), end - c);
 }
 
-// Sums of passes of `step` rows.
-template <typename T>
+// Where passes leave their sums of each channel: in float64, or in groups, whose sums are float32 and go on to float64.
+template <typename T, bool kInGroups>
+class RowSums {
+ public:
+  BNEXT_INLINE RowSums(const Block& block, double* a, double* b)
+      : a_(a), b_(b), begin_(block.channel_begin), end_(block.channel_end) {
+    if constexpr (kInGroups) __builtin_memset(group_, 0, sizeof group_);
+  }
+  BNEXT_INLINE void add(int64_t c, Term<T> a, Term<T> b) {
+    if constexpr (kInGroups) {
+      add_to_sums(group_[0] + (c - begin_), a);
+      add_to_sums(group_[1] + (c - begin_), b);
+    } else {
+      add_to_sums(a_ + c, a);
+      add_to_sums(b_ + c, b);
+    }
+  }
+  BNEXT_INLINE void end_pass() {
+    if (kInGroups && ++passes_ == kGroup) end_group();
+  }
+  BNEXT_INLINE void end_group() {
+    if constexpr (kInGroups) {
+      if (passes_ == 0) return;
+      for (int64_t c = begin_; c < end_; c += kLanes<T>) {
+        move(group_[0] + c - begin_, a_ + c);
+        move(group_[1] + c - begin_, b_ + c);
+      }
+      passes_ = 0;
+    }
+  }
+
+ private:
+  static BNEXT_INLINE void move(float* from, double* to) {
+    const WideFloats zero{};
+    add_to_sums(to, load_numbers<Split>(from));
+    __builtin_memcpy(from, &zero, sizeof zero);
+    __builtin_memcpy(from + 2 * kDoubles, &zero, sizeof zero);
+  }
+
+  double *a_, *b_;
+  int64_t begin_, end_;
+  int passes_ = 0;
+  alignas(64) float group_[2][kInGroups ? kMaxRowChannels : 1];
+};
+
+// Sums of passes of `step` rows: one where they go in groups.
+template <typename T, bool kInGroups = false>
 void moments_in_passes(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2,
                        int step) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
   const int64_t rows_on = rows_ahead<T>(block, kSumAheadBytes, step);
+  RowSums<T, kInGroups> sums(block, s1, s2);
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset, int64_t length, bool) __attribute__((always_inline)) {
@@ -102,8 +151,8 @@ void moments_in_passes(const Geometry& g, const View& x, Block block, const void
             constexpr int kVectors = decltype(vectors)::value;
             Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) p[v] = load_raw<Term<T>>(pivot + c + v * lanes);
-            for (int r = 0; r < rows; ++r) {
+            for (int v = 0; v < kVectors; ++v) p[v] = load_numbers<Term<T>>(pivot + c + v * lanes);
+            for (int r = 0; r < (kInGroups ? 1 : rows); ++r) {
               const T* px = first + r * x.stride[2] + c;
               prefetch(px + ahead, kVectors * lanes);
 #pragma GCC unroll 4
@@ -114,22 +163,22 @@ void moments_in_passes(const Geometry& g, const View& x, Block block, const void
               }
             }
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              add_to_sums(s1 + c + v * lanes, a[v]);
-              add_to_sums(s2 + c + v * lanes, b[v]);
-            }
+            for (int v = 0; v < kVectors; ++v) sums.add(c + v * lanes, a[v], b[v]);
           });
+          sums.end_pass();
         });
       },
       x);
+  sums.end_group();
 }
 
-template <typename T>
+template <typename T, bool kInGroups = false>
 void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
                              double* sum_dy, double* sum_dy_xmp, int step) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
   const int64_t rows_on = rows_ahead<T>(block, kSumAheadBytes, step);
+  RowSums<T, kInGroups> sums(block, sum_dy, sum_dy_xmp);
   for_each_run(
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_dy, int64_t length, bool) __attribute__((always_inline)) {
@@ -142,8 +191,8 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
             constexpr int kVectors = decltype(vectors)::value;
             Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) p[v] = load_raw<Term<T>>(pivot + c + v * lanes);
-            for (int r = 0; r < rows; ++r) {
+            for (int v = 0; v < kVectors; ++v) p[v] = load_numbers<Term<T>>(pivot + c + v * lanes);
+            for (int r = 0; r < (kInGroups ? 1 : rows); ++r) {
               const T* px = first_x + r * x.stride[2] + c;
               const T* pdy = first_dy + r * dy.stride[2] + c;
               prefetch(px + ahead_x, kVectors * lanes);
@@ -156,24 +205,30 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
               }
             }
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              add_to_sums(sum_dy + c + v * lanes, a[v]);
-              add_to_sums(sum_dy_xmp + c + v * lanes, b[v]);
-            }
+            for (int v = 0; v < kVectors; ++v) sums.add(c + v * lanes, a[v], b[v]);
           });
+          sums.end_pass();
         });
       },
       x, dy);
+  sums.end_group();
 }
 
 template <typename T>
 void moments_rows(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
+  if constexpr (kIsSplit<T>) {
+    if (sums_in_groups<T>(g, block)) return moments_in_passes<T, true>(g, x, block, pivots, s1, s2, 1);
+  }
   moments_in_passes<T>(g, x, block, pivots, s1, s2, rows_per_sum<T>(g, block));
 }
 
 template <typename T>
 void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
                         double* sum_dy, double* sum_dy_xmp) {
+  if constexpr (kIsSplit<T>) {
+    if (sums_in_groups<T>(g, block))
+      return backward_sums_in_passes<T, true>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, 1);
+  }
   backward_sums_in_passes<T>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, rows_per_sum<T>(g, block));
 }
 

@@ -26,7 +26,7 @@ constexpr int64_t kMinRows = 64, kRowsBytes = int64_t{256} << 10, kEnoughChunks 
 constexpr int64_t kManyChannels = 256;
 // The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a few
 // vectors in a row.
-constexpr int64_t kMaxLanes = 32, kLaneChannels = 16, kWideRow = 64, kRowChannels = 1024;
+constexpr int64_t kMaxLanes = 32, kLaneChannels = 16, kWideRow = 64;
 
 // Planes: contiguous bytes that a block of channels should have at each step of the outer dimensions, so that memory is
 // read in runs that are worth it; and what a block may take of the processor's own cache, where its second visit should
@@ -47,7 +47,7 @@ class Partition {
     const bool rows = geometry.walk == Walk::kRows;
     const int64_t inner = geometry.size[2];
     if (rows) {
-      const int64_t rows_bytes = std::min(channels, kRowChannels) * dtype_bytes(geometry.dtype);
+      const int64_t rows_bytes = std::min(channels, kMaxRowChannels) * dtype_bytes(geometry.dtype);
       chunk_ =
           std::max({kMinRows, kBlockElements / channels, std::min(kRowsBytes / rows_bytes, positions / kEnoughChunks)});
     } else {
@@ -59,7 +59,7 @@ class Partition {
     if (dense && channels % kLaneChannels != 0) {
       const int64_t step = kLaneChannels / std::gcd(kLaneChannels, channels);
       const int64_t fold = step * ceil_div(kWideRow, step * channels);
-      if (fold * channels <= kRowChannels) fold_ = fold;
+      if (fold * channels <= kMaxRowChannels) fold_ = fold;
     }
     chunk_ = ceil_div(chunk_, fold_) * fold_;
     num_chunks_ = ceil_div(positions, chunk_);
@@ -68,7 +68,7 @@ class Partition {
     channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
     channels_per_block_ = !rows       ? choose_block_channels(threads, num_tensors)
                           : fold_ > 1 ? channels
-                                      : std::min(channels, kRowChannels);
+                                      : std::min(channels, kMaxRowChannels);
   }
 
   int64_t num_channels() const { return geometry_.num_channels; }

@@ -239,6 +239,16 @@ BNEXT_INLINE Term<T> load_term(const T* p, Count count) {
   }
 }
 
+// Numbers of neighbouring channels. A Split is loaded in its two halves: as one object it would go through the stack.
+template <typename V, typename S>
+BNEXT_INLINE V load_numbers(const S* p) {
+  if constexpr (std::is_same_v<V, Split>) {
+    return {load_raw<WideFloats>(p), load_raw<WideFloats>(p + 2 * kDoubles)};
+  } else {
+    return load_raw<V>(p);
+  }
+}
+
 // One number repeated.
 template <typename V, typename S>
 BNEXT_INLINE V splat(S value) {
@@ -324,16 +334,33 @@ BNEXT_INLINE void finish_stream() {
 // Terms that are added up in registers before their sum goes into a Total.
 constexpr int kGroup = 8;
 
-// to[lane] += v, in float64.
-BNEXT_INLINE void add_to_sums(double* to, Doubles v) {
-  const Doubles sum = load_raw<Doubles>(to) + v;
-  __builtin_memcpy(to, &sum, sizeof sum);
+// Calls f(i, part) for the ith vector of float64 that v fills.
+template <typename F>
+BNEXT_INLINE void for_each_part(Doubles v, F f) {
+  f(0, v);
 }
-BNEXT_INLINE void add_to_sums(double* to, Split v) {
-  add_to_sums(to, widen(low_half(v.even)));
-  add_to_sums(to + kDoubles, widen(high_half(v.even)));
-  add_to_sums(to + 2 * kDoubles, widen(low_half(v.odd)));
-  add_to_sums(to + 3 * kDoubles, widen(high_half(v.odd)));
+template <typename F>
+BNEXT_INLINE void for_each_part(Split v, F f) {
+  f(0, widen(low_half(v.even)));
+  f(1, widen(high_half(v.even)));
+  f(2, widen(low_half(v.odd)));
+  f(3, widen(high_half(v.odd)));
+}
+
+// to[lane] += v, in float64.
+template <typename V>
+BNEXT_INLINE void add_to_sums(double* to, V v) {
+  for_each_part(v, [&](int i, Doubles part) __attribute__((always_inline)) {
+    const Doubles sum = load_raw<Doubles>(to + i * kDoubles) + part;
+    __builtin_memcpy(to + i * kDoubles, &sum, sizeof sum);
+  });
+}
+
+// to[lane] += v, in float32.
+BNEXT_INLINE void add_to_sums(float* to, Split v) {
+  const Split sum = load_numbers<Split>(to) + v;
+  __builtin_memcpy(to, &sum.even, sizeof sum.even);
+  __builtin_memcpy(to + 2 * kDoubles, &sum.odd, sizeof sum.odd);
 }
 
 // The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight products
@@ -343,10 +370,8 @@ struct Total {
   static constexpr int kParts = kTermLanes<T> / kDoubles;
   Doubles part[kParts];
 
-  BNEXT_INLINE void add(Doubles v) { part[0] += v; }
-  BNEXT_INLINE void add(Split v) {
-    add_halves(v.even, 0);
-    add_halves(v.odd, 2);
+  BNEXT_INLINE void add(Term<T> v) {
+    for_each_part(v, [&](int i, Doubles more) __attribute__((always_inline)) { part[i] += more; });
   }
   BNEXT_INLINE double sum() const {
     Doubles all = part[0];
@@ -354,11 +379,5 @@ struct Total {
     double sum = 0;
     for (int i = 0; i < kDoubles; ++i) sum += all[i];
     return sum;
-  }
-
- private:
-  BNEXT_INLINE void add_halves(WideFloats v, int first) {
-    part[first] += widen(low_half(v));
-    part[first + 1] += widen(high_half(v));
   }
 };
