@@ -200,12 +200,15 @@ std::vector<Size> memory_sizes() {
   sizes.push_back({2, 3, 75, 81});
   sizes.push_back({2, 64, 16, 17});
   sizes.push_back({9, 41, 7, 7});
+  sizes.push_back({67, 289, 1, 1});   // wide rows, whose sums go in groups
+  sizes.push_back({66, 1093, 1, 1});  // rows in parts
   return sizes;
 }
 
 // All above the size from which work is spread over threads, and cut in every way there is.
 std::vector<Size> thread_sizes() {
-  return {{4, 64, 14, 14}, {9, 83, 7, 7}, {2, 3, 75, 81}, {1, 1, 200, 200}, {16, 513, 2, 2}, {700, 48, 1, 1}};
+  return {{4, 64, 14, 14}, {9, 83, 7, 7},   {2, 3, 75, 81},  {1, 1, 200, 200},
+          {16, 513, 2, 2}, {700, 48, 1, 1}, {66, 1093, 1, 1}};
 }
 
 int64_t run_memory(int64_t only) {
