@@ -4,7 +4,7 @@ python -m benchmarks [--suite ...] [--output FILE]   measure; see --help
 python -m benchmarks network                         whole training steps of two networks
 python -m benchmarks plot FILE                       figures from a result file
 python -m benchmarks compare OLD NEW                 fail if bnext has become slower
-python -m benchmarks.host_cost                       what one call costs on the host
+python -m benchmarks.host_cost [--cold]              what one call costs on the host
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 import bnext
+from benchmarks.timing import cache_bytes
 
 SHAPE = (2, 4, 2, 2)
 # Rounds that are not counted: caches, the allocator and the processor's clock settle.
@@ -87,38 +88,50 @@ def check_agreement(ours: Subject, theirs: Subject) -> None:
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
 
-def time_part(subject: Subject, part: str, calls: int) -> float:
-    """Return the microseconds per call of one part."""
+def time_part(subject: Subject, part: str, calls: int, flush: Callable[[], object] | None) -> float:
+    """Return the microseconds per call of one part; `flush` is called before each and not timed."""
     train, infer, x, wanted, dy = subject
-    outputs = [train(x) for _ in range(calls)] if part == BACKWARD else []
+    run: dict[str, Callable[[Tensor], object]] = {
+        FORWARD: train,
+        BACKWARD: lambda y: grad(y, wanted, dy),
+        BOTH: lambda x: grad(train(x), wanted, dy),
+        INFERENCE: infer,
+    }
+    call = run[part]
+    arguments = [train(x) for _ in range(calls)] if part == BACKWARD else [x] * calls
     # The processor's time of this process, all its threads: what other processes take of a shared
     # machine is not in it. Nothing here waits, so on a quiet machine it is the wall time.
     clock = time.process_time
-    if part == FORWARD:
-        start = clock()
-        for _ in range(calls):
-            train(x)
-        stop = clock()
-    elif part == BACKWARD:
-        start = clock()
-        for y in outputs:
-            grad(y, wanted, dy)
-        stop = clock()
-    elif part == BOTH:
-        start = clock()
-        for _ in range(calls):
-            grad(train(x), wanted, dy)
-        stop = clock()
-    else:
-        with torch.no_grad():
+    spent = 0.0
+    with torch.set_grad_enabled(part != INFERENCE):
+        if flush is None:
             start = clock()
-            for _ in range(calls):
-                infer(x)
-            stop = clock()
-    return 1e6 * (stop - start) / calls
+            for argument in arguments:
+                call(argument)
+            spent = clock() - start
+        else:
+            for argument in arguments:
+                flush()
+                start = clock()
+                call(argument)
+                spent += clock() - start
+    return 1e6 * spent / calls
 
 
-def measure(interface: str, theirs: Subject, ours: Subject, rounds: int, calls: int) -> list[Row]:
+def make_flush() -> Callable[[], object]:
+    """Return what leaves nothing of a call in the caches: twice the largest one is written."""
+    buffer = torch.zeros(2 * cache_bytes("cpu") // 4)
+    return lambda: buffer.add_(1)
+
+
+def measure(
+    interface: str,
+    theirs: Subject,
+    ours: Subject,
+    rounds: int,
+    calls: int,
+    flush: Callable[[], object] | None = None,
+) -> list[Row]:
     """Time both sides in turn, pair by pair; who goes first alternates."""
     check_agreement(ours, theirs)
     rows = [Row(interface, part, [], []) for part in (FORWARD, BACKWARD, BOTH, INFERENCE)]
@@ -129,7 +142,7 @@ def measure(interface: str, theirs: Subject, ours: Subject, rounds: int, calls: 
             for row in rows:
                 sides = [(theirs, row.torch_us), (ours, row.bnext_us)]
                 for subject, times in sides if index % 2 else sides[::-1]:
-                    microseconds = time_part(subject, row.part, calls)
+                    microseconds = time_part(subject, row.part, calls, flush)
                     if index >= WARMUP:
                         times.append(microseconds)
     finally:
@@ -155,13 +168,20 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=100, help="rounds to time (default 100)")
-    parser.add_argument("--calls", type=int, default=100, help="calls a round (default 100)")
+    parser.add_argument("--calls", type=int, help="calls a round (default 100; cold: 1)")
+    parser.add_argument(
+        "--cold",
+        action="store_true",
+        help="flush the caches before every call, as the tensors of a network do",
+    )
     parser.add_argument(
         "--max-ratio",
         type=float,
         help=f"fail when the median ratio of a '{BOTH}' row is above this",
     )
     args = parser.parse_args()
+    if args.calls is None:
+        args.calls = 1 if args.cold else 100
     if args.rounds < 2 or args.calls < 1:
         parser.error("--rounds must be at least 2 and --calls at least 1")
     return args
@@ -172,9 +192,11 @@ def main() -> int:
     args = parse_arguments()
     # One thread: a pool of threads would add its own wake-up time to both sides.
     torch.set_num_threads(1)
+    flush = make_flush() if args.cold else None
+    where = ", nothing of them in the caches" if args.cold else ""
     print(
         f"bnext {bnext.__version__}, torch {torch.__version__}: eager calls on a float32 tensor"
-        f" {list(SHAPE)}, 1 thread.\nMicroseconds of processor time per call, medians of"
+        f" {list(SHAPE)}, 1 thread{where}.\nMicroseconds of processor time per call, medians of"
         f" {args.rounds} rounds of {args.calls} calls;\nboth sides in turn, ratios by round.\n"
     )
     rows = measure(
@@ -183,6 +205,7 @@ def main() -> int:
         make_functional(bnext.batchnorm2d),
         args.rounds,
         args.calls,
+        flush,
     )
     rows += measure(
         "module",
@@ -190,6 +213,7 @@ def main() -> int:
         make_module(bnext.BatchNorm2d),
         args.rounds,
         args.calls,
+        flush,
     )
     print_table(rows)
     print(
