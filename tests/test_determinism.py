@@ -50,11 +50,12 @@ def test_repeated_calls(dtypes: str, layout: str, mode: str, device: str) -> Non
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16-float32"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_number_of_threads(layout: str, mode: str, threads: None) -> None:
+def test_number_of_threads(layout: str, dtypes: str, mode: str, threads: None) -> None:
     """Within the bars for any number; and since the work is cut by shape alone, the same bits."""
     for shape in SHAPES:
-        case = cases.make_case(shape, layout=layout, grad_layout=layout, mode=mode)
+        case = cases.make_case(shape, dtypes=dtypes, layout=layout, grad_layout=layout, mode=mode)
         torch.set_num_threads(1)
         alone = everything(case)
         for number in (2, 3, 5, 8):

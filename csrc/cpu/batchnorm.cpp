@@ -124,10 +124,15 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
           for (int64_t c = channels.channel_begin; c < channels.channel_end; ++c) finish(c, pass);
         }
         if (apply == nullptr) continue;
+        ElementwiseOptions options;
+        if (i + 1 < end) {
+          const Block next = p.block(i + 1, 0);
+          options.next_begin = next.channel_begin, options.next_end = next.channel_end;
+        }
         for (int64_t k = 0; k < p.num_chunks(); ++k) {
-          const Block next = i + 1 < end ? p.block(i + 1, k) : Block();
-          p.for_each_part(p.block(i, p.num_chunks() - 1 - k),
-                          [&](const Geometry& g, const Block& block, int64_t fold) { (*apply)(g, block, fold, next); });
+          p.for_each_part(p.block(i, p.num_chunks() - 1 - k), [&](const Geometry& g, const Block& block, int64_t fold) {
+            (*apply)(g, block, fold, options);
+          });
         }
       }
     });
@@ -162,9 +167,10 @@ void forward(const ForwardProblem& problem) {
     const double centre = std::abs(mean) * invstd < 1 ? 0 : mean;
     coefficients.set(c, {centre, scale, load_channel(problem.bias, c, 0) - (mean - centre) * scale});
   };
-  auto apply = [&](const Geometry& part, const Block& block, int64_t fold, const Block& next = {}) {
+  auto apply = [&](const Geometry& part, const Block& block, int64_t fold, ElementwiseOptions options = {}) {
+    options.stream = p.stream();
     table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients.arrays(),
-                    {p.stream(), next});
+                    options);
   };
   const bool has_output = problem.y.data != nullptr;
 
@@ -262,9 +268,10 @@ void backward(const BackwardProblem& problem) {
   };
 
   if (problem.training) {
-    auto apply = [&](const Geometry& part, const Block& block, int64_t fold, const Block& next = {}) {
+    auto apply = [&](const Geometry& part, const Block& block, int64_t fold, ElementwiseOptions options = {}) {
+      options.stream = p.stream();
       table.backward_apply(part, fold_view(problem.x, fold), fold_view(problem.dy, fold), fold_view(problem.dx, fold),
-                           block, coefficients.arrays(), {p.stream(), next});
+                           block, coefficients.arrays(), options);
     };
     reduce_then_apply(p, sums, 1, reduce, finish, has_dx ? &apply : nullptr);
     return;
@@ -273,7 +280,7 @@ void backward(const BackwardProblem& problem) {
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients.arrays(),
-                    {p.stream(), Block()});
+                    {p.stream()});
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
     if (needs_sums) sums.reduce_block(block, chunk, reduce);

@@ -16,14 +16,14 @@ Isa current_isa();
 // Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes and of rows.
 constexpr int64_t kMaxBlockChannels = 32, kMaxRowChannels = 1024;
 struct Block {
-  int64_t channel_begin = 0, channel_end = 0;
-  int64_t begin = 0, end = 0;
+  int64_t channel_begin, channel_end;
+  int64_t begin, end;
 };
 
-// How elementwise work is done, beside what it computes.
-struct Elementwise {
+struct ElementwiseOptions {
   bool stream = false;  // stores go around the caches where they can
-  Block next;           // whose sums come next, or an empty one
+  // Channels whose sums come next, if any. Planes ask for them while streamed stores write; nobody else looks at this.
+  int64_t next_begin = 0, next_end = 0;
 };
 
 // dx = scale_dy * dy + scale * (x - mean) + shift, or y without the first term, for one channel.
@@ -51,13 +51,13 @@ struct KernelTable {
   // s1 += sum(x - pivot), s2 += sum((x - pivot)^2)
   void (*moments)(const Geometry&, const View& x, Block, const void* pivots, double* s1, double* s2);
   // y = (x - mean) * scale + shift
-  void (*normalize)(const Geometry&, const View& x, const View& y, Block, CoefficientArrays, Elementwise);
+  void (*normalize)(const Geometry&, const View& x, const View& y, Block, CoefficientArrays, ElementwiseOptions);
   // sum_dy += sum(dy), sum_dy_xmp += sum(dy * (x - pivot))
   void (*backward_sums)(const Geometry&, const View& x, const View& dy, Block, const void* pivots, double* sum_dy,
                         double* sum_dy_xmp);
   // dx = scale_dy * dy + scale * (x - mean) + shift
   void (*backward_apply)(const Geometry&, const View& x, const View& dy, const View& dx, Block, CoefficientArrays,
-                         Elementwise);
+                         ElementwiseOptions);
 };
 
 // Where kernels that take vectors of `split` channels (a power of two) apart into even and odd ones want channel c. Others

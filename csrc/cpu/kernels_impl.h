@@ -137,16 +137,16 @@ void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, B
 
 template <typename T>
 void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
-                         Elementwise how) {
-  if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, how);
-  (how.stream ? normalize_planes<true, T> : normalize_planes<false, T>)(g, x, y, block, c, how.next);
+                         ElementwiseOptions options) {
+  if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
+  (options.stream ? normalize_planes<true, T> : normalize_planes<false, T>)(g, x, y, block, c, options);
 }
 
 template <typename T>
 void backward_apply_of_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
-                              CoefficientArrays c, Elementwise how) {
-  if (has_runs<T>(g, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, how);
-  (how.stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)(g, x, dy, dx, block, c, how.next);
+                              CoefficientArrays c, ElementwiseOptions options) {
+  if (has_runs<T>(g, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, options);
+  (options.stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)(g, x, dy, dx, block, c, options);
 }
 
 template <typename T>

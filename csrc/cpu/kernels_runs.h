@@ -122,20 +122,20 @@ struct ColumnCoefficients {
 
 template <typename T>
 void normalize_runs(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays,
-                    Elementwise how) {
+                    ElementwiseOptions options) {
   for_each_of_runs(g, block, [&](const Run& run) __attribute__((always_inline)) {
     const ColumnCoefficients<T> columns(run, arrays);
     normalize_any_rows<T>(run.geometry, run.view(x, sizeof(T)), run.view(y, sizeof(T)), run.block, columns.arrays(),
-                          how);
+                          options);
   });
 }
 
 template <typename T>
 void backward_apply_runs(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
-                         CoefficientArrays arrays, Elementwise how) {
+                         CoefficientArrays arrays, ElementwiseOptions options) {
   for_each_of_runs(g, block, [&](const Run& run) __attribute__((always_inline)) {
     const ColumnCoefficients<T> columns(run, arrays);
     backward_apply_any_rows<T>(run.geometry, run.view(x, sizeof(T)), run.view(dy, sizeof(T)), run.view(dx, sizeof(T)),
-                               run.block, columns.arrays(), how);
+                               run.block, columns.arrays(), options);
   });
 }

@@ -27,6 +27,7 @@ constexpr int64_t kManyChannels = 256;
 // The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a few
 // vectors in a row.
 constexpr int64_t kMaxLanes = 32, kLaneChannels = 16, kWideRow = 64;
+static_assert(kMaxRowChannels % kMaxLanes == 0, "blocks of rows are made of whole vectors, but for the last");
 
 // Planes: contiguous bytes that a block of channels should have at each step of the outer dimensions, so that memory is
 // read in runs that are worth it; and what a block may take of the processor's own cache, where its second visit should
@@ -106,9 +107,9 @@ class Partition {
     some(0, num_channels());
   }
 
-  // Calls f(block, chunk) for every block, last first when asked: in the order in which they lie in memory. Parts of rows
-  // are not for different threads: what the processor fetches ahead of one would be what the other is writing. 1568 x 2048
-  // float32, forward: 1.28 -> 0.73 ms.
+  // Calls f(block, chunk) for every block, last first when asked: in the order in which they lie in memory. The parts of a
+  // chunk of rows are neighbours, so that two threads share at most one: what the processor fetches ahead of one would be
+  // what the other is writing. 1568 x 2048 float32, forward: 1.28 -> 0.73 ms.
   template <typename F>
   void for_each_block(bool reverse, F f) const {
     const int64_t num_blocks = num_channel_blocks();
@@ -275,13 +276,13 @@ class ChannelSums {
       add_chunks(0, width_);
     }
     const int64_t channels = partition_.num_channels(), wide = partition_.wide_channels();
-    partition_.for_each_channel([&](int64_t c) {
-      for (int k = 0; k < kNumSums; ++k) {
-        double total = 0;
-        for (int64_t i = c; i < wide; i += channels) total += partial(0, k)[slot(i, split_)];
-        totals_[k * channels + c] = total;
+    for (int k = 0; k < kNumSums; ++k) {
+      double *total = totals_.data() + k * channels, *sum = partial(0, k);
+      for (int64_t c = 0; c < channels; ++c) {
+        total[c] = 0;
+        for (int64_t i = c; i < wide; i += channels) total[c] += sum[slot(i, split_)];
       }
-    });
+    }
   }
 
  private:

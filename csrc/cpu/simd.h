@@ -331,16 +331,16 @@ BNEXT_INLINE void finish_stream() {
 
 // ---- sums ----------------------------------------------------------------------------------------------------------
 
-// Terms that are added up in registers before their sum goes into a Total.
+// Terms at most that are added up in float32, or in registers, before their sum goes on.
 constexpr int kGroup = 8;
 
 // Calls f(i, part) for the ith vector of float64 that v fills.
 template <typename F>
-BNEXT_INLINE void for_each_part(Doubles v, F f) {
+BNEXT_INLINE void for_each_doubles(Doubles v, F f) {
   f(0, v);
 }
 template <typename F>
-BNEXT_INLINE void for_each_part(Split v, F f) {
+BNEXT_INLINE void for_each_doubles(Split v, F f) {
   f(0, widen(low_half(v.even)));
   f(1, widen(high_half(v.even)));
   f(2, widen(low_half(v.odd)));
@@ -350,7 +350,7 @@ BNEXT_INLINE void for_each_part(Split v, F f) {
 // to[lane] += v, in float64.
 template <typename V>
 BNEXT_INLINE void add_to_sums(double* to, V v) {
-  for_each_part(v, [&](int i, Doubles part) __attribute__((always_inline)) {
+  for_each_doubles(v, [&](int i, Doubles part) __attribute__((always_inline)) {
     const Doubles sum = load_raw<Doubles>(to + i * kDoubles) + part;
     __builtin_memcpy(to + i * kDoubles, &sum, sizeof sum);
   });
@@ -371,7 +371,7 @@ struct Total {
   Doubles part[kParts];
 
   BNEXT_INLINE void add(Term<T> v) {
-    for_each_part(v, [&](int i, Doubles more) __attribute__((always_inline)) { part[i] += more; });
+    for_each_doubles(v, [&](int i, Doubles more) __attribute__((always_inline)) { part[i] += more; });
   }
   BNEXT_INLINE double sum() const {
     Doubles all = part[0];

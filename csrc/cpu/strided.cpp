@@ -55,7 +55,8 @@ void moments(const Geometry& g, const View& x, Block block, const void* pivots, 
 double affine(const Coefficients& c, double x) { return (x - c.mean) * c.scale + c.shift; }
 
 template <typename T>
-void normalize(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays, Elementwise) {
+void normalize(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays,
+               ElementwiseOptions) {
   const Coefficients* of = all_of(arrays);
   for_each_element<T>(
       g, block, [&](int64_t c, const T* px, T* py) { store_one(py, affine(of[c], load_one(px))); }, x, y);
@@ -77,7 +78,7 @@ void backward_sums(const Geometry& g, const View& x, const View& dy, Block block
 
 template <typename T>
 void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
-                    CoefficientArrays arrays, Elementwise) {
+                    CoefficientArrays arrays, ElementwiseOptions) {
   const Coefficients* of = all_of(arrays);
   for_each_element<T>(
       g, block,
