@@ -8,9 +8,38 @@
 namespace bnext::cuda {
 namespace {
 
+// How blocks are walked through, and how they add up.
+void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
+  const bool rows = plan.walk == Walk::kRows;
+  const int columns = rows ? plan.block_packs * plan.vec : 1;
+  args.block_packs = plan.block_packs;
+  args.block_rows = plan.block_rows;
+  args.layout = plan.layout;
+  // Only where kernels count in an int: single elements may be more than that.
+  for (int d = 1; d < 3 && plan.vec > 1; ++d) args.by_size[d] = make_divider(plan.size[d]);
+  const bool on_chip = plan.on_chip && plan.family != Family::kGrid;
+  args.by_tile = make_divider(on_chip ? plan.cluster : rows ? plan.num_slabs : plan.num_splits);
+  args.by_packs = make_divider(plan.block_packs);
+  args.slab_channels = plan.slab_channels;
+  args.run_length = plan.run_length;
+  args.channel_columns = columns / plan.slab_channels;
+  args.tile_channels = plan.on_chip ? g.num_channels : plan.wide_channels;
+  if (args.tile_channels > g.num_channels) args.by_channels = make_divider(g.num_channels);
+  args.by_run = make_divider(plan.run_length);
+  args.by_slab = make_divider(plan.slab_channels);
+  args.by_columns = make_divider(args.channel_columns);
+  args.parts_are_warps = parts_are_warps(plan.block_packs);
+  args.num_parts = count_parts(plan.threads, plan.block_packs);
+  args.group_lanes = count_group_lanes(plan.threads, plan.slab_channels);
+  while (1 << args.group_shift < args.group_lanes) ++args.group_shift;
+  args.lane_parts = args.group_lanes / args.channel_columns;
+  args.lane_columns = args.group_lanes % args.channel_columns;
+}
+
 // What both passes have in common.
 KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   KernelArgs args{};
+  set_block(args, g, plan);
   for (int d = 0; d < 3; ++d) {
     args.size[d] = plan.size[d];
     args.step[d] = plan.step[d];
@@ -22,18 +51,15 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.num_channels = g.num_channels;
   args.wide_channels = plan.wide_channels;
   args.num_slabs = plan.num_slabs;
-  args.block_packs = plan.block_packs;
-  args.block_rows = plan.block_rows;
   args.cluster_size = plan.cluster;
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
-  args.run_length = plan.run_length;
-  args.slab_channels = plan.slab_channels;
   args.num_groups = plan.num_groups;
   args.ring_batches = plan.ring_batches;
   args.batches_ahead = plan.batches_ahead;
-  args.layout = plan.layout;
   args.num_positions = static_cast<double>(g.num_positions());
+  args.inverse_positions = 1 / args.num_positions;
+  args.unbiased = args.num_positions / (args.num_positions - 1);
   if (plan.reduce || plan.family == Family::kGrid) args.partials = static_cast<double*>(workspace);
   if (plan.family == Family::kGrid) {
     args.counters = reinterpret_cast<int*>(static_cast<char*>(workspace) + plan.counter_offset);
@@ -93,7 +119,7 @@ cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t s
 
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_reduce(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.reduce_shared_bytes);
+  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes);
   if (plan.pass == Pass::kForward) {
     return launch_kernel<&streaming_statistics_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
   }
@@ -113,7 +139,7 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
   }
   if (plan.apply && error == cudaSuccess) {
     error = launch_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole>>(
-        launch_shape(plan.num_blocks, plan.threads, plan.apply_shared_bytes), stream, stages.apply);
+        launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes), stream, stages.apply);
   }
   return error;
 }
@@ -173,15 +199,19 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
   args.momentum = problem.momentum;
   args.eps = problem.eps;
   args.running_limit = problem.running_limit;
-  args.weight = problem.weight;
-  args.bias = problem.bias;
-  args.mean = problem.mean;
-  args.invstd = problem.invstd;
-  args.running_mean = problem.running_mean;
-  args.running_var = problem.running_var;
-  args.stats_mean = problem.stats_mean;
-  args.stats_var = problem.stats_var;
-  args.num_batches_tracked = problem.training ? problem.num_batches_tracked : nullptr;
+  args.input[forward::kWeight] = problem.weight;
+  args.input[forward::kBias] = problem.bias;
+  args.input[forward::kRunningMean] = problem.running_mean;
+  args.input[forward::kRunningVar] = problem.running_var;
+  args.output[forward::kMean] = problem.mean;
+  args.output[forward::kInvstd] = problem.invstd;
+  args.output[forward::kStatsMean] = problem.stats_mean;
+  args.output[forward::kStatsVar] = problem.stats_var;
+  if (problem.training) {
+    args.output[forward::kNewMean] = problem.running_mean;
+    args.output[forward::kNewVar] = problem.running_var;
+    args.num_batches_tracked = problem.num_batches_tracked;
+  }
   Stages stages = make_stages(args, plan);
   set_views(stages.reduce, plan, problem.x);
   set_views(stages.apply, plan, problem.y, problem.x);
@@ -192,15 +222,15 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   KernelArgs args = common_args(problem.geometry, plan, workspace);
   args.backward = true;
   args.training = problem.training;
-  args.weight = problem.weight;
-  args.mean = problem.mean;
-  args.invstd = problem.invstd;
-  args.grad_mean = problem.grad_mean;
-  args.grad_var = problem.grad_var;
-  args.dweight = problem.dweight;
-  args.dbias = problem.dbias;
-  args.dmean = problem.dmean;
-  args.dvar = problem.dvar;
+  args.input[backward::kWeight] = problem.weight;
+  args.input[backward::kMean] = problem.mean;
+  args.input[backward::kInvstd] = problem.invstd;
+  args.input[backward::kGradMean] = problem.grad_mean;
+  args.input[backward::kGradVar] = problem.grad_var;
+  args.output[backward::kDbias] = problem.dbias;
+  args.output[backward::kDweight] = problem.dweight;
+  args.output[backward::kDvar] = problem.dvar;
+  args.output[backward::kDmean] = problem.dmean;
   Stages stages = make_stages(args, plan);
   const View none, &x = problem.x, &dy = problem.dy, &dx = problem.dx;
   // In eval, one pass does it all.

@@ -106,7 +106,6 @@ void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limit
                                 [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
   plan.wide_channels = g.num_channels;
   split_items(device, limits, g.num_channels, plan.threads, plan);
-  plan.reduce_shared_bytes = planes_reduce_shared(plan.threads, acc_bytes(g.dtype));
 }
 
 void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
@@ -135,8 +134,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   plan.block_packs = static_cast<int>(ceil_div(packs, plan.num_slabs));  // slabs of about the same width
   plan.block_rows = plan.threads / plan.block_packs;
   split_items(device, limits, plan.num_slabs, plan.block_rows, plan);
-  const int64_t columns = int64_t{plan.block_packs} * plan.vec;
-  plan.reduce_shared_bytes = rows_reduce_shared(plan.threads, plan.block_rows, columns, acc_bytes(g.dtype));
+  plan.slab_channels = plan.block_packs * plan.vec;
   plan.fused = false;  // a block has hundreds of channels: to add up the partial sums once is cheaper
 }
 
@@ -199,7 +197,7 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
 
   while (plan.finish_threads < plan.num_splits && plan.finish_threads < kMaxThreads) plan.finish_threads *= 2;
   plan.finish_shared_bytes = finish_shared(plan.finish_threads);
-  plan.apply_shared_bytes = plan.fused ? finish_shared(plan.threads) : 0;
+  plan.layout = make_layout(plan, 0);
   if (plan.reduce) {
     const int64_t partial_bytes = kNumSums * plan.wide_channels * plan.num_splits * 8;
     plan.coefficient_offset = round_up(partial_bytes, kPackBytes);
@@ -212,8 +210,7 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
   plan.microseconds = predict_time(plan, r, device);
   if (plan.num_blocks > kMaxBlocks || (plan.finish && r.geometry.num_channels > kMaxBlocks)) {
     plan.error = "it needs more than 2^31 - 1 blocks";
-  } else if (std::max({plan.reduce_shared_bytes, plan.apply_shared_bytes, plan.finish_shared_bytes}) >
-             device.shared_bytes_per_block) {
+  } else if (std::max(plan.layout.bytes, plan.finish_shared_bytes) > device.shared_bytes_per_block) {
     plan.error = "a block needs more shared memory than the device has";
   }
   return plan;
@@ -269,8 +266,8 @@ bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
     const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,
                                  p.num_splits, p.wide_channels, p.num_slabs, p.block_packs, p.block_rows, p.num_blocks);
-    const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.finish_threads, p.reduce_shared_bytes,
-                                 p.apply_shared_bytes, p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
+    const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.finish_threads,
+                                 p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
                                  p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
     const auto on_chip = std::tie(p.on_chip, p.prepare, p.cluster, p.num_steps, p.held_steps, p.run_length,
                                   p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds, p.num_groups,

@@ -83,23 +83,22 @@ struct Plan {
   int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in KernelArgs
   int64_t num_items = 0, chunk = 0, num_splits = 1;
   int64_t wide_channels = 0, num_slabs = 1;
-  int block_packs = 1, block_rows = 1;
+  int block_packs = 1, block_rows = 1, slab_channels = 1, run_length = 1;
   int64_t num_blocks = 0;  // of the reduce and of the apply kernel
   // Which kernels run, in this order. `fused`: apply does what finish would have done.
   bool reduce = false, finish = false, apply = false, fused = false;
   int finish_threads = 32;
-  int64_t reduce_shared_bytes = 0, apply_shared_bytes = 0, finish_shared_bytes = 0;
+  int64_t finish_shared_bytes = 0;  // the other kernels: layout.bytes
   int64_t coefficient_offset = 0, workspace_bytes = 0;
   // On chip: one kernel for all, after a tiny one where batches have to be counted first, or counters to begin at zero.
   bool on_chip = false, prepare = false;
   int cluster = 1;                    // blocks that share a channel; num_splits is the same
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
-  int run_length = 1, slab_channels = 1;
   // Grid: blocks that share a channel form a group. Of the batches that a block has slots for, some wait to be summed.
   int64_t num_groups = 1, counter_offset = 0;
   int ring_batches = 0, batches_ahead = 0;
   double held = 0;  // share of the data that stays on chip
-  OnChipLayout layout;
+  SharedLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;
   double microseconds = 0;  // by the model of plan_cost.h

@@ -22,20 +22,11 @@ constexpr int kFewestPlaces = 3;  // batches that there should be slots for, rat
 
 int64_t batch_bytes(const Plan& plan) { return int64_t{kOnChipBatch} * plan.tensors_read * plan.threads * kPackBytes; }
 
-OnChipLayout make_layout(const Plan& plan) {
-  const int64_t acc = acc_bytes(plan.dtype);
-  OnChipLayout layout;
-  layout.scratch = plan.ring_batches * batch_bytes(plan);
-  layout.coefficients = layout.scratch + round_up(planes_reduce_shared(plan.threads, acc), kPackBytes);
-  layout.bytes = layout.coefficients + 4 * acc;
-  return layout;
-}
-
 // As many batches as fit, of as many threads as leave room for some.
 int choose_ring(int64_t shared_bytes, const Limits& limits, Plan& plan) {
   for (plan.threads = std::min(limits.threads, kMaxOnChipThreads);; plan.threads /= 2) {
     plan.ring_batches = 0;
-    const int fit = static_cast<int>((shared_bytes - make_layout(plan).bytes) / batch_bytes(plan));
+    const int fit = static_cast<int>((shared_bytes - make_layout(plan, 0).bytes) / batch_bytes(plan));
     if (fit >= kFewestPlaces || plan.threads / 2 < kMinThreads) return fit;
   }
 }
@@ -85,7 +76,7 @@ void finish_plan(const Request& r, const DeviceInfo& device, int streamed, int p
   const int lag = std::clamp(places - held - needed, 0, held - 1);
   plan.batches_ahead = std::min(kMostGroups, places - held - lag);
   plan.ring_batches = plan.batches_ahead + held + lag;
-  plan.layout = make_layout(plan);
+  plan.layout = make_layout(plan, plan.ring_batches * batch_bytes(plan));
   // What has no slots are the first items of every block.
   const int64_t streamed_items = int64_t{plan.num_steps - plan.held_steps} * plan.threads;
   const int64_t again = add_blocks(plan, [&](int64_t own) { return std::min(own, streamed_items); });

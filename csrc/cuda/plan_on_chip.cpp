@@ -16,8 +16,6 @@ constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 constexpr int kForwardRegisters = 80, kBackwardRegisters = 128;
 constexpr int kMaxBlocksPerSm = 32;
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
-// Of a forward pass: its statistics rely on it, see on_chip_forward_kernel. Backward any share will do.
-constexpr double kMinHeld = 0.5;
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
@@ -72,24 +70,6 @@ bool take_rows(const Geometry& g, int64_t row_bytes, Plan& plan) {
   return true;
 }
 
-OnChipLayout make_layout(const Plan& plan, int num_tensors, int64_t held_steps) {
-  const int64_t acc = acc_bytes(plan.dtype);
-  OnChipLayout layout;
-  layout.scratch = held_steps * num_tensors * plan.threads * kPackBytes;
-  int64_t scratch_bytes = kNumSums * (plan.threads / 32) * acc, merged_bytes = 0;
-  if (plan.walk == Walk::kRows) {
-    const int columns = plan.block_packs * plan.vec;
-    scratch_bytes = on_chip_parts(plan.threads, plan.block_packs) * columns * acc;
-    merged_bytes = on_chip_helpers(plan.threads, columns) * columns * 8;
-  }
-  layout.merged = layout.scratch + round_up(scratch_bytes, kPackBytes);
-  layout.totals = layout.merged + merged_bytes;
-  layout.coefficients = round_up(layout.totals + kOnChipTotals * plan.slab_channels * 8, kPackBytes);
-  layout.pivots = layout.coefficients + 4 * plan.slab_channels * acc;
-  layout.bytes = round_up(layout.pivots + plan.slab_channels * acc, kPackBytes);
-  return layout;
-}
-
 // Threads, steps, and how many of them stay on chip.
 void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan& plan) {
   const bool rows = plan.walk == Walk::kRows;
@@ -99,9 +79,9 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
     plan.threads = threads;
     plan.num_steps = static_cast<int>(ceil_div(plan.chunk, parallel(threads)));
     const int64_t slot = int64_t{num_tensors} * threads * kPackBytes;
-    const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, num_tensors, 0).bytes) / slot);
+    const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
     plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
-    plan.layout = make_layout(plan, num_tensors, plan.held_steps);
+    plan.layout = make_layout(plan, plan.held_steps * slot);
   };
   int fewest = kMinThreads;
   while (fewest < plan.block_packs) fewest *= 2;
@@ -139,8 +119,6 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
     plan.error = "a channel has less to read than a cluster has blocks";
   } else if (plan.held_steps == 0) {
     plan.error = "nothing of it fits on chip";
-  } else if (r.pass == Pass::kForward && plan.held < kMinHeld) {
-    plan.error = "less than half of it fits on chip";
   } else if (plan.num_steps > limits.batches * kOnChipBatch) {
     plan.error = "a thread would have too many batches for sums in float32";
   }
@@ -178,8 +156,7 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
   const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
   const bool narrow =
       plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
-  const int rounds = r.pass == Pass::kForward ? 2 : 1;
-  const double reduction = rounds * (kReductionUs + (plan.cluster > 1 ? kClusterUs : 0));
+  const double reduction = kReductionUs + (plan.cluster > 1 ? kClusterUs : 0);
   const double waves = std::ceil(num_blocks / (double(sms) * blocks));
   return kLaunchUs * (1 + plan.prepare) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
          reduction * (1 + (waves - 1) / blocks);
@@ -193,7 +170,8 @@ Plan begin_on_chip(const Request& r, const Plan& streaming) {
   }
   plan.on_chip = true;
   plan.reduce = plan.finish = plan.apply = plan.fused = false;
-  plan.reduce_shared_bytes = plan.apply_shared_bytes = plan.finish_shared_bytes = 0;
+  plan.finish_shared_bytes = 0;
+  plan.slab_channels = 1;
   plan.coefficient_offset = plan.workspace_bytes = 0;
   plan.tensors_read = r.pass == Pass::kForward ? 1 : 2;
   plan.tensors_written = 1;

@@ -23,6 +23,19 @@ inline void set_step(Plan& plan, int64_t distance) {
   plan.step[0] = distance / plan.size[2] / plan.size[1];
 }
 
+// What a block of this plan has in its shared memory behind `slots` bytes.
+inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
+  const int64_t acc = acc_bytes(plan.dtype), columns = plan.walk == Walk::kRows ? plan.block_packs * plan.vec : 1;
+  const int64_t parts = count_parts(plan.threads, plan.block_packs);
+  SharedLayout layout;
+  layout.parts = slots;
+  layout.counts = layout.parts + kNumSums * parts * columns * acc;
+  layout.totals = round_up(layout.counts + parts * 4, kPackBytes);
+  layout.coefficients = round_up(layout.totals + (plan.cluster > 1 ? kNumSums * plan.slab_channels * 8 : 0), kPackBytes);
+  layout.bytes = layout.coefficients + 4 * plan.slab_channels * acc;
+  return layout;
+}
+
 // Adds up f(items of a block) over the blocks that share a channel.
 template <typename F>
 int64_t add_blocks(const Plan& plan, F f) {

@@ -20,7 +20,7 @@ struct Query {
   double memory_gb_per_s;
   // results
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
-  int64_t num_blocks, reduce, finish, apply, fused, finish_threads, reduce_shared_bytes, apply_shared_bytes;
+  int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, prepare, cluster, num_steps, held_steps, run_length, slab_channels;
   int64_t shared_bytes, tensor_bytes, num_groups, ring_batches, batches_ahead, counter_offset;
@@ -93,8 +93,6 @@ void plan_run(Query* q) {
   q->apply = p.apply;
   q->fused = p.fused;
   q->finish_threads = p.finish_threads;
-  q->reduce_shared_bytes = p.reduce_shared_bytes;
-  q->apply_shared_bytes = p.apply_shared_bytes;
   q->finish_shared_bytes = p.finish_shared_bytes;
   q->coefficient_offset = p.coefficient_offset;
   q->workspace_bytes = p.workspace_bytes;

@@ -349,7 +349,7 @@ void wait_async(int groups, const char* file, int line) {
   }
 }
 
-uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line) {
+uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line) {
   if (mask != 0xffffffffu) fail("a shuffle without all lanes");
   Fiber& fiber = current();
   const unsigned turn = fiber.num_shuffles++ % 2;
@@ -359,7 +359,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line) {
   const unsigned self = m.fiber;
   release_warp(self / kWarp * kWarp);
   yield();
-  return m.fibers[self ^ static_cast<unsigned>(distance)].slot[turn];
+  return m.fibers[self / kWarp * kWarp + from % kWarp].slot[turn];
 }
 
 const void* check_load(const void* from, size_t bytes) {

@@ -26,7 +26,9 @@
 #define blockDim (simt::block_size())
 #define gridDim (simt::grid_size())
 #define __syncthreads() simt::barrier(__FILE__, __LINE__)
-#define __shfl_xor_sync(mask, value, distance) simt::shuffle_xor(mask, value, distance, __LINE__)
+#define __grid_constant__
+#define __shfl_sync(mask, value, lane) simt::shuffle(mask, value, lane, __LINE__)
+#define __shfl_xor_sync(mask, value, distance) simt::shuffle(mask, value, threadIdx.x ^ (distance), __LINE__)
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
 using cudaStream_t = void*;
@@ -61,14 +63,14 @@ void commit_async();
 // Until all groups of this thread but the last `groups` have arrived.
 void wait_async(int groups, const char* file, int line);
 
-// Leaves `bits` for the other lanes, waits for all of them, returns what lane ^ distance has left.
-uint64_t exchange(unsigned mask, uint64_t bits, int distance, int line);
+// Leaves `bits` for the other lanes, waits for all of them, returns what lane `from` has left.
+uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line);
 
 template <typename T>
-T shuffle_xor(unsigned mask, T value, int distance, int line) {
+T shuffle(unsigned mask, T value, unsigned from, int line) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
-  bits = exchange(mask, bits, distance, line);
+  bits = exchange(mask, bits, from, line);
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }

@@ -13,7 +13,13 @@ __device__ inline void cluster_arrive(BNEXT_CALLER) {
 #ifdef BNEXT_SIMT
   simt::cluster_arrive(file, line);
 #elif __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  // A release of shared memory only. That of all memory waits for every store to reach L2.
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#else
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
 #else
   __trap();
 #endif

@@ -31,6 +31,7 @@ __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(float value) { return value; }
 
 #ifdef BNEXT_SIMT
+constexpr bool kHasPairs = false;
 inline float widen(BFloat16 value) { return to_float(value); }
 inline float widen(Float16 value) { return to_float(value); }
 inline void narrow(BFloat16& to, float value) { to = to_bfloat16(value); }
@@ -43,6 +44,7 @@ __device__ inline void narrow(BFloat16& to, float value) { to.bits = __bfloat16_
 __device__ inline void narrow(Float16& to, float value) { to.bits = __half_as_ushort(__float2half_rn(value)); }
 
 // Two of them in one register; the first argument only names the type.
+constexpr bool kHasPairs = true;
 __device__ inline void widen_pair(BFloat16, unsigned pair, float& first, float& second) {
   first = __uint_as_float(pair << 16);
   second = __uint_as_float(pair & 0xffff0000u);
@@ -71,6 +73,11 @@ __device__ inline void narrow(double& to, double value) { to = value; }
 
 __device__ inline float square_root(float value) { return sqrtf(value); }
 __device__ inline double square_root(double value) { return sqrt(value); }
+#ifdef BNEXT_SIMT
+inline double reciprocal_root(double value) { return 1 / sqrt(value); }
+#else
+__device__ inline double reciprocal_root(double value) { return rsqrt(value); }
+#endif
 
 #ifdef BNEXT_SIMT
 inline int popcount(unsigned bits) { return __builtin_popcount(bits); }

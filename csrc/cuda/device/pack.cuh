@@ -67,35 +67,34 @@ __device__ inline Pack<T, kVec> load_slot(const Pack<T, kVec>* from) {
 
 // From a pack to numbers for arithmetic, and back. Halves go in pairs: the hardware converts them so, and to take them
 // apart first would double the instructions.
+template <typename T, int kVec>
+constexpr bool kInPairs = kHasPairs && sizeof(T) == 2 && kVec % 2 == 0;
+
 template <typename Acc, typename T, int kVec>
 __device__ inline void widen_pack(Acc (&to)[kVec], const Pack<T, kVec>& from) {
-#ifndef BNEXT_SIMT
-  if constexpr (sizeof(T) == 2 && kVec % 2 == 0) {
+  if constexpr (kInPairs<T, kVec>) {
     unsigned pair[kVec / 2];
     memcpy(pair, &from, sizeof from);
 #pragma unroll
     for (int i = 0; i < kVec / 2; ++i) widen_pair(T(), pair[i], to[2 * i], to[2 * i + 1]);
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) to[v] = widen(from.value[v]);
+    for (int v = 0; v < kVec; ++v) to[v] = widen(from.value[v]);
+  }
 }
 
 template <typename T, typename Acc, int kVec>
 __device__ inline Pack<T, kVec> narrow_pack(const Acc (&from)[kVec]) {
   Pack<T, kVec> to;
-#ifndef BNEXT_SIMT
-  if constexpr (sizeof(T) == 2 && kVec % 2 == 0) {
+  if constexpr (kInPairs<T, kVec>) {
     unsigned pair[kVec / 2];
 #pragma unroll
     for (int i = 0; i < kVec / 2; ++i) pair[i] = narrow_pair(T(), from[2 * i], from[2 * i + 1]);
     memcpy(&to, pair, sizeof to);
-    return to;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) narrow(to.value[v], from[v]);
+    for (int v = 0; v < kVec; ++v) narrow(to.value[v], from[v]);
+  }
   return to;
 }
 

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../kernels/kernel_args.h"
+
 #ifdef BNEXT_SIMT
 #include "simt.h"  // threadIdx, __syncthreads, shuffles, cudaError_t: the shim's own
 // The shim knows a barrier by the place that calls it.
@@ -18,8 +20,6 @@
 #endif
 
 namespace bnext::cuda {
-
-constexpr int kWarpSize = 32;
 
 // All shared memory is dynamic: its size is in the plan, where tests can see it, and the shim can poison it.
 __device__ inline unsigned char* shared_memory() {

@@ -1,8 +1,6 @@
 // What is done to a batch of packs, by every family: sums over it, and the linear map from x and dy to y or dx.
 #pragma once
 
-#include <type_traits>
-
 #include "walk.cuh"
 
 namespace bnext::cuda {
@@ -20,41 +18,51 @@ __device__ inline Acc add_lanes(const Acc (&value)[kLanes]) {
   return sum;
 }
 
-// Calls f(std::true_type) when all lanes of all items hold data, as nearly always, and f(std::false_type) otherwise: it
-// need not ask for each lane, then, which would take as many instructions as the sums.
-template <int kVec, typename T, int kItems, int kViews, typename F>
-__device__ inline void with_fullness(const Item<T, kViews> (&items)[kItems], F f) {
+// Items whose elements are taken apart, and added up, at once: short sums, for less rounding, but only so many registers.
+template <int kItems, int kVec>
+constexpr int kAtOnce = kItems * kVec <= 16 ? kItems : 16 / kVec;
+
+// The elements of some of the items, from `first` on. Lanes without data get a value that adds nothing to any sum; nearly
+// always all have data, and then nothing is done.
+template <int kSome, typename T, int kVec, int kItems, int kViews, typename Acc>
+__device__ inline void take_apart(Acc (&wide)[kSome][kVec], const Pack<T, kVec> (&packs)[kItems],
+                                  const Item<T, kViews> (&items)[kItems], int first, const Acc (&neutral)[kVec]) {
   bool full = true;
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) full = full && items[u].lanes == (1u << kVec) - 1;
-  if (full) {
-    f(std::true_type());
-  } else {
-    f(std::false_type());
+  for (int u = 0; u < kSome; ++u) {
+    widen_pack(wide[u], packs[first + u]);
+    full = full && items[first + u].lanes == (1u << kVec) - 1;
+  }
+  if (full) return;
+#pragma unroll
+  for (int u = 0; u < kSome; ++u) {
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) wide[u][v] = items[first + u].has(v) ? wide[u][v] : neutral[v];
   }
 }
 
-// Sums of x - pivot and of its square. The batch is added up first: short sums, for less rounding.
+// Sums of x - pivot and of its square.
 template <typename T, int kVec, int kItems, int kViews, typename Acc, int kLanes>
 __device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems], const Item<T, kViews> (&items)[kItems],
                                    const Acc (&pivot)[kVec], Acc (&s1)[kLanes], Acc (&s2)[kLanes]) {
-  with_fullness<kVec>(items, [&](auto full) {
-    Acc wide[kItems][kVec];
+  constexpr int kSome = kAtOnce<kItems, kVec>;
 #pragma unroll
-    for (int u = 0; u < kItems; ++u) widen_pack(wide[u], x[u]);
+  for (int first = 0; first < kItems; first += kSome) {
+    Acc wide[kSome][kVec];
+    take_apart(wide, x, items, first, pivot);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       Acc b1 = 0, b2 = 0;
 #pragma unroll
-      for (int u = 0; u < kItems; ++u) {
-        const Acc d = decltype(full)::value || items[u].has(v) ? wide[u][v] - pivot[v] : Acc(0);
+      for (int u = 0; u < kSome; ++u) {
+        const Acc d = wide[u][v] - pivot[v];
         b1 += d;
         b2 += d * d;
       }
       s1[v % kLanes] += b1;
       s2[v % kLanes] += b2;
     }
-  });
+  }
 }
 
 // Sums of dy, dy * (x - mean) and x - mean.
@@ -62,29 +70,28 @@ template <typename T, int kVec, int kItems, int kViews, typename Acc, int kLanes
 __device__ inline void add_gradients(const Pack<T, kVec> (&x)[kItems], const Pack<T, kVec> (&dy)[kItems],
                                      const Item<T, kViews> (&items)[kItems], const Acc (&mean)[kVec],
                                      Acc (&sum)[kNumSums][kLanes]) {
-  with_fullness<kVec>(items, [&](auto full) {
-    Acc wide_x[kItems][kVec], wide_dy[kItems][kVec];
+  constexpr int kSome = kAtOnce<kItems, kVec>;
+  const Acc zero[kVec] = {};
 #pragma unroll
-    for (int u = 0; u < kItems; ++u) {
-      widen_pack(wide_x[u], x[u]);
-      widen_pack(wide_dy[u], dy[u]);
-    }
+  for (int first = 0; first < kItems; first += kSome) {
+    Acc wide_x[kSome][kVec], wide_dy[kSome][kVec];
+    take_apart(wide_x, x, items, first, mean);
+    take_apart(wide_dy, dy, items, first, zero);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       Acc b0 = 0, b1 = 0, b2 = 0;
 #pragma unroll
-      for (int u = 0; u < kItems; ++u) {
-        const bool has = decltype(full)::value || items[u].has(v);
-        const Acc d = has ? wide_dy[u][v] : Acc(0), xmu = has ? wide_x[u][v] - mean[v] : Acc(0);
-        b0 += d;
-        b1 += d * xmu;
+      for (int u = 0; u < kSome; ++u) {
+        const Acc xmu = wide_x[u][v] - mean[v];
+        b0 += wide_dy[u][v];
+        b1 += wide_dy[u][v] * xmu;
         b2 += xmu;
       }
       sum[0][v % kLanes] += b0;
       sum[1][v % kLanes] += b1;
       sum[2][v % kLanes] += b2;
     }
-  });
+  }
 }
 
 // Positions of a batch that a thread has seen: of its channel (planes), or of each of its channels (rows).

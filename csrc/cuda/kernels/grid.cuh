@@ -9,7 +9,6 @@
 #pragma once
 
 #include "finish.cuh"
-#include "partials.cuh"
 #include "slots.cuh"
 
 namespace bnext::cuda {
@@ -105,42 +104,37 @@ __device__ inline void map_batch(const Coefficients<Acc>& of_channel, const Batc
   }
 }
 
-// Leaves the block's sums of a channel for the other blocks. Between two calls is one of finish_grid, whose barrier lets
-// nobody write to the scratch memory that warp 0 still reads.
-template <bool kMoments, typename Acc>
-__device__ inline void leave_sums(const KernelArgs& args, const Tile& tile, const Acc (&value)[4]) {
-  reduce_planes<kMoments>(args, tile, value, reinterpret_cast<Acc*>(shared_memory() + args.layout.scratch));
+// Leaves the block's sums of a channel for the other blocks, when its parts have left theirs. Between two calls is one of
+// finish_grid, whose barrier lets nobody write to the shared memory that warp 0 still reads.
+template <bool kMoments, int kVec, typename Acc>
+__device__ inline void leave_block_sums(const KernelArgs& args, const Tile& tile) {
+  __syncthreads();
+  store_partials<kMoments, kVec, Acc>(args, tile);
   if (threadIdx.x == 0) arrive_at(args.counters + tile.column);  // it has stored them
 }
 
-// When the sums of all blocks are there: from them to coefficients, every block for itself. One warp does it, with one
-// barrier in place of seven: the others have nothing to do meanwhile, so it asks for what it can before it waits, and
-// writes results when the others have gone on. What it overwrites has been read: there was a barrier of leave_sums since.
+// When the sums of all blocks are there: from them to coefficients, every block for itself. One warp does it: the others
+// have nothing to do meanwhile. It asks for what it can before it waits. What it overwrites has been read: there was a
+// barrier of leave_block_sums since.
 template <bool kBackward, typename Acc>
 __device__ inline Coefficients<Acc> finish_grid(const KernelArgs& args, const Tile& tile) {
-  auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + args.layout.coefficients);
-  Finished<Acc> finished = {};
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   if (threadIdx.x < kWarpSize) {
-    const double of_lane = load_input_of_lane<kBackward>(args, tile.column);
+    const int lane = threadIdx.x;
+    const double input = load_input(args, tile.column, lane);
     wait_at(args.counters + tile.column, static_cast<int>(args.num_splits));
-    const ChannelTotals totals = merge_by_warp<kBackward>(args, tile.column);
-    const ChannelInputs inputs = gather_inputs<kBackward>(of_lane);
-    finished = kBackward ? finish_backward<Acc>(args, totals, inputs) : finish_forward<Acc>(args, totals, inputs);
-    if (threadIdx.x == 0) *shared = finished.coefficients;
+    PartialSums sums = add_partials(args, kBackward, tile.column, lane, kWarpSize);
+    group_sum(args, sums.value);
+    const ChannelTotals totals = partial_totals(args, kBackward, sums);
+    const auto found = finish_group<Acc>(args, kBackward, tile.column, lane, totals, input, tile.split == 0);
+    if (lane == 0) *shared = found;
   }
   __syncthreads();
-  if (threadIdx.x == 0 && tile.split == 0) {
-    if (kBackward) {
-      store_gradients(args, tile.column, finished.result);
-    } else {
-      store_statistics(args, tile.column, finished.result);
-    }
-  }
   return *shared;
 }
 
 template <typename T, int kVec, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_forward_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = Slots<T, kVec, false, kWhole, 1>;
   using Batch = typename Data::Batch;
@@ -148,39 +142,35 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_forward_kernel(cons
   count_batch(args);
   // Of a channel: sums around the mean of the first batch that a warp sees of it, as in streaming.
   Acc of_warp = 0, s1[kLanes] = {}, s2[kLanes] = {};
-  int count = 0;
-  bool first = true;
+  int count = 0, batches = 0;
   Coefficients<Acc> of_channel = {};
   run_sequence<Data>(
       args,
       [&](int) {
         for_all_lanes(s1, Acc(0));
         for_all_lanes(s2, Acc(0));
-        count = 0;
-        first = true;
+        count = batches = 0;
       },
       [&](const Batch& batch) {
         Acc pivot[kVec];
-        if (first) {
-          find_pivots<false>(batch.pack[0], batch.items, pivot);
-          of_warp = pivot[0];
-        }
-        first = false;
         for_all_lanes(pivot, of_warp);
+        if (batches == 0) find_pivots<false>(args, batch.pack[0], batch.items, pivot);
         add_moments(batch.pack[0], batch.items, pivot, s1, s2);
         count += count_positions<false>(batch.items);
+        if (++batches == kPivotItems / kOnChipBatch) move_pivots<false>(args, pivot, s1, s2, count);
+        of_warp = pivot[0];
       },
       [&](const Tile& tile) {
-        const Acc value[4] = {static_cast<Acc>(warp_sum(count)), of_warp, warp_sum(add_lanes(s1)),
-                              warp_sum(add_lanes(s2))};
-        leave_sums<true>(args, tile, value);
+        const Acc pivot[1] = {of_warp};
+        leave_moments<false>(args, pivot, s1, s2, count);
+        leave_block_sums<true, kVec, Acc>(args, tile);
       },
       [&](const Tile& tile) { of_channel = finish_grid<false, Acc>(args, tile); },
       [&](const Batch& batch) { map_batch<kWhole, false, kVec>(of_channel, batch); });
 }
 
 template <typename T, int kVec, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_backward_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = Slots<T, kVec, false, kWhole, 2>;
   using Batch = typename Data::Batch;
@@ -190,7 +180,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_backward_kernel(con
   run_sequence<Data>(
       args,
       [&](int channel) {
-        channel_mean = static_cast<Acc>(load_channel(args.mean, channel, 0));
+        channel_mean = static_cast<Acc>(load_channel(args.input[backward::kMean], channel, 0));
         for (auto& lanes : sum) for_all_lanes(lanes, Acc(0));
       },
       [&](const Batch& batch) {
@@ -199,9 +189,8 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) grid_backward_kernel(con
         add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);
       },
       [&](const Tile& tile) {
-        Acc value[4] = {};
-        for (int k = 0; k < kNumSums; ++k) value[k] = warp_sum(add_lanes(sum[k]));
-        leave_sums<false>(args, tile, value);
+        leave_sums<false>(args, sum);
+        leave_block_sums<false, kVec, Acc>(args, tile);
       },
       [&](const Tile& tile) { of_channel = finish_grid<true, Acc>(args, tile); },
       [&](const Batch& batch) { map_batch<kWhole, true, kVec>(of_channel, batch); });

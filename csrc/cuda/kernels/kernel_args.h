@@ -30,8 +30,9 @@ constexpr int kMostGroups = 7;
 constexpr int kMaxThreads = 256;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
-// Rows: threads that share a column of partial sums in the first of the two merges in shared memory.
-constexpr int kMaxHelpers = 16;
+constexpr int kWarpSize = 32;
+// What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
+constexpr int kRoles = 8;
 
 // Where the apply kernel has the numbers of its channels from.
 enum class Source : uint8_t {
@@ -40,15 +41,34 @@ enum class Source : uint8_t {
   kFinished    // the finish kernel has left them in the workspace
 };
 
-// Where an on-chip block keeps what in its shared memory, as offsets in bytes. Slots for packs come first.
-struct OnChipLayout {
-  int64_t scratch = 0;       // sums of warps or rows
-  int64_t merged = 0;        // rows: of those, one for each column and helper
-  int64_t totals = 0;        // [kOnChipTotals][slab_channels]: what the block has found, for the cluster to read
-  int64_t pivots = 0;        // [slab_channels]
+// Where a block keeps what in its shared memory, as offsets in bytes. On chip, slots for packs come first.
+struct SharedLayout {
+  int64_t parts = 0;         // sums of the block's parts, [kNumSums][num_parts][columns]; see block_sums.cuh
+  int64_t counts = 0;        // [num_parts], of statistics
+  int64_t totals = 0;        // clusters: [kNumSums][slab_channels], what the block has found, for the others to read
   int64_t coefficients = 0;  // [slab_channels]
   int64_t bytes = 0;
 };
+
+// Division of 0 <= n < 2^31 by a number that the host knows, without dividing: a multiplication and a shift, where a
+// division takes some twenty instructions. (Granlund and Montgomery, "Division by Invariant Integers using Multiplication".)
+struct Divider {
+  uint32_t divisor = 1, multiplier = 1, shift = 0;
+
+  BNEXT_HOST_DEVICE uint32_t divide(uint32_t n) const {
+    return (static_cast<uint32_t>((uint64_t{n} * multiplier) >> 32) + n) >> shift;
+  }
+  BNEXT_HOST_DEVICE uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor; }
+};
+
+inline Divider make_divider(int64_t divisor) {
+  Divider by;
+  by.divisor = static_cast<uint32_t>(divisor);
+  while ((int64_t{1} << by.shift) < divisor) ++by.shift;
+  const uint64_t excess = (uint64_t{1} << by.shift) - static_cast<uint64_t>(divisor);
+  by.multiplier = static_cast<uint32_t>((excess << 32) / static_cast<uint64_t>(divisor) + 1);
+  return by;
+}
 
 // An item is what one thread loads at once: of a channel's planes or strided positions (kPlanes), or of one row (kRows).
 // Planes: item (i0, i1, j) is pack j of plane (i0, i1). Rows: item (i0, i1, i2) is a row, and a block has block_packs of
@@ -66,15 +86,28 @@ struct KernelArgs {
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
   int64_t num_slabs;      // rows: blocks side by side
   int block_packs, block_rows;
+  Divider by_size[3];     // of items that threads count in an int, by size[d]; [0] is not used
+  Divider by_tile;        // of blocks: by num_slabs (rows) or num_splits (planes), on chip by cluster_size
+  Divider by_packs;       // of threads, by block_packs
+  Divider by_channels;    // of wide channels, by num_channels
+  SharedLayout layout;
+
+  // A block has slab_channels channels: one (planes), or those of its columns, of which each channel has channel_columns.
+  // Column e is of channel e / run_length % slab_channels: planes of run_length elements side by side, or one row of
+  // slab_channels (or several, folded). In streaming each column of a folded row counts as a channel of its own.
+  int slab_channels, run_length, channel_columns;
+  int64_t tile_channels;  // of all blocks side by side: num_channels, or wide_channels in streaming
+  Divider by_run, by_slab;
+  // Sums are added up by parts, and then by groups of lanes, one group for each channel: see block_sums.cuh.
+  bool parts_are_warps;
+  int num_parts, group_lanes, group_shift;
+  int lane_parts, lane_columns;  // group_lanes as so many times channel_columns, and the rest
+  Divider by_columns;            // of lanes, by channel_columns
 
   // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number. So it is of the blocks of a
   // grid, which go through the channels in num_groups groups of so many; a counter for each channel says who has arrived.
   int cluster_size;
   int num_steps, held_steps;  // items of a thread, and how many of them stay on chip
-  // Column e of a slab is of its channel e / run_length % slab_channels: planes of run_length elements side by side, or
-  // one row of slab_channels (or several, folded).
-  int run_length, slab_channels;
-  OnChipLayout layout;
   int64_t num_groups;
   int ring_batches, batches_ahead;  // batches that there are slots for, and those of them that wait to be added up
   int* counters;
@@ -83,10 +116,11 @@ struct KernelArgs {
   void* coefficients;  // [num_channels] of Coefficients<Acc>
   Source source;
   bool backward, training, cumulative;
-  double num_positions, momentum, eps, running_limit;
+  double num_positions, inverse_positions, unbiased;  // m, 1 / m, m / (m - 1)
+  double momentum, eps, running_limit;
 
-  ChannelVector weight, bias, mean, invstd, running_mean, running_var, stats_mean, stats_var;
-  ChannelVector grad_mean, grad_var, dweight, dbias, dmean, dvar;
+  // By role: see Input and Output in finish.cuh.
+  ChannelVector input[kRoles], output[kRoles];
   int64_t* num_batches_tracked;
 };
 
@@ -96,43 +130,21 @@ struct alignas(16) Coefficients {
   Acc scale_dy, scale_x, centre, shift;
 };
 
-// Sums over a cluster: two rounds of two (statistics) or one of three (backward).
-constexpr int kOnChipTotals = 4;
+// ---- how a block adds up ------------------------------------------------------------------------------------------
 
-// ---- dynamic shared memory, in bytes ----------------------------------------------------------------------------
-
-// Planes: four numbers for each warp.
-BNEXT_HOST_DEVICE constexpr int64_t planes_reduce_shared(int threads, int64_t acc_bytes) {
-  return 4 * (threads / 32) * acc_bytes;
+// A part is what meets before shared memory: a warp, where a column's threads divide it evenly, or a single row of threads.
+// Planes have one column, and warps are their parts.
+constexpr bool parts_are_warps(int block_packs) { return kWarpSize % block_packs == 0; }
+constexpr int count_parts(int threads, int block_packs) {
+  return threads / (parts_are_warps(block_packs) ? kWarpSize : block_packs);
 }
-
-// Rows: kNumSums numbers for each thread and lane, one count for each row, then the merged sums of the helpers.
-BNEXT_HOST_DEVICE constexpr int64_t rows_helpers(int threads, int64_t columns) {
-  return threads / columns < kMaxHelpers ? threads / columns : kMaxHelpers;
+// As many lanes for a channel as the block has, but within a warp, and no fewer than there are roles.
+constexpr int count_group_lanes(int threads, int slab_channels) {
+  int lanes = kRoles;
+  while (lanes < kWarpSize && 2 * lanes * slab_channels <= threads) lanes *= 2;
+  return lanes;
 }
-BNEXT_HOST_DEVICE constexpr int64_t rows_counts_offset(int block_rows, int64_t columns, int64_t acc_bytes) {
-  return kNumSums * block_rows * columns * acc_bytes;
-}
-BNEXT_HOST_DEVICE constexpr int64_t rows_merged_offset(int block_rows, int64_t columns, int64_t acc_bytes) {
-  return (rows_counts_offset(block_rows, columns, acc_bytes) + block_rows * 4 + 15) / 16 * 16;
-}
-BNEXT_HOST_DEVICE constexpr int64_t rows_reduce_shared(int threads, int block_rows, int64_t columns,
-                                                       int64_t acc_bytes) {
-  return rows_merged_offset(block_rows, columns, acc_bytes) + kNumSums * rows_helpers(threads, columns) * columns * 8;
-}
-
-// A block-wide sum in float64, and one channel's Coefficients behind it.
-BNEXT_HOST_DEVICE constexpr int64_t finish_coefficients_offset(int threads) {
-  return (threads / 32 * 8 + 15) / 16 * 16;
-}
-BNEXT_HOST_DEVICE constexpr int64_t finish_shared(int threads) { return finish_coefficients_offset(threads) + 4 * 8; }
-
-// Rows whose packs divide a warp evenly are added up within each warp before they meet in shared memory.
-BNEXT_HOST_DEVICE constexpr int on_chip_parts(int threads, int block_packs) {
-  return 32 % block_packs == 0 ? threads / 32 : threads / block_packs;
-}
-BNEXT_HOST_DEVICE constexpr int on_chip_helpers(int threads, int columns) {
-  return threads > columns ? threads / columns : 1;
-}
+// The finish kernel: three numbers for each warp.
+constexpr int64_t finish_shared(int threads) { return kNumSums * (threads / kWarpSize) * 8; }
 
 }  // namespace bnext::cuda

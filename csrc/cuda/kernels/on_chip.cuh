@@ -22,26 +22,28 @@ class OnChip {
   using Data = Slots<T, kVec, kRows, kWhole, kTensors>;
   using Batch = typename Data::Batch;
 
-  __device__ OnChip(const KernelArgs& args, const Tile& tile) : args_(args), tile_(tile) {}
+  __device__ OnChip(const KernelArgs& args, const Tile& tile) : args_(args), tile_(tile), start_(args, tile) {}
 
-  // Brings what stays on chip there, and calls use(batch) for each batch as it arrives.
-  template <typename F>
-  __device__ void load(F use) const {
-    typename Data::Steps loading(args_, tile_), arrived(args_, tile_);
+  // Brings what stays on chip there, and calls use(batch, is it the first one) for each batch as it arrives. begin() comes
+  // before them, when the first copies are on their way.
+  template <typename Begin, typename F>
+  __device__ void load(Begin begin, F use) const {
+    typename Data::Steps loading = start_, arrived = start_;
     const int batches = held_batches();
-    for (int b = 0; b < batches + kBatchesInFlight; ++b) {
-      if (b < batches) Data::copy(loading, b);
+    for (int b = -kBatchesInFlight; b < batches; ++b) {
+      if (b + kBatchesInFlight < batches) Data::copy(loading, b + kBatchesInFlight);
       commit_async();
-      if (b < kBatchesInFlight) continue;
+      if (b == -1) begin();
+      if (b < 0) continue;
       wait_async<kBatchesInFlight>();
-      use(Data::held(arrived, b - kBatchesInFlight, args_.held_steps));
+      use(Data::held(arrived, b, args_.held_steps), b == 0);
     }
   }
 
   // The same batches again.
   template <typename F>
   __device__ void revisit(F use) const {
-    typename Data::Steps steps(args_, tile_);
+    typename Data::Steps steps = start_;
     const int batches = held_batches();
     for (int b = 0; b < batches; ++b) use(Data::held(steps, b, args_.held_steps));
   }
@@ -64,142 +66,90 @@ class OnChip {
 
   const KernelArgs& args_;
   const Tile& tile_;
+  const typename Data::Steps start_;
 };
 
-// ---- sums over a block, and over its cluster ---------------------------------------------------------------------
+// ---- from sums to coefficients -----------------------------------------------------------------------------------
 
-// Planes: all threads have the same channel. The same order on every run, as everywhere.
-template <int kSums, int kLanes, typename Acc>
-__device__ inline void reduce_planes_on_chip(const KernelArgs& args, const Acc (&sum)[kSums][kLanes], double* totals) {
-  Acc* scratch = reinterpret_cast<Acc*>(shared_memory() + args.layout.scratch);
-  const int thread = threadIdx.x, num_warps = blockDim.x / kWarpSize;
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) {
-    const Acc of_warp = warp_sum(add_lanes(sum[k]));
-    if (thread % kWarpSize == 0) scratch[k * num_warps + thread / kWarpSize] = of_warp;
-  }
-  __syncthreads();
-  if (thread >= kSums) return;
-  double total = 0;
-  for (int warp = 0; warp < num_warps; ++warp) total += scratch[thread * num_warps + warp];
-  totals[thread] = total;
+// The channel of the tensors that is the block's channel i. Of the last slab, not all may be there.
+__device__ inline int64_t on_chip_channel(const KernelArgs& args, const Tile& tile, int i) {
+  return tile.column * args.slab_channels + i;
 }
 
-// Rows: each lane of a thread has a column, and a channel has one column or several. Threads of a column meet in shared
-// memory, first within each warp where its packs divide the warp. A pack's lanes lie apart there: no bank conflicts.
-template <int kVec, typename Acc>
-__device__ inline void reduce_rows_on_chip(const KernelArgs& args, const Acc (&sum)[kVec], double* totals) {
-  Acc* scratch = reinterpret_cast<Acc*>(shared_memory() + args.layout.scratch);
-  double* merged = reinterpret_cast<double*>(shared_memory() + args.layout.merged);
-  const int thread = threadIdx.x, num_threads = blockDim.x, packs = args.block_packs, columns = packs * kVec;
-  const bool within_warps = kWarpSize % packs == 0;
-  const int part = thread / (within_warps ? kWarpSize : packs), place = thread % (within_warps ? kWarpSize : packs);
-  const int num_parts = on_chip_parts(num_threads, packs);
-#pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    Acc value = sum[v];
-    if (within_warps) {
-      for (int distance = packs; distance < kWarpSize; distance *= 2) {
-        value += __shfl_xor_sync(kFullWarp, value, distance);
-      }
-    }
-    if (part < num_parts && place < packs) scratch[part * columns + v * packs + place] = value;
-  }
-  __syncthreads();
-  const int num_helpers = on_chip_helpers(num_threads, columns);
-  for (int i = thread; i < num_helpers * columns; i += num_threads) {
-    double total = 0;
-    for (int p = i / columns; p < num_parts; p += num_helpers) total += scratch[p * columns + i % columns];
-    merged[i] = total;
-  }
-  __syncthreads();
-  // A few neighbouring threads for each channel.
-  const int count = args.run_length > 1 ? args.run_length : columns / args.slab_channels;
-  const int step = args.run_length > 1 ? 1 : args.slab_channels;
-  int sharers = 1;
-  while (sharers < kWarpSize && sharers < count && 2 * sharers * args.slab_channels <= num_threads) sharers *= 2;
-  for (int first = 0; first < args.slab_channels; first += num_threads / sharers) {
-    const int channel = first + thread / sharers;
-    double total = 0;
-    for (int i = thread % sharers; i < count && channel < args.slab_channels; i += sharers) {
-      const int column = channel * args.run_length + i * step;
-      for (int h = 0; h < num_helpers; ++h) total += merged[h * columns + column % kVec * packs + column / kVec];
-    }
-    for (int distance = sharers / 2; distance > 0; distance /= 2) {
-      total += __shfl_xor_sync(kFullWarp, total, distance);
-    }
-    if (thread % sharers == 0 && channel < args.slab_channels) totals[channel] = total;
-  }
+// What a group's lane has to load for the group's channel.
+__device__ inline double load_on_chip_input(const KernelArgs& args, const Tile& tile, int i, int lane) {
+  const int64_t channel = on_chip_channel(args, tile, i);
+  return load_input(args, channel < args.num_channels ? channel : 0, lane);
 }
 
-// Leaves the block's sums in totals[kSums][slab_channels], for all blocks of the cluster to read.
-template <bool kRows, int kSums, int kLanes, typename Acc>
-__device__ inline void reduce_on_chip(const KernelArgs& args, const Acc (&sum)[kSums][kLanes], double* totals) {
-  if constexpr (kRows) {
+// The same before anything is added up: the lane gets that of its first round, which for most blocks is all, and keeps it
+// until it is needed. Backward leaves the channels' means for all threads, who see them after a barrier.
+template <bool kBackward, typename Acc>
+__device__ inline double load_first_inputs(const KernelArgs& args, const Tile& tile) {
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  double first = 0;
+  for_each_group(args, [&](int i, int lane, bool there, int round) {
+    if (!kBackward && round > 0) return;
+    const double input = load_on_chip_input(args, tile, i, lane);
+    if (round == 0) first = input;
+    if (kBackward && there && lane == static_cast<int>(backward::kMean)) shared[i].centre = static_cast<Acc>(input);
+  });
+  return first;
+}
+
+// A channel's totals from all blocks of the cluster, for a group of lanes: each reads those of a block or two. Blocks are
+// added up in an order that never changes.
+template <bool kMoments>
+__device__ inline ChannelTotals add_blocks(const KernelArgs& args, int channel, int lane) {
+  const double* own = shared_at<const double>(args.layout.totals) + channel;
+  const int stride = args.slab_channels;
+  Moments moments;
+  double sum[kNumSums] = {};
+  const double first_mean = kMoments ? load_cluster(own + stride, 0) : 0;
+  moments.point = is_finite(first_mean) ? first_mean : 0;
+  for (int rank = lane; rank < args.cluster_size; rank += args.group_lanes) {
+    double value[kNumSums];
 #pragma unroll
-    for (int k = 0; k < kSums; ++k) reduce_rows_on_chip(args, sum[k], totals + k * args.slab_channels);
-  } else {
-    reduce_planes_on_chip(args, sum, totals);
+    for (int k = 0; k < kNumSums; ++k) value[k] = load_cluster(own + k * stride, rank);
+    if (kMoments) {
+      moments.add(value[0], value[1], 0, value[2]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kNumSums; ++k) sum[k] += value[k];
+    }
   }
+  return group_totals<kMoments>(args, moments, sum);
+}
+
+// From what the block's parts have left to the coefficients of this thread's lanes. The first block stores the results.
+template <bool kRows, bool kBackward, int kVec, typename Acc>
+__device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, double first_input,
+                                      Coefficients<Acc> (&coefficients)[kVec]) {
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  __syncthreads();
   if (args.cluster_size > 1) {
+    for_each_group(args, [&](int i, int lane, bool there, int) {
+      const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
+      double* to = shared_at<double>(args.layout.totals) + i;
+      if (!there || lane > 0) return;
+#pragma unroll
+      for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
+    });
     cluster_arrive();
     cluster_wait();
-  } else {
-    __syncthreads();
   }
-}
-
-// A channel's sums from all blocks of the cluster, in the order of the blocks. Several reads at once: each takes as long as
-// a read from L2.
-template <int kSums>
-__device__ inline void add_blocks(const KernelArgs& args, const double* totals, int channel, double (&sum)[kSums]) {
-  constexpr int kReads = 8;
-  const int size = args.cluster_size, stride = args.slab_channels;
-#pragma unroll
-  for (int k = 0; k < kSums; ++k) sum[k] = size == 1 ? totals[k * stride + channel] : 0;
-  if (size == 1) return;
-  for (int first = 0; first < size; first += kReads) {
-    double part[kSums][kReads];
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-      for (int i = 0; i < kReads; ++i) {
-        const int rank = first + i < size ? first + i : size - 1;
-        part[k][i] = load_cluster(totals + k * stride + channel, rank);
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < kSums; ++k) {
-#pragma unroll
-      for (int i = 0; i < kReads; ++i) sum[k] += first + i < size ? part[k][i] : 0;
-    }
-  }
-}
-
-// Calls f(channel of the slab, channel) for this thread's share of the block's channels; then all threads see the result.
-template <typename F>
-__device__ inline void for_each_channel(const KernelArgs& args, const Tile& tile, F f) {
-  const int64_t first = tile.column * args.slab_channels;
-  for (int i = threadIdx.x; i < args.slab_channels && first + i < args.num_channels; i += blockDim.x) f(i, first + i);
-  __syncthreads();
-}
-
-// Of the block's channels, the one of a lane.
-template <bool kRows, int kVec>
-__device__ inline int slab_channel(const KernelArgs& args, int lane) {
-  if (!kRows) return 0;
-  const int column = threadIdx.x % args.block_packs * kVec + lane;
-  return column / args.run_length % args.slab_channels;
-}
-
-// From the sums of all blocks to the coefficients of this thread's lanes. totals_of(i) are those of channel i of the slab.
-template <bool kRows, int kVec, typename Acc, typename F>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, F totals_of,
-                                      Coefficients<Acc> (&coefficients)[kVec]) {
-  auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + args.layout.coefficients);
-  for_each_channel(args, tile,
-                   [&](int i, int64_t c) { shared[i] = finish_channel<Acc>(args, c, totals_of(i), tile.split == 0); });
+  for_each_group(args, [&](int i, int lane, bool there, int round) {
+    const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
+    const ChannelTotals totals = args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
+                                                       : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+    const int64_t channel = on_chip_channel(args, tile, i);
+    there = there && channel < args.num_channels;
+    const Coefficients<Acc> found =
+        finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);
+    if (there && lane == 0) shared[i] = found;
+  });
   if (args.cluster_size > 1) cluster_arrive();  // this thread reads no other block's memory any more
+  __syncthreads();
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     coefficients[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)] : coefficients[0];
@@ -209,7 +159,8 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
 __device__ inline Tile on_chip_tile(const KernelArgs& args) {
-  return {blockIdx.x / args.cluster_size, blockIdx.x % args.cluster_size};
+  const unsigned column = args.by_tile.divide(blockIdx.x);
+  return {column, blockIdx.x - column * args.by_tile.divisor};
 }
 
 // A block's memory must not go while others of the cluster may read it.
@@ -218,7 +169,7 @@ __device__ inline void leave_cluster(const KernelArgs& args) {
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
@@ -226,46 +177,24 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
   const Data data(args, tile);
   count_batch(args);
 
-  // The mean of what is on chip, which is all of the channel, or half of it at least.
-  Acc pivot[kVec] = {}, first[2][kLanes] = {}, unused[kLanes] = {};
-  int count = 0;
-  data.load([&](const typename Data::Batch& batch) {
-    add_moments(batch.pack[0], batch.items, pivot, first[0], unused);
-    count += count_positions<kRows>(batch.items);
-  });
-#pragma unroll
-  for (int v = 0; v < kLanes; ++v) first[1][v] = static_cast<Acc>(kRows || v == 0 ? count : 0);
-  double* totals = reinterpret_cast<double*>(shared_memory() + args.layout.totals);
-  const int stride = args.slab_channels;
-  Acc* pivots = reinterpret_cast<Acc*>(shared_memory() + args.layout.pivots);
-  reduce_on_chip<kRows>(args, first, totals);
-  for_each_channel(args, tile, [&](int i, int64_t) {
-    double sum[2];
-    add_blocks(args, totals, i, sum);
-    const Acc mean = static_cast<Acc>(sum[0] / sum[1]);
-    pivots[i] = is_finite(mean) ? mean : Acc(0);  // NaN and Inf reach the result through the sums
-  });
-#pragma unroll
-  for (int v = 0; v < kVec; ++v) pivot[v] = kRows || v == 0 ? pivots[slab_channel<kRows, kVec>(args, v)] : pivot[0];
-
-  // Squares around it. Where half the data is its own, the pivot is within a deviation of the mean: nothing cancels.
-  Acc second[2][kLanes] = {};
+  double first_input = 0;
+  Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
+  int count = 0, batches = 0;
   auto add = [&](const typename Data::Batch& batch) {
-    add_moments(batch.pack[0], batch.items, pivot, second[0], second[1]);
+    add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+    count += count_positions<kRows>(batch.items);
+    if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
   };
-  data.revisit(add);
+  data.load(
+      [&] { first_input = load_first_inputs<false, Acc>(args, tile); },
+      [&](const typename Data::Batch& batch, bool first) {
+        if (first) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+        add(batch);
+      });
   data.stream(add);
-  reduce_on_chip<kRows>(args, second, totals + 2 * stride);
+  leave_moments<kRows>(args, pivot, s1, s2, count);
   Coefficients<Acc> coefficients[kVec];
-  finish_on_chip<kRows>(
-      args, tile,
-      [&](int i) {
-        double sum[2];
-        add_blocks(args, totals + 2 * stride, i, sum);
-        const double distance = sum[0] / args.num_positions;
-        return ChannelTotals{{pivots[i] + distance, sum[1] - distance * sum[0], 0}};
-      },
-      coefficients);
+  finish_on_chip<kRows, false>(args, tile, first_input, coefficients);
 
   auto apply = [&](const typename Data::Batch& batch) {
 #pragma unroll
@@ -280,36 +209,34 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_backward_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1)
+    on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   const Tile tile = on_chip_tile(args);
   const Data data(args, tile);
 
-  Acc mean[kVec], sum[kNumSums][kLanes] = {};
-#pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    const int64_t c = tile.column * args.slab_channels + slab_channel<kRows, kVec>(args, v);
-    const bool there = c < args.num_channels;  // not in the last slab, maybe
-    mean[v] = !kRows && v > 0 ? mean[0] : there ? static_cast<Acc>(load_channel(args.mean, c, 0)) : Acc(0);
-  }
+  double first_input = 0;
+  Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
   auto add = [&](const typename Data::Batch& batch) {
     add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);
   };
-  data.load(add);
-  data.stream(add);
-  double* totals = reinterpret_cast<double*>(shared_memory() + args.layout.totals);
-  reduce_on_chip<kRows>(args, sum, totals);
-  Coefficients<Acc> coefficients[kVec];
-  finish_on_chip<kRows>(
-      args, tile,
-      [&](int i) {
-        ChannelTotals result;
-        add_blocks(args, totals, i, result.value);
-        return result;
+  data.load(
+      [&] {
+        first_input = load_first_inputs<true, Acc>(args, tile);
+        __syncthreads();
+        const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) {
+          mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
+        }
       },
-      coefficients);
+      [&](const typename Data::Batch& batch, bool) { add(batch); });
+  data.stream(add);
+  leave_sums<kRows>(args, sum);
+  Coefficients<Acc> coefficients[kVec];
+  finish_on_chip<kRows, true>(args, tile, first_input, coefficients);
 
   auto apply = [&](const typename Data::Batch& batch) {
 #pragma unroll

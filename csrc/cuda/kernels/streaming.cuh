@@ -1,19 +1,44 @@
 // The streaming family: any shape, layout, dtype and architecture. A reduce kernel leaves one set of sums per block in the
 // workspace; an apply kernel, which starts with what the reduce kernel read last, reads the tensors again. In eval the
 // backward pass is the reduce kernel alone: dx does not wait for the sums.
+//
+// A block asks for its first batch before it looks at anything else: two trips to memory at once, not one after the other.
 #pragma once
 
 #include "elementwise.cuh"
 #include "finish.cuh"
-#include "partials.cuh"
 
 namespace bnext::cuda {
+
+// The channel of the tensors that is the block's channel i, if there is one.
+__device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, int i, int64_t& channel) {
+  channel = tile.column * args.slab_channels + i;
+  const bool there = channel < args.tile_channels;
+  if (!there) channel = 0;
+  if (args.tile_channels > args.num_channels) channel = args.by_channels.remainder(static_cast<unsigned>(channel));
+  return there;
+}
+
+// What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads after a
+// barrier. `write`: the results as well, once for each channel.
+template <typename Acc>
+__device__ inline void leave_constants(const KernelArgs& args, const Tile& tile, bool backward, bool write) {
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  for_each_group(args, [&](int i, int lane, bool there, int) {
+    int64_t channel;
+    there = find_channel(args, tile, i, channel) && there;
+    const Finished<Acc> finished = finish_constant<Acc>(args, backward, load_input(args, channel, lane));
+    if (there && lane == 0) shared[i] = finished.coefficients;
+    const bool first = tile.column * args.slab_channels + i < args.num_channels;  // of the columns of a folded row
+    if (there && write && first) store_outputs(args, channel, lane, finished);
+  });
+}
 
 // ---- reduce ------------------------------------------------------------------------------------------------------
 
 // Statistics of x. Sums are of x - pivot, and every part is moved to the common mean when parts are merged.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
@@ -29,30 +54,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(co
     Pack<T, kVec> x[kUnroll];
     for (auto& item : items) item = cursor.next();
     load_batch<Cache::kKeep, kWhole>(x, items, 0);
-    if (b == 0) find_pivots<kRows>(x, items, pivot);
+    if (b == 0) find_pivots<kRows>(args, x, items, pivot);
     add_moments(x, items, pivot, s1, s2);
     count += count_positions<kRows>(items);
+    if (b + 1 == kPivotItems / kUnroll) move_pivots<kRows>(args, pivot, s1, s2, count);
   }
-  if constexpr (kRows) {
-    Acc value[kNumSums][kVec];
-#pragma unroll
-    for (int v = 0; v < kVec; ++v) {
-      value[0][v] = pivot[v];
-      value[1][v] = s1[v];
-      value[2][v] = s2[v];
-    }
-    reduce_rows<true, kVec>(args, tile, value, count);
-  } else {
-    const Acc value[4] = {static_cast<Acc>(warp_sum(count)), pivot[0], warp_sum(add_lanes(s1)),
-                          warp_sum(add_lanes(s2))};
-    reduce_planes<true>(args, tile, value, reinterpret_cast<Acc*>(shared_memory()));
-  }
+  leave_moments<kRows>(args, pivot, s1, s2, count);
+  __syncthreads();
+  store_partials<true, kVec, Acc>(args, tile);
 }
 
 // Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on the
 // way, and with halves, or packs that planes share, fewer packs at once, because there are not enough registers.
 template <typename T, int kVec, bool kRows, bool kWhole, bool kWritesDx>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    streaming_backward_reduce_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && (kVec == 8 || !kWhole) ? kUnroll / 2 : kUnroll;
@@ -60,14 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
   const bool has_x = args.view[1].data != nullptr;
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
-  Acc mean[kVec], scale[kVec], sum[kNumSums][kLanes] = {};
-#pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    const bool same = !kRows && v > 0;  // planes: one channel
-    const int64_t c = lane_channel<kRows, kVec>(args, tile, v);
-    mean[v] = same ? mean[0] : has_x ? static_cast<Acc>(load_channel(args.mean, c, 0)) : Acc(0);
-    scale[v] = same ? scale[0] : kWritesDx ? constant_coefficients<Acc>(args, c, false).scale_dy : Acc(0);
-  }
+  Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kLanes] = {};
   const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
   for (int b = 0; b < batches; ++b) {
     Item<T, kViews> items[kItems];
@@ -78,6 +87,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
       load_batch<Cache::kKeep, kWhole>(x, items, 1);
     } else {
       for (auto& pack : x) pack = {};
+    }
+    if (b == 0) {
+      leave_constants<Acc>(args, tile, true, false);
+      __syncthreads();
+      const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        const Coefficients<Acc>& of_channel = shared[slab_channel<kRows, kVec>(args, v)];
+        mean[v] = has_x ? of_channel.centre : Acc(0);
+        scale[v] = of_channel.scale_dy;
+      }
     }
     add_gradients(x, dy, items, mean, sum);
     if constexpr (kWritesDx) {
@@ -90,51 +110,56 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_backward_reduce_kern
       }
     }
   }
-  if constexpr (kRows) {
-    reduce_rows<false, kVec>(args, tile, sum, 0);
-  } else {
-    Acc value[4] = {};
-    for (int k = 0; k < kNumSums; ++k) value[k] = warp_sum(add_lanes(sum[k]));
-    reduce_planes<false>(args, tile, value, reinterpret_cast<Acc*>(shared_memory()));
-  }
+  leave_sums<kRows>(args, sum);
+  __syncthreads();
+  store_partials<false, kVec, Acc>(args, tile);
 }
 
 // ---- apply -------------------------------------------------------------------------------------------------------
 
+// What this thread's lanes are mapped with, from wherever the plan says.
+template <bool kRows, int kVec, typename Acc>
+__device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  if (args.source == Source::kConstants) leave_constants<Acc>(args, tile, args.backward, tile.split == 0);
+  if (!kRows && args.source == Source::kPartials && threadIdx.x < kWarpSize) {
+    const int lane = threadIdx.x;
+    const double input = load_input(args, tile.column, lane);
+    PartialSums sums = add_partials(args, args.backward, tile.column, lane, kWarpSize);
+    group_sum(args, sums.value);
+    const ChannelTotals totals = partial_totals(args, args.backward, sums);
+    const Coefficients<Acc> coefficients =
+        finish_group<Acc>(args, args.backward, tile.column, lane, totals, input, tile.split == 0);
+    if (lane == 0) *shared = coefficients;
+  }
+  if (args.source != Source::kFinished) __syncthreads();
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+    const int i = slab_channel<kRows, kVec>(args, v);
+    if (!kRows && v > 0) {
+      found[v] = found[0];
+    } else if (args.source == Source::kFinished) {
+      int64_t channel;
+      find_channel(args, tile, i, channel);
+      found[v] = static_cast<const Coefficients<Acc>*>(args.coefficients)[channel];
+    } else {
+      found[v] = shared[i];
+    }
+  }
+}
+
 // out = scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is null. Forward has no dy, and
 // eval's dx no x.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
   Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr, has_dy = args.view[2].data != nullptr;
 
-  Coefficients<Acc> of_block;
-  if (!kRows && args.source == Source::kPartials) {
-    double* scratch = reinterpret_cast<double*>(shared_memory());
-    auto* shared = reinterpret_cast<Coefficients<Acc>*>(shared_memory() + finish_coefficients_offset(blockDim.x));
-    const ChannelTotals totals = merge_partials(args, tile.column, scratch);
-    if (threadIdx.x == 0) *shared = finish_channel<Acc>(args, tile.column, totals, tile.split == 0);
-    __syncthreads();
-    of_block = *shared;
-  }
-  Coefficients<Acc> coefficients[kVec];
-#pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    const int64_t c = lane_channel<kRows, kVec>(args, tile, v);
-    if (!kRows && v > 0) {
-      coefficients[v] = coefficients[0];
-    } else if (!kRows && args.source == Source::kPartials) {
-      coefficients[v] = of_block;
-    } else if (args.source == Source::kFinished) {
-      coefficients[v] = static_cast<const Coefficients<Acc>*>(args.coefficients)[c];
-    } else {
-      const bool first_row =
-          kRows ? static_cast<int>(threadIdx.x) < args.block_packs && !cursor.idle() : threadIdx.x == 0;
-      coefficients[v] = constant_coefficients<Acc>(args, c, first_row && tile.split == 0);
-    }
-  }
+  Coefficients<Acc> coefficients[kVec] = {};
+  constexpr bool kAskFirst = kWhole;  // packs that planes share leave no registers for it
+  if (!kAskFirst) load_coefficients<kRows>(args, tile, coefficients);
   constexpr int kItems = kWhole ? kUnroll : kUnroll / 2;
   const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
   for (int b = 0; b < batches; ++b) {
@@ -143,6 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const K
     for (auto& item : items) item = cursor.next();
     if (has_x) load_batch<Cache::kLastUse, kWhole>(x, items, 1);
     if (has_dy) load_batch<Cache::kLastUse, kWhole>(dy, items, 2);
+    if (kAskFirst && b == 0) load_coefficients<kRows>(args, tile, coefficients);
 #pragma unroll
     for (int u = 0; u < kItems; ++u) {
       store_item<kWhole>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);

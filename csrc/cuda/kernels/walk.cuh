@@ -9,17 +9,6 @@
 
 namespace bnext::cuda {
 
-// 64-bit division is a subroutine of a hundred instructions; most numbers here are small.
-__device__ inline void divide(int64_t a, int64_t b, int64_t& quotient, int64_t& remainder) {
-  if ((static_cast<uint64_t>(a | b) >> 32) == 0) {
-    quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    remainder = static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
-  } else {
-    quotient = a / b;
-    remainder = a % b;
-  }
-}
-
 // The part of the work that a block has: a channel or a slab of packs, and a range of items.
 struct Tile {
   int64_t column;  // channel, or slab
@@ -29,15 +18,10 @@ struct Tile {
 // Apply kernels go backwards: what the reduce pass read last is still in L2.
 template <bool kRows>
 __device__ inline Tile make_tile(const KernelArgs& args, bool backwards) {
-  const int64_t block = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  Tile tile;
+  const unsigned block = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  const unsigned outer = args.by_tile.divide(block), inner = block - outer * args.by_tile.divisor;
   // Blocks that run together read neighbouring memory: slabs of the same rows, or parts of the same planes.
-  if (kRows) {
-    divide(block, args.num_slabs, tile.split, tile.column);
-  } else {
-    divide(block, args.num_splits, tile.column, tile.split);
-  }
-  return tile;
+  return kRows ? Tile{inner, outer} : Tile{outer, inner};
 }
 
 template <typename T, int kViews>
@@ -64,8 +48,8 @@ class Cursor {
     bool idle = false;
     num_threads_ = blockDim.x;
     if (kRows) {
-      const int row = thread / args.block_packs;
-      offset_c = (tile.column * args.block_packs + thread % args.block_packs) * kVec;
+      const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * args.block_packs;
+      offset_c = (tile.column * args.block_packs + pack) * kVec;
       start = row;
       num_threads_ = args.block_rows;
       idle = row >= args.block_rows || offset_c >= args.wide_channels;
@@ -74,10 +58,20 @@ class Cursor {
     end_ = static_cast<Index>(idle ? 0 : block_end < args.num_items ? block_end : args.num_items);
     const int64_t item = block_item + int64_t{step} * num_threads_ + start;
     item_ = static_cast<Index>(item);
+    // Where there is one group of planes or rows, the second digit has no end: items beyond the last have places, too.
     int64_t digit[3];
-    divide(item, args.size[2], digit[1], digit[2]);
-    digit[0] = 0;
-    if (args.size[0] > 1) divide(digit[1], args.size[1], digit[0], digit[1]);
+    if constexpr (kVec > 1) {
+      const unsigned rows = args.by_size[2].divide(static_cast<unsigned>(item));
+      const unsigned groups = args.size[0] > 1 ? args.by_size[1].divide(rows) : 0;
+      digit[2] = static_cast<unsigned>(item) - rows * args.by_size[2].divisor;
+      digit[1] = rows - groups * args.by_size[1].divisor;
+      digit[0] = groups;
+    } else {
+      const int64_t rows = item / args.size[2];
+      digit[0] = args.size[0] > 1 ? rows / args.size[1] : 0;
+      digit[1] = rows - digit[0] * args.size[1];
+      digit[2] = item - rows * args.size[2];
+    }
     for (int d = 0; d < 3; ++d) digit_[d] = static_cast<Index>(digit[d]);
 #pragma unroll
     for (int k = 0; k < kViews; ++k) {
@@ -159,15 +153,18 @@ __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   return static_cast<int>((items + at_once - 1) / at_once);
 }
 
-// The channel of a lane: of the block's, or of the thread's pack.
+// Of a lane of this thread, its column in the block: rows have as many columns as their packs have elements.
 template <bool kRows, int kVec>
-__device__ inline int64_t lane_channel(const KernelArgs& args, const Tile& tile, int lane) {
-  if (!kRows) return tile.column;
-  int64_t c = (tile.column * args.block_packs + threadIdx.x % args.block_packs) * kVec, unused;
-  if (args.wide_channels > args.num_channels) divide(c, args.num_channels, unused, c);
-  c += lane;
-  while (c >= args.num_channels) c -= args.num_channels;
-  return c;
+__device__ inline int lane_column(const KernelArgs& args, int lane) {
+  return kRows ? static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec + lane : 0;
+}
+
+// Of a lane of this thread, its channel among those of the block.
+template <bool kRows, int kVec>
+__device__ inline int slab_channel(const KernelArgs& args, int lane) {
+  const int column = lane_column<kRows, kVec>(args, lane);
+  if (!kRows || args.channel_columns == 1) return column;
+  return static_cast<int>(args.by_slab.remainder(args.by_run.divide(column)));
 }
 
 // View k of a batch of items. An aligned pack is read whole also where only some of its lanes are in the item: they share

@@ -1,0 +1,293 @@
+// From what the threads of a block have summed up to the totals of its channels, the same way for all families.
+//
+//   threads ── shuffles ──► parts, in shared memory ── barrier ──► groups of lanes, one for each channel ──► totals
+//
+// A part is a warp, or a row of threads where warps cut through rows. All of it has a fixed order: the same bits on
+// every run. Little of this code runs more than once in a block, and a GPU has to fetch it: that is why it is loops
+// over lanes and columns, and not unrolled.
+#pragma once
+
+#include <type_traits>
+
+#include "../device/grid.cuh"
+#include "../device/reduce.cuh"
+#include "elementwise.cuh"
+
+namespace bnext::cuda {
+
+// A channel's sums, of some of its positions. Statistics: count, mean, sum of squares around it. Backward: sum_dy,
+// sum_dy_xmu, sum_xmu.
+struct ChannelTotals {
+  double value[kNumSums];
+};
+
+// Merges statistics of parts as Chan does: each part's squares are moved to a common point, which is the mean of one of
+// the parts, and the sum of them from there to the mean of all. Everything is in float64, which does not notice what is
+// taken away again in that last step: at most as many times what stays as there are parts.
+struct Moments {
+  double point = 0, count = 0, sum = 0, squares = 0;  // the last two around `point`
+
+  // A part of n elements: sums of x - pivot and of its square.
+  __device__ void add(double n, double pivot, double s1, double s2) {
+    const double distance = pivot - point;
+    count += n;
+    sum += n * distance + s1;
+    squares += s2 + distance * (2 * s1 + n * distance);
+  }
+  __device__ ChannelTotals totals(double inverse_count) const {
+    const double distance = sum * inverse_count;
+    return {{count, point + distance, squares - distance * sum}};
+  }
+};
+
+// Sums of x - pivot and of its square lose as many digits as the pivot's distance from the mean, squared, is times the
+// variance. The first element will do for most data, but not where it is far from all others, as in the black border of an
+// image. Where a share s of a part lies behind its pivot, that ratio is (1 - s) / s at most, whatever the data. So a part
+// begins with the mean of its first batch, and takes the mean again after kPivotItems items of each thread: what comes
+// before is at most eight batches, and what comes after at most eight times as much.
+constexpr int kPivotItems = 16;
+
+template <bool kRows, typename T, int kVec, int kItems, int kViews, typename Acc>
+__device__ inline void find_pivots(const KernelArgs& args, const Pack<T, kVec> (&x)[kItems],
+                                   const Item<T, kViews> (&items)[kItems], Acc (&pivot)[kVec]) {
+  constexpr int kLanes = kRows ? kVec : 1;
+  Acc sum[kVec];
+  int count = count_positions<kRows>(items);
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+    sum[v] = 0;
+#pragma unroll
+    for (int u = 0; u < kItems; ++u) sum[v] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
+  }
+  if (!kRows) sum[0] = add_lanes(sum);
+  if (!kRows || args.parts_are_warps) {
+#pragma unroll 1
+    for (int distance = kRows ? args.block_packs : 1; distance < kWarpSize; distance *= 2) {
+#pragma unroll
+      for (int v = 0; v < kLanes; ++v) sum[v] += __shfl_xor_sync(kFullWarp, sum[v], distance);
+      count += __shfl_xor_sync(kFullWarp, count, distance);
+    }
+  }
+  const Acc inverse = Acc(1) / static_cast<Acc>(count > 0 ? count : 1);
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+    const Acc mean = v < kLanes ? sum[v] * inverse : pivot[0];
+    pivot[v] = is_finite(mean) ? mean : Acc(0);  // NaN and Inf reach the result through the sums
+  }
+}
+
+// To the mean of what the part has seen, with the sums of this thread, which has had `count` positions.
+template <bool kRows, int kVec, int kLanes, typename Acc>
+__device__ inline void move_pivots(const KernelArgs& args, Acc (&pivot)[kVec], Acc (&s1)[kLanes], Acc (&s2)[kLanes],
+                                   int count) {
+  constexpr int kMoved = kRows ? kVec : 1;
+  Acc sum[kMoved];
+  int of_part = count;
+#pragma unroll
+  for (int v = 0; v < kMoved; ++v) sum[v] = kRows ? s1[v] : add_lanes(s1);
+  if (!kRows || args.parts_are_warps) {
+#pragma unroll 1
+    for (int distance = kRows ? args.block_packs : 1; distance < kWarpSize; distance *= 2) {
+#pragma unroll
+      for (int v = 0; v < kMoved; ++v) sum[v] += __shfl_xor_sync(kFullWarp, sum[v], distance);
+      of_part += __shfl_xor_sync(kFullWarp, of_part, distance);
+    }
+  }
+  const Acc inverse = Acc(1) / static_cast<Acc>(of_part > 0 ? of_part : 1);
+#pragma unroll
+  for (int v = 0; v < kMoved; ++v) {
+    const Acc mean = pivot[v] + sum[v] * inverse, moved = mean - pivot[v];
+    if (!is_finite(moved)) continue;
+    pivot[v] = mean;
+    // Planes: which of the thread's running sums has how many positions does not matter, as long as they add up.
+    const int lane = v % kLanes;
+    Acc before = s1[lane];
+    if (!kRows) {
+      before = add_lanes(s1);
+#pragma unroll
+      for (int i = 1; i < kLanes; ++i) s1[i] = 0;
+    }
+    s1[lane] = before - static_cast<Acc>(count) * moved;
+    s2[lane] -= moved * (before + s1[lane]);
+  }
+  if (!kRows) {
+#pragma unroll
+    for (int v = 1; v < kVec; ++v) pivot[v] = pivot[0];
+  }
+}
+
+template <typename Value>
+__device__ inline Value* shared_at(int64_t offset) {
+  return reinterpret_cast<Value*>(shared_memory() + offset);
+}
+
+// Adds up, or where all have the same only hands out, the columns of lanes that lie packs, 2 * packs, ... apart in a warp.
+// As long as a lane has several columns, it gives half of them to its partner and takes the other half's sums, so half as
+// much goes round each time. Returns the first column that the lane has then; value[0], value[1], ... up to `held` are of
+// that one and the next ones. The last partners have the same.
+template <bool kAdd, int kLanes, typename Sum>
+__device__ inline int halve_columns(int packs, Sum (&value)[kLanes], int& held) {
+  const int lane = threadIdx.x % kWarpSize;
+  int first = 0, distance = kWarpSize / 2;
+  held = kLanes;
+#pragma unroll
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    if (distance < packs) break;
+    const bool upper = (lane & distance) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const Sum kept = upper ? value[i + half] : value[i], given = upper ? value[i] : value[i + half];
+      value[i] = kAdd ? kept + __shfl_xor_sync(kFullWarp, given, distance) : kept;
+    }
+    first += upper ? half : 0;
+    held = half;
+    distance /= 2;
+  }
+  if (kAdd) {
+#pragma unroll 1
+    for (; distance >= packs; distance /= 2) value[0] += __shfl_xor_sync(kFullWarp, value[0], distance);
+  }
+  return first;
+}
+
+// Leaves the sums of a part for add_parts. A thread has numbers for each of its columns: kNumSums sums, or pivot, sum of
+// x - pivot and of its square, where all threads of a part have the same pivot, and `count` positions. A pack's lanes lie
+// apart: no bank conflicts. Rows are few, and each sum's rounding counts: they are added up in float64.
+template <bool kRows, bool kMoments, int kLanes, typename Acc>
+__device__ inline void leave_parts(const KernelArgs& args, const Acc (&value)[kNumSums][kLanes], int count = 0) {
+  using Sum = std::conditional_t<kRows, double, Acc>;
+  Acc* parts = shared_at<Acc>(args.layout.parts);
+  const int thread = threadIdx.x, packs = kRows ? args.block_packs : 1, columns = packs * kLanes;
+  const bool warps = !kRows || args.parts_are_warps;
+  const int row = static_cast<int>(args.by_packs.divide(thread));
+  const int part = warps ? thread / kWarpSize : row, place = warps ? thread & (packs - 1) : thread - row * packs;
+  const bool there = part < args.num_parts;
+#pragma unroll
+  for (int k = 0; k < kNumSums; ++k) {
+    Sum sum[kLanes];
+    int first = 0, held = kLanes;
+#pragma unroll
+    for (int v = 0; v < kLanes; ++v) sum[v] = value[k][v];
+    if (warps) first = kMoments && k == 0 ? halve_columns<false>(packs, sum, held) : halve_columns<true>(packs, sum, held);
+#pragma unroll
+    for (int v = 0; v < kLanes; ++v) {
+      Acc* to = parts + (k * args.num_parts + part) * columns + (first + v) * packs + place;
+      if (there && v < held) *to = static_cast<Acc>(sum[v]);
+    }
+  }
+  if (!kMoments) return;
+  if (warps) {
+#pragma unroll 1
+    for (int distance = packs; distance < kWarpSize; distance *= 2) {
+      count += __shfl_xor_sync(kFullWarp, count, distance);
+    }
+  }
+  if (there && (warps ? thread % kWarpSize : place) == 0) shared_at<int>(args.layout.counts)[part] = count;
+}
+
+// The same from running sums: of kSumLanes lanes, and for statistics with a pivot for each of them.
+template <bool kRows, int kLanes, typename Acc>
+__device__ inline void leave_sums(const KernelArgs& args, Acc (&sum)[kNumSums][kLanes]) {
+  if constexpr (kRows) {
+    leave_parts<kRows, false>(args, sum);
+  } else {
+    Acc value[kNumSums][1] = {{add_lanes(sum[0])}, {add_lanes(sum[1])}, {add_lanes(sum[2])}};
+    leave_parts<kRows, false>(args, value);
+  }
+}
+
+template <bool kRows, int kVec, int kLanes, typename Acc>
+__device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[kVec], const Acc (&s1)[kLanes],
+                                     const Acc (&s2)[kLanes], int count) {
+  constexpr int kParts = kRows ? kVec : 1;
+  Acc value[kNumSums][kParts];
+#pragma unroll
+  for (int v = 0; v < kParts; ++v) {
+    value[0][v] = pivot[v];
+    value[1][v] = kRows ? s1[v] : add_lanes(s1);
+    value[2][v] = kRows ? s2[v] : add_lanes(s2);
+  }
+  leave_parts<kRows, true>(args, value, count);
+}
+
+// Calls f(channel of the block, lane of its group, whether there is such a channel, how often before) in groups of
+// neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in shuffles.
+template <typename F>
+__device__ inline void for_each_group(const KernelArgs& args, F f) {
+  const int thread = threadIdx.x, of_warp = (thread & ~(kWarpSize - 1)) >> args.group_shift;
+  const int groups = static_cast<int>(blockDim.x) >> args.group_shift, last = args.slab_channels - 1;
+#pragma unroll 1
+  for (int round = 0; round * groups + of_warp <= last; ++round) {
+    const int channel = round * groups + (thread >> args.group_shift);
+    f(channel <= last ? channel : last, thread & (args.group_lanes - 1), channel <= last, round);
+  }
+}
+
+// All lanes of a group get the sums.
+template <int kNumbers>
+__device__ inline void group_sum(const KernelArgs& args, double (&value)[kNumbers]) {
+#pragma unroll 1
+  for (int distance = args.group_lanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int k = 0; k < kNumbers; ++k) value[k] += __shfl_xor_sync(kFullWarp, value[k], distance);
+  }
+}
+
+template <bool kMoments>
+__device__ inline ChannelTotals group_totals(const KernelArgs& args, const Moments& moments,
+                                             const double (&sum)[kNumSums]) {
+  double all[kNumSums] = {kMoments ? moments.count : sum[0], kMoments ? moments.sum : sum[1],
+                          kMoments ? moments.squares : sum[2]};
+  group_sum(args, all);
+  if (!kMoments) return {{all[0], all[1], all[2]}};
+  const Moments merged = {moments.point, all[0], all[1], all[2]};
+  const double count = all[0] > 0 ? all[0] : 1;
+  return merged.totals(count == args.num_positions ? args.inverse_positions : 1 / count);
+}
+
+// A channel's totals of the block, from its columns of all parts. For a group of lanes, after a barrier.
+template <bool kMoments, int kVec, typename Acc>
+__device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, int lane) {
+  const Acc* parts = shared_at<const Acc>(args.layout.parts);
+  const int* counts = shared_at<const int>(args.layout.counts);
+  const int count = args.channel_columns, columns = args.slab_channels * count, stride = args.num_parts * columns;
+  const int first = channel * args.run_length, step = args.run_length > 1 ? 1 : args.slab_channels;
+  auto place_of = [&](int column) { return column % kVec * args.block_packs + column / kVec; };
+  int part = static_cast<int>(args.by_columns.divide(lane)), j = lane - part * count;
+  Moments moments;
+  double sum[kNumSums] = {};
+  if (kMoments) moments.point = parts[place_of(first)];
+#pragma unroll 2
+  while (part < args.num_parts) {
+    const Acc* at = parts + part * columns + place_of(first + j * step);
+    const double v0 = at[0], v1 = at[stride], v2 = at[2 * stride];
+    if (kMoments) {
+      moments.add(counts[part], v0, v1, v2);
+    } else {
+      sum[0] += v0;
+      sum[1] += v1;
+      sum[2] += v2;
+    }
+    part += args.lane_parts;
+    j += args.lane_columns;
+    if (j >= count) {
+      j -= count;
+      ++part;
+    }
+  }
+  return group_totals<kMoments>(args, moments, sum);
+}
+
+// Block sums to the workspace, where finish.cuh finds them.
+template <bool kMoments, int kVec, typename Acc>
+__device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
+  for_each_group(args, [&](int i, int lane, bool there, int) {
+    const ChannelTotals totals = add_parts<kMoments, kVec, Acc>(args, i, lane);
+    const int64_t channel = tile.column * args.slab_channels + i, stride = args.wide_channels * args.num_splits;
+    if (!there || lane > 0 || channel >= args.wide_channels) return;
+    double* to = args.partials + channel * args.num_splits + tile.split;
+    for (int k = 0; k < kNumSums; ++k) leave_number(to + k * stride, totals.value[k]);
+  });
+}
+
+}  // namespace bnext::cuda
