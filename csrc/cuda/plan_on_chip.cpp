@@ -15,6 +15,7 @@ constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 // Registers of a thread: what ptxas takes for forward kernels, and what launch bounds allow backward ones.
 constexpr int kForwardRegisters = 80, kBackwardRegisters = 128;
 constexpr int kMaxBlocksPerSm = 32;
+constexpr int kBatchesAhead = 6;  // that a thread has asked for, of kOnChipBatch packs
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
@@ -82,6 +83,9 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
     const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
     plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
     plan.layout = make_layout(plan, plan.held_steps * slot);
+    // Where places are used again, the one that is copied to has to be free.
+    const int held = on_chip_batches(plan.held_steps);
+    plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kBatchesAhead, held - 1) : kBatchesAhead;
   };
   int fewest = kMinThreads;
   while (fewest < plan.block_packs) fewest *= 2;
@@ -105,8 +109,10 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.num_blocks = plan.num_slabs * cluster;
   hold(device, limits, num_tensors, plan);
   plan.block_rows = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : 1;
-  const int64_t held = int64_t{plan.held_steps} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
-  const int64_t again = add_blocks(plan, [&](int64_t own) { return own - std::min(own, held); });
+  // What comes first in each block has to go again.
+  const int lost = (on_chip_batches(plan.num_steps) - on_chip_batches(plan.held_steps)) * kOnChipBatch;
+  const int64_t lost_items = int64_t{lost} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
+  const int64_t again = add_blocks(plan, [&](int64_t own) { return std::min(own, lost_items); });
   const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
@@ -117,8 +123,8 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
     plan.error = "the device runs no clusters of " + std::to_string(cluster) + " such blocks";
   } else if (plan.num_items < cluster) {
     plan.error = "a channel has less to read than a cluster has blocks";
-  } else if (plan.held_steps == 0) {
-    plan.error = "nothing of it fits on chip";
+  } else if (plan.batches_ahead < 1) {
+    plan.error = "next to nothing of it fits on chip";
   } else if (plan.num_steps > limits.batches * kOnChipBatch) {
     plan.error = "a thread would have too many batches for sums in float32";
   }

@@ -16,11 +16,12 @@ inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4;
 
 inline int64_t tensor_bytes(const Geometry& g) { return g.num_channels * g.num_positions() * dtype_bytes(g.dtype); }
 
-// Items that lie `distance` apart, as digits of (i0, i1, i2).
+// Items that lie `distance` apart, as digits of (i0, i1, i2). Where there is one group, the second digit has no end.
 inline void set_step(Plan& plan, int64_t distance) {
+  const int64_t rows = distance / plan.size[2];
+  plan.step[0] = plan.size[0] > 1 ? rows / plan.size[1] : 0;
+  plan.step[1] = rows - plan.step[0] * plan.size[1];
   plan.step[2] = distance % plan.size[2];
-  plan.step[1] = distance / plan.size[2] % plan.size[1];
-  plan.step[0] = distance / plan.size[2] / plan.size[1];
 }
 
 // What a block of this plan has in its shared memory behind `slots` bytes.

@@ -105,8 +105,8 @@ void plan_run(Query* q) {
   q->same_again = q->same_again != 0 && p != other;
   // The digits of a step are those of the distance between two items of a thread.
   const int64_t distance = p.walk == Walk::kRows ? p.block_rows : p.threads;
-  q->steps_add_up = (p.step[0] * p.size[1] + p.step[1]) * p.size[2] + p.step[2] == distance && p.step[1] < p.size[1] &&
-                    p.step[2] < p.size[2];
+  q->steps_add_up = (p.step[0] * p.size[1] + p.step[1]) * p.size[2] + p.step[2] == distance &&
+                    (p.step[1] < p.size[1] || p.size[0] == 1) && p.step[2] < p.size[2];
   q->family_chosen = static_cast<int64_t>(p.family);
   q->on_chip = p.on_chip;
   q->prepare = p.prepare;

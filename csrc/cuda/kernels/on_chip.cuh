@@ -1,7 +1,7 @@
 // The on-chip families: training passes that read their tensors once. A block (family resident) or a cluster of blocks
 // (family cluster) has a channel, a slab of channels, or a run of them. Each thread keeps the packs that it reads in
-// shared memory, in slots that no other thread looks at, until the sums of all blocks are there. What does not fit is
-// read again, last things first, while it may still be in L2.
+// shared memory, in slots that no other thread looks at, until the sums of all blocks are there. Where there are too few
+// slots, what was read first makes room for what comes later, and is read again when the rest has been mapped.
 #pragma once
 
 #include "../device/cluster.cuh"
@@ -11,62 +11,61 @@
 
 namespace bnext::cuda {
 
-// Batches that a thread has asked for ahead of the one that it works on. The slots are there anyway.
-constexpr int kBatchesInFlight = 6;
-
 // ---- what a thread reads -----------------------------------------------------------------------------------------
 
+// A thread's batches, 0 to n - 1, and its slots, for `held` batches: batch b has place b % held. They are summed up in
+// order, so the last ones are there at the end; and mapped from the last one on, so that each place is free for the batch
+// that had it before, and gets it back. Either way some batches are on their way to their places all the time.
 template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 class OnChip {
  public:
   using Data = Slots<T, kVec, kRows, kWhole, kTensors>;
   using Batch = typename Data::Batch;
 
-  __device__ OnChip(const KernelArgs& args, const Tile& tile) : args_(args), tile_(tile), start_(args, tile) {}
+  __device__ OnChip(const KernelArgs& args, const Tile& tile)
+      : args_(args), tile_(tile), batches_(on_chip_batches(args.num_steps)), held_(on_chip_batches(args.held_steps)) {}
 
-  // Brings what stays on chip there, and calls use(batch, is it the first one) for each batch as it arrives. begin() comes
-  // before them, when the first copies are on their way.
+  // Calls use(batch, is it the first one) for each batch as it arrives. begin() comes before them, when the first copies
+  // are on their way.
   template <typename Begin, typename F>
   __device__ void load(Begin begin, F use) const {
-    typename Data::Steps loading = start_, arrived = start_;
-    const int batches = held_batches();
-    for (int b = -kBatchesInFlight; b < batches; ++b) {
-      if (b + kBatchesInFlight < batches) Data::copy(loading, b + kBatchesInFlight);
-      commit_async();
+    const int ahead = args_.batches_ahead;
+    typename Data::Steps loading(args_, tile_), arrived = loading;
+    int to = 0, from = 0;
+    for (int b = -ahead; b < batches_; ++b) {
+      if (b + ahead < batches_) Data::copy(loading, to);
+      commit_async();  // also an empty group: they are counted
+      if (++to == held_) to = 0;
       if (b == -1) begin();
       if (b < 0) continue;
-      wait_async<kBatchesInFlight>();
-      use(Data::held(arrived, b, args_.held_steps), b == 0);
+      wait_async_but(ahead);
+      use(Data::held(arrived, from, args_.held_steps), b == 0);
+      if (++from == held_) from = 0;
     }
   }
 
-  // The same batches again.
+  // The same batches again, the last one first.
   template <typename F>
   __device__ void revisit(F use) const {
-    typename Data::Steps steps = start_;
-    const int batches = held_batches();
-    for (int b = 0; b < batches; ++b) use(Data::held(steps, b, args_.held_steps));
-  }
-
-  // The batches that do not stay on chip, from memory.
-  template <typename F>
-  __device__ void stream(F use) const {
-    Data::stream(args_, tile_, held_batches(), all_batches(), use);
-  }
-
-  template <typename F>
-  __device__ void stream_backwards(F use) const {
-    Data::stream_backwards(args_, tile_, held_batches(), all_batches(), use);
+    const int again = batches_ - held_;  // that many have lost their places
+    typename Data::Steps steps(args_, tile_, batches_ * kOnChipBatch - 1), loading = steps;
+    if (again > 0) loading = typename Data::Steps(args_, tile_, again * kOnChipBatch - 1);
+    int place = (batches_ - 1) % held_;
+    for (int b = batches_ - 1; b >= 0; --b) {
+      if (b < again) wait_async_but(held_ - 1);
+      use(Data::template held<true>(steps, place, args_.held_steps));
+      if (again > 0) {
+        if (b >= held_) Data::template copy<true>(loading, place);
+        commit_async();
+      }
+      if (--place < 0) place = held_ - 1;
+    }
   }
 
  private:
-  // held_steps is all of them, or whole batches.
-  __device__ int held_batches() const { return on_chip_batches(args_.held_steps); }
-  __device__ int all_batches() const { return on_chip_batches(args_.num_steps); }
-
   const KernelArgs& args_;
   const Tile& tile_;
-  const typename Data::Steps start_;
+  const int batches_, held_;
 };
 
 // ---- from sums to coefficients -----------------------------------------------------------------------------------
@@ -191,7 +190,6 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
         if (first) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
         add(batch);
       });
-  data.stream(add);
   leave_moments<kRows>(args, pivot, s1, s2, count);
   Coefficients<Acc> coefficients[kVec];
   finish_on_chip<kRows, false>(args, tile, first_input, coefficients);
@@ -203,7 +201,6 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
       store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
     }
   };
-  data.stream_backwards(apply);
   data.revisit(apply);
   leave_cluster(args);
 }
@@ -233,7 +230,6 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
         }
       },
       [&](const typename Data::Batch& batch, bool) { add(batch); });
-  data.stream(add);
   leave_sums<kRows>(args, sum);
   Coefficients<Acc> coefficients[kVec];
   finish_on_chip<kRows, true>(args, tile, first_input, coefficients);
@@ -244,7 +240,6 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
       store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
     }
   };
-  data.stream_backwards(apply);
   data.revisit(apply);
   leave_cluster(args);
 }

@@ -21,15 +21,17 @@ struct Slots {
     return reinterpret_cast<Pack<T, kVec>*>(shared_memory()) + (step * kTensors + tensor) * blockDim.x + threadIdx.x;
   }
 
-  // Asks for the next steps of a thread, as batch number `batch` of its slots.
-  __device__ static void copy(Steps& steps, int batch) {
+  // Asks for the next steps of a thread, or for those before them, as batch number `place` of its slots.
+  template <bool kBackwards = false>
+  __device__ static void copy(Steps& steps, int place) {
 #pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      const Item<T, kViews> item = steps.next();
+    for (int i = 0; i < kOnChipBatch; ++i) {
+      const int u = kBackwards ? kOnChipBatch - 1 - i : i;
+      const Item<T, kViews> item = kBackwards ? steps.previous() : steps.next();
       if (item.empty()) continue;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
-        Pack<T, kVec>* to = slot(batch * kOnChipBatch + u, t);
+        Pack<T, kVec>* to = slot(place * kOnChipBatch + u, t);
         if (kWhole || is_aligned(item.at[1 + t])) {
           copy_async(to, item.at[1 + t]);
         } else {
@@ -44,12 +46,14 @@ struct Slots {
 
   // The same steps from their slots. Slots of items that are not there are read as well, as far as there are slots, of
   // which the last batch may have too few: what is in them, nobody uses.
-  __device__ static Batch held(Steps& steps, int batch, int num_slots = 1 << 30) {
+  template <bool kBackwards = false>
+  __device__ static Batch held(Steps& steps, int place, int num_slots = 1 << 30) {
     Batch found;
 #pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      found.items[u] = steps.next();
-      const int step = batch * kOnChipBatch + u, last = num_slots - 1;
+    for (int i = 0; i < kOnChipBatch; ++i) {
+      const int u = kBackwards ? kOnChipBatch - 1 - i : i;
+      found.items[u] = kBackwards ? steps.previous() : steps.next();
+      const int step = place * kOnChipBatch + u, last = num_slots - 1;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) found.pack[t][u] = load_slot(slot(step < last ? step : last, t));
     }
