@@ -20,9 +20,6 @@ from bnext._extension import _C
 # channels than a GPU has SMs.
 SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
 SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
-# A grid's blocks use their slots for one channel after the other: channels of many batches, whole
-# and odd. Only for it, to keep the rest short.
-GRID_SHAPES = ((64, 16, 128, 128), (64, 16, 127, 129))
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -46,7 +43,7 @@ def main(device: str) -> int:
     for family in ("auto", *_C.cuda_families()):
         os.environ["BNEXT_CUDA_FAMILY"] = family
         ran = refused = 0
-        for shape in SHAPES + (GRID_SHAPES if family == "grid" else ()):
+        for shape in SHAPES:
             for dtype in DTYPES:
                 for layout in LAYOUTS:
                     for training in (True, False):

@@ -21,9 +21,9 @@ RESULTS = (
     *("num_slabs", "block_packs", "block_rows", "num_blocks", "reduce", "finish", "apply"),
     *("fused", "finish_threads"),
     *("finish_shared_bytes", "coefficient_offset", "workspace_bytes", "bytes_moved", "has_error"),
-    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "prepare"),
+    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
-    *("tensor_bytes", "num_groups", "ring_batches", "batches_ahead", "counter_offset"),
+    *("tensor_bytes", "batches_ahead"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
 REQUEST += ("family", "cumulative")
@@ -41,7 +41,7 @@ class Device(NamedTuple):
     shared_bytes_opt_in: int
     shared_bytes_per_sm: int
     memory_gb_per_s: float
-    cooperative: int
+    overlaps: int
     active_clusters: tuple[int, int, int, int]
 
 
@@ -67,7 +67,7 @@ class Query(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shared_bytes_per_block", "l2_bytes")),
         *((name, ctypes.c_int64) for name in ("shared_bytes_opt_in", "shared_bytes_per_sm")),
         ("active_clusters", ctypes.c_int64 * 4),
-        ("cooperative", ctypes.c_int64),
+        ("overlaps", ctypes.c_int64),
         ("memory_gb_per_s", ctypes.c_double),
         *((name, ctypes.c_int64) for name in RESULTS),
         *((name, ctypes.c_double) for name in ("held", "microseconds")),
@@ -134,7 +134,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-AUTO, STREAMING, RESIDENT, CLUSTER, GRID = range(5)
+AUTO, STREAMING, RESIDENT, CLUSTER = range(4)
 
 
 def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -154,9 +154,7 @@ def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: tor
         assert q.block_packs * (q.num_slabs - 1) < columns <= q.block_packs * q.num_slabs, text
     else:
         assert q.num_items * q.vec >= n * h * w, text
-    if q.family_chosen == GRID:
-        check_grid(q, device, c, text)
-    elif q.on_chip:
+    if q.on_chip:
         check_on_chip(q, device, c, text)
     else:
         check_streaming(q, device, shape, dtype, text)
@@ -191,37 +189,6 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     again = (1 - q.held) * q.num_items * packs * 16 * tensors
     assert q.bytes_moved == pytest.approx((tensors + 1) * q.tensor_bytes + again, rel=1e-9), text
     assert q.workspace_bytes == 0, text
-
-
-def check_grid(q: Query, device: Device, channels: int, text: str) -> None:
-    tensors = 1 + q.backward
-    assert (q.on_chip, q.prepare, q.walk, q.cluster) == (1, 1, 0, 1), text
-    assert q.vec > 1, text
-    assert q.threads in (64, 128, 256, 512), text
-    # All blocks run at once, with an SM each, in groups that each have a channel at a time.
-    assert q.num_blocks == q.num_groups * q.num_splits, text
-    assert q.num_blocks <= device.num_sms, text
-    assert device.cooperative, text
-    assert 1 <= q.num_groups <= channels, text
-    # Every item is in exactly one block, and no thread has more steps than it takes.
-    assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
-    assert q.threads * (q.num_steps - 1) < q.chunk <= q.threads * q.num_steps, text
-    # Sums in float32 stay short: a batch is two packs here.
-    assert q.num_steps <= 2 * library().plan_batches(), text
-    # Whole batches without slots come first. The others have theirs while they are asked for, and
-    # until they are mapped: not before the sums of all blocks are there, and before a block would
-    # add up its next channel.
-    streamed, held = q.num_steps - q.held_steps, ceil_div(q.held_steps, 2)
-    assert streamed % 2 == 0, text
-    assert 1 <= q.batches_ahead <= 7, text
-    assert 0 <= q.ring_batches - q.batches_ahead - held < held, text
-    slots = q.ring_batches * 2 * tensors * q.threads * 16
-    assert slots < q.shared_bytes <= device.shared_bytes_opt_in, text
-    assert (q.held == 1) == (streamed == 0), text
-    again = (1 - q.held) * q.num_items * channels * 16 * tensors
-    assert q.bytes_moved == pytest.approx((tensors + 1) * q.tensor_bytes + again, rel=1e-9), text
-    assert q.counter_offset == ceil_div(3 * channels * q.num_splits * 8, 16) * 16, text
-    assert q.workspace_bytes == q.counter_offset + 4 * channels, text
 
 
 def check_streaming(
@@ -290,7 +257,7 @@ def test_forced_families(name: str) -> None:
         SHAPES, (torch.float32, torch.bfloat16), (0, 1), ("nchw", "channels_last")
     ):
         auto = plan(device, shape, dtype, layout, backward=backward)
-        for family in (RESIDENT, CLUSTER, GRID):
+        for family in (RESIDENT, CLUSTER):
             q = plan(device, shape, dtype, layout, backward=backward, family=family)
             assert q.family_chosen == family
             if q.has_error:
@@ -298,8 +265,8 @@ def test_forced_families(name: str) -> None:
                 continue
             ran.add(family)
             check(q, device, shape, dtype)
-            assert family == GRID or auto.microseconds <= q.microseconds
-    assert ran == {RESIDENT, GRID} | ({CLUSTER} if any(device.active_clusters) else set())
+            assert auto.microseconds <= q.microseconds
+    assert ran == {RESIDENT} | ({CLUSTER} if any(device.active_clusters) else set())
 
 
 def test_what_runs_where() -> None:
@@ -312,10 +279,10 @@ def test_what_runs_where() -> None:
     q = plan(h200, (32, 64, 112, 112), half, backward=1)
     assert (q.family_chosen, q.held) == (CLUSTER, 1)
     assert plan(a100, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
-    # 12.8 MB fit in no cluster: forward needs half of its 6.4 there, backward takes what it gets.
-    for backward, least in ((0, 0.5), (1, 0.01)):
+    # 12.8 MB fit in no cluster, nor do 6.4 of x alone.
+    for backward in (0, 1):
         q = plan(h200, (256, 64, 112, 112), half, backward=backward)
-        assert q.family_chosen == STREAMING or least <= q.held < 1
+        assert q.family_chosen == STREAMING or 0 < q.held < 1
     # No share of a channel that leaves a thread too much to sum.
     q = plan(h200, (256, 64, 112, 112), backward=1, family=RESIDENT)
     assert b"too many batches" in q.text
@@ -329,34 +296,6 @@ def test_what_runs_where() -> None:
     assert plan(h200, (32, 512, 14, 14), torch.float32, backward=1).run_length == 1
 
 
-def test_a_grid_runs_by_name_only() -> None:
-    """A launch that may wait for ever behind other streams is nothing that a call should choose."""
-    for device, shape, dtype, backward in itertools.product(
-        DEVICES.values(), SHAPES, (torch.float32, torch.bfloat16), (0, 1)
-    ):
-        assert plan(device, shape, dtype, backward=backward).family_chosen != GRID
-    h200, shape = DEVICES["h200"], (256, 64, 112, 112)
-    for dtype, backward in itertools.product((torch.float32, torch.bfloat16), (0, 1)):
-        q = plan(h200, shape, dtype, backward=backward, family=GRID)
-        assert (q.has_error, q.held > 0.5) == (0, True), q.text.decode()
-    assert plan(h200, shape, backward=1).family_chosen == STREAMING
-    assert plan(h200, (256, 64, 56, 56), backward=1).family_chosen == CLUSTER
-    q = plan(h200._replace(cooperative=0), shape, family=GRID)
-    assert q.has_error
-    assert b"no cooperative launch" in q.text
-    q = plan(h200, shape, layout="channels_last", family=GRID)
-    assert b"only planes" in q.text
-    assert b"too many batches" in plan(h200, (2048, 64, 256, 256), family=GRID).text
-
-
-def test_a_grid_takes_what_is_smaller_than_it() -> None:
-    """Fewer packs in a channel than the device has SMs: some blocks less, not none."""
-    h200 = DEVICES["h200"]
-    q = plan(h200, (1, 1, 20, 20), family=GRID)
-    check(q, h200, (1, 1, 20, 20), torch.float32)
-    assert (q.num_items, q.num_groups) == (100, 1)
-
-
 def test_only_second_passes_are_kept_on_chip() -> None:
     for request in (
         {"backward": 0, "training": 0},
@@ -364,11 +303,9 @@ def test_only_second_passes_are_kept_on_chip() -> None:
         {"backward": 1, "output": 0},
         {"backward": 0, "output": 0},
     ):
-        for family in (RESIDENT, CLUSTER, GRID):
+        for family in (AUTO, RESIDENT, CLUSTER):
             q = plan(DEVICES["h200"], (8, 64, 8, 8), **request, family=family)
-            assert q.has_error
-            assert b"only streaming does it" in q.text
-        assert plan(DEVICES["h200"], (8, 64, 8, 8), **request).family_chosen == STREAMING
+            assert q.family_chosen == STREAMING
 
 
 def test_batches_are_counted_before_they_are_read() -> None:
@@ -377,11 +314,10 @@ def test_batches_are_counted_before_they_are_read() -> None:
         (STREAMING, (0, 0)),
         (RESIDENT, (0, 1)),
         (CLUSTER, (0, 1)),
-        (GRID, (1, 1)),
     ):
         for cumulative in (0, 1):
             q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
-            assert q.prepare == first[cumulative]
+            assert q.count == first[cumulative]
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -446,11 +382,6 @@ def test_text() -> None:
     assert " in clusters of " in text
     assert "all on chip" in text
     assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
-    shape = (256, 256, 56, 56)
-    text = plan(DEVICES["h200"], shape, torch.float16, family=GRID).text.decode()
-    assert text.startswith("grid forward, planes of float16 in packs of 16 bytes: prepare, then ")
-    assert re.search(r" x 512 at once \(\d+ blocks per channel\), all on chip", text)
-    assert "moves 2 tensors, 822.1 MB" in text
     text = plan(DEVICES["h200"], (32, 64, 7, 7), **request).text.decode()
     assert "runs of channels of float16" in text
 

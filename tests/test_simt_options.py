@@ -8,23 +8,13 @@ import reference
 import torch
 from simt import library as simt
 from test_simt import LAYOUTS, MACHINES
-from test_simt_on_chip import CLUSTER, GRID, RESIDENT
+from test_simt_on_chip import CLUSTER, RESIDENT
 from torch import Tensor
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
 
 ON_CHIP = {"resident": RESIDENT, "cluster": CLUSTER._replace(cluster=2)}
-PLANES = {
-    "grid": GRID._replace(cluster=2),
-    "grid, again": GRID._replace(cluster=1, shared_bytes=9000),
-}
-EVERY = MACHINES | ON_CHIP | PLANES
-
-
-def machines_for(layout: str) -> dict[str, simt.Machine]:
-    """Of EVERY, those that can run a training pass over tensors without gaps."""
-    return EVERY if layout == "nchw" else MACHINES | ON_CHIP
-
+EVERY = MACHINES | ON_CHIP
 
 C = 5
 SHAPE = (3, C, 6, 8)
@@ -55,7 +45,7 @@ def run_forward(case: cases.Case, limit: float = 0.0, **options: object) -> dict
 def test_statistics_come_out(dtypes: str, layout: str, mode: str) -> None:
     case = cases.make_case(SHAPE, dtypes, mode=mode, layout=layout)
     want = reference.forward(case.input, **case.arguments)
-    for machine in (machines_for(layout) if mode == "train" else MACHINES).values():
+    for machine in (EVERY if mode == "train" else MACHINES).values():
         got = run_forward(case, machine=machine)
         want.mean.check(got["stats_mean"], "mean")
         want.var.check(got["stats_var"], "var")
@@ -67,7 +57,7 @@ def test_bad_channels_keep_their_running_statistics(layout: str, bad: float) -> 
     case = cases.make_case(SHAPE, layout=layout)
     case.input[1, 2, 3, 4] = bad
     others = [0, 1, 3, 4]
-    for machine in machines_for(layout).values():
+    for machine in EVERY.values():
         got = run_forward(case, torch.finfo(torch.float32).max, machine=machine)
         plain = run_forward(case, machine=machine)
         for name in ("running_mean", "running_var"):
@@ -114,7 +104,7 @@ def test_gradients_into_the_statistics(dtypes: str, layout: str) -> None:
     dx = want.input.value + more
     bar = want.input.bar + reference.rounding(more, case.input.dtype)
     bar = bar + reference.ELEMENT_STEPS * unit * terms
-    for machine in (MACHINES if layout == "cropped" else machines_for(layout)).values():
+    for machine in (MACHINES if layout == "cropped" else EVERY).values():
         grads = {"grad_mean": grad_mean, "grad_var": grad_var}
         got = run_backward(case, None, grads, machine=machine)
         reference.Expected(dx, bar).check(got["dx"], "dx")
@@ -145,7 +135,7 @@ def test_dx_over_dy(layout: str, mode: str) -> None:
                 want = run_backward(case._replace(grad_output=dy), dx, {}, **options)
             except simt.NoPlanError:
                 plain = shape == even and layout in ("nchw", "channels_last")
-                runs = plain and mode == "train" and name in machines_for(layout)
+                runs = plain and mode == "train" and name in EVERY
                 assert name not in MACHINES and not runs
                 continue
             both.copy_(dy)

@@ -44,7 +44,7 @@ DeviceInfo ask_device(int device) {
   for (int i = 0; i < kNumClusterSizes; ++i) {
     info.active_clusters[i] = active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
   }
-  info.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0 && grid_block_fits(info.shared_bytes_opt_in);
+  info.overlaps = can_overlap();
   return info;
 }
 

@@ -1,7 +1,6 @@
 // Fills in the kernels' arguments, picks the template instance, launches. Choices are plan.cpp's.
 #include "launch.h"
 
-#include "kernels/grid.cuh"
 #include "kernels/on_chip.cuh"
 #include "kernels/streaming.cuh"
 
@@ -17,8 +16,7 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.layout = plan.layout;
   // Only where kernels count in an int: single elements may be more than that.
   for (int d = 1; d < 3 && plan.vec > 1; ++d) args.by_size[d] = make_divider(plan.size[d]);
-  const bool on_chip = plan.on_chip && plan.family != Family::kGrid;
-  args.by_tile = make_divider(on_chip ? plan.cluster : rows ? plan.num_slabs : plan.num_splits);
+  args.by_tile = make_divider(plan.on_chip ? plan.cluster : rows ? plan.num_slabs : plan.num_splits);
   args.by_packs = make_divider(plan.block_packs);
   args.slab_channels = plan.slab_channels;
   args.run_length = plan.run_length;
@@ -54,16 +52,11 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.cluster_size = plan.cluster;
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
-  args.num_groups = plan.num_groups;
-  args.ring_batches = plan.ring_batches;
   args.batches_ahead = plan.batches_ahead;
   args.num_positions = static_cast<double>(g.num_positions());
   args.inverse_positions = 1 / args.num_positions;
   args.unbiased = args.num_positions / (args.num_positions - 1);
-  if (plan.reduce || plan.family == Family::kGrid) args.partials = static_cast<double*>(workspace);
-  if (plan.family == Family::kGrid) {
-    args.counters = reinterpret_cast<int*>(static_cast<char*>(workspace) + plan.counter_offset);
-  }
+  if (plan.reduce) args.partials = static_cast<double*>(workspace);
   if (plan.finish && plan.apply) args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
   return args;
 }
@@ -100,26 +93,18 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int 
 
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
-  if (plan.prepare) {
-    const cudaError_t error = launch_kernel<&prepare_kernel>(launch_shape(1, kMaxThreads, 0), stream, args);
+  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
+  if (plan.count) {
+    const cudaError_t error = launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
   }
   const bool backward = plan.pass == Pass::kBackward;
-  if constexpr (!kRows) {
-    shape.cooperative = plan.family == Family::kGrid;
-    if (shape.cooperative) {
-      return backward ? launch_kernel<&grid_backward_kernel<T, kVec, kWhole>>(shape, stream, args)
-                      : launch_kernel<&grid_forward_kernel<T, kVec, kWhole>>(shape, stream, args);
-    }
-  }
   return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args)
                   : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-cudaError_t run_reduce(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes);
+cudaError_t run_reduce(const LaunchShape& shape, const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
   if (plan.pass == Pass::kForward) {
     return launch_kernel<&streaming_statistics_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
   }
@@ -131,15 +116,24 @@ cudaError_t run_reduce(const KernelArgs& args, const Plan& plan, cudaStream_t st
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  if (plan.reduce) error = run_reduce<T, kVec, kRows, kWhole>(stages.reduce, plan, stream);
+  bool first = true;
+  auto shape = [&](int64_t blocks, int threads, int64_t shared_bytes) {
+    LaunchShape shape = launch_shape(blocks, threads, shared_bytes);
+    shape.overlaps = plan.overlaps && !first;  // what comes before the pass is not ours
+    first = false;
+    return shape;
+  };
+  if (plan.reduce) {
+    error = run_reduce<T, kVec, kRows, kWhole>(shape(plan.num_blocks, plan.threads, plan.layout.bytes), stages.reduce,
+                                               plan, stream);
+  }
   if (plan.finish && error == cudaSuccess) {
-    const int64_t blocks = stages.finish.num_channels;
     error = launch_kernel<&finish_kernel<accumulate_t<T>>>(
-        launch_shape(blocks, plan.finish_threads, plan.finish_shared_bytes), stream, stages.finish);
+        shape(stages.finish.num_channels, plan.finish_threads, plan.finish_shared_bytes), stream, stages.finish);
   }
   if (plan.apply && error == cudaSuccess) {
     error = launch_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole>>(
-        launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes), stream, stages.apply);
+        shape(plan.num_blocks, plan.threads, plan.layout.bytes), stream, stages.apply);
   }
   return error;
 }
@@ -247,9 +241,6 @@ int active_clusters(int cluster, int64_t shared_bytes) {
       launch_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
 }
 
-// The same for the grid's: one kernel stands for all.
-bool grid_block_fits(int64_t shared_bytes) {
-  return count_blocks<&grid_backward_kernel<float, 4, true>>(launch_shape(1, kMaxOnChipThreads, shared_bytes)) > 0;
-}
+bool can_overlap() { return compiled_arch<&finish_kernel<float>>() >= kClusterArch; }
 
 }  // namespace bnext::cuda

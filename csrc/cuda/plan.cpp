@@ -5,7 +5,6 @@
 #include <numeric>
 #include <tuple>
 
-#include "plan_grid.h"
 #include "plan_on_chip.h"
 #include "plan_steps.h"
 
@@ -158,10 +157,9 @@ std::string with_unit(double bytes) {
 std::string stages_text(const Plan& plan) {
   const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
   if (plan.on_chip) {
-    std::string text = plan.prepare ? " prepare, then" : "";
+    std::string text = plan.count ? " count, then" : "";
     text += grid;
     if (plan.cluster > 1) text += " in clusters of " + std::to_string(plan.cluster);
-    if (plan.family == Family::kGrid) text += " at once (" + std::to_string(plan.num_splits) + " blocks per channel)";
     text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
     return text + " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
@@ -205,6 +203,8 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
   plan.workspace_bytes = plan.coefficient_offset;
   if (plan.finish && plan.apply) plan.workspace_bytes += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
 
+  plan.overlaps = device.overlaps && plan.reduce + plan.finish + plan.apply > 1;
+
   plan.tensor_bytes = tensor_bytes(r.geometry);
   plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
   plan.microseconds = predict_time(plan, r, device);
@@ -244,8 +244,8 @@ Request make_request(const BackwardProblem& problem) {
 
 Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits) {
   const Plan streaming = plan_streaming(r, device, limits);
-  if (limits.family == Family::kStreaming) return streaming;
-  if (limits.family == Family::kGrid) return plan_grid(r, device, limits, streaming);
+  const bool reads_twice = streaming.reduce && streaming.apply;
+  if (limits.family == Family::kStreaming || !reads_twice) return streaming;
   const Plan on_chip = plan_on_chip(r, device, limits, streaming);
   if (limits.family == Family::kResident || limits.family == Family::kCluster) return on_chip;
   const bool better = on_chip.microseconds <= streaming.microseconds || !streaming.error.empty();
@@ -266,12 +266,12 @@ bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
     const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,
                                  p.num_splits, p.wide_channels, p.num_slabs, p.block_packs, p.block_rows, p.num_blocks);
-    const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.finish_threads,
+    const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads,
                                  p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
                                  p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip = std::tie(p.on_chip, p.prepare, p.cluster, p.num_steps, p.held_steps, p.run_length,
-                                  p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds, p.num_groups,
-                                  p.ring_batches, p.batches_ahead, p.counter_offset);
+    const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_steps, p.held_steps, p.run_length,
+                                  p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds,
+                                  p.batches_ahead);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
@@ -302,14 +302,12 @@ const char* family_name(Family family) {
       return "resident";
     case Family::kCluster:
       return "cluster";
-    case Family::kGrid:
-      return "grid";
   }
   return "?";
 }
 
 bool parse_family(const std::string& name, Family* family) {
-  for (int i = 0; i <= static_cast<int>(Family::kGrid); ++i) {
+  for (int i = 0; i <= static_cast<int>(Family::kCluster); ++i) {
     if (name != family_name(static_cast<Family>(i))) continue;
     *family = static_cast<Family>(i);
     return true;

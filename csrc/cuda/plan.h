@@ -26,13 +26,13 @@ struct DeviceInfo {
   int registers_per_sm = 64 << 10;
   // Of each of kClusterSizes, how many can run at once when each block needs an SM for itself; 0: none can.
   int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
-  bool cooperative = true;  // blocks can be launched all at once, with an SM for each
+  bool overlaps = true;  // a kernel may begin before the one before it has ended
   double memory_gb_per_s = 4800;
 };
 
-// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or in
-// any number of the blocks that run at once. That last one runs only where it is named: see plan_grid.h.
-enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
+// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, or in a cluster. They
+// are for passes that would else read their tensors twice; all others are for streaming, whatever the limits say.
+enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -68,7 +68,7 @@ struct Limits {
   // Blocks to fill the device with, as a share of the threads it can hold. Half: registers allow no more than that.
   double waves = 0.5;
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
-  int cluster = 0;  // blocks in a cluster, or that share a channel in a grid: exactly this many, or 0 for any number
+  int cluster = 0;  // blocks in a cluster: exactly this many, or 0 for any number
 };
 
 struct Plan {
@@ -87,16 +87,15 @@ struct Plan {
   int64_t num_blocks = 0;  // of the reduce and of the apply kernel
   // Which kernels run, in this order. `fused`: apply does what finish would have done.
   bool reduce = false, finish = false, apply = false, fused = false;
+  bool overlaps = false;  // kernels begin before those before them have ended, and wait for them then
   int finish_threads = 32;
   int64_t finish_shared_bytes = 0;  // the other kernels: layout.bytes
   int64_t coefficient_offset = 0, workspace_bytes = 0;
-  // On chip: one kernel for all, after a tiny one where batches have to be counted first, or counters to begin at zero.
-  bool on_chip = false, prepare = false;
+  // On chip: one kernel for all, after a tiny one where batches have to be counted first.
+  bool on_chip = false, count = false;
   int cluster = 1;                    // blocks that share a channel; num_splits is the same
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
-  // Grid: blocks that share a channel form a group. Of the batches that a block has slots for, some wait to be summed.
-  int64_t num_groups = 1, counter_offset = 0;
-  int ring_batches = 0, batches_ahead = 0;
+  int batches_ahead = 0;
   double held = 0;  // share of the data that stays on chip
   SharedLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved

@@ -21,6 +21,7 @@ NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, do
   info.shared_bytes_per_sm = shared_kib * kKiB;
   info.shared_bytes_opt_in = (arch == 75 ? shared_kib : shared_kib - 1) * kKiB;  // a block's own KiB is the system's
   info.l2_bytes = l2_bytes;
+  info.overlaps = arch >= 90;
   info.memory_gb_per_s = memory_gb_per_s;
   std::copy(active_clusters.begin(), active_clusters.end(), info.active_clusters);
   return {name, info};
@@ -55,7 +56,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
       {"shared_bytes_opt_in", info.shared_bytes_opt_in},
       {"shared_bytes_per_sm", info.shared_bytes_per_sm},
       {"registers_per_sm", info.registers_per_sm},
-      {"cooperative", info.cooperative},
+      {"overlaps", info.overlaps},
       {"memory_gb_per_s", info.memory_gb_per_s},
   };
   for (int i = 0; i < kNumClusterSizes; ++i) {
@@ -66,7 +67,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
 
 std::vector<Family> all_families() {
   std::vector<Family> families;
-  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(Family::kGrid); ++i) {
+  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(Family::kCluster); ++i) {
     families.push_back(static_cast<Family>(i));
   }
   return families;
@@ -76,7 +77,7 @@ Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  for (Family each : all_families()) known += (each == Family::kGrid ? " or " : ", ") + std::string(family_name(each));
+  for (Family each : all_families()) known += (each == Family::kCluster ? " or " : ", ") + std::string(family_name(each));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 

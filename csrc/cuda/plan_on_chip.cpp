@@ -9,18 +9,17 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr double kClusterUs = 1.5;    // more of a reduction: a cluster's barrier and remote reads
+constexpr double kClusterUs = 1;      // more of a reduction: a cluster's barrier and remote reads
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
-// Registers of a thread: what ptxas takes for forward kernels, and what launch bounds allow backward ones.
-constexpr int kForwardRegisters = 80, kBackwardRegisters = 128;
+// Registers of a thread, or a few more: what ptxas takes.
+constexpr int kRegisters = 80, kRegistersForHalves = 96;
 constexpr int kMaxBlocksPerSm = 32;
-constexpr int kBatchesAhead = 6;  // that a thread has asked for, of kOnChipBatch packs
 constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
-  const int registers = plan.pass == Pass::kForward ? kForwardRegisters : kBackwardRegisters;
+  const int registers = dtype_bytes(plan.dtype) == 2 ? kRegistersForHalves : kRegisters;
   const int by_threads = device.threads_per_sm / plan.threads;
   const int by_registers = device.registers_per_sm / (plan.threads * registers);
   return static_cast<int>(
@@ -85,7 +84,7 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
     plan.layout = make_layout(plan, plan.held_steps * slot);
     // Where places are used again, the one that is copied to has to be free.
     const int held = on_chip_batches(plan.held_steps);
-    plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kBatchesAhead, held - 1) : kBatchesAhead;
+    plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kMostGroups, held - 1) : kMostGroups;
   };
   int fewest = kMinThreads;
   while (fewest < plan.block_packs) fewest *= 2;
@@ -132,10 +131,28 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
 
 // Why no on-chip kernel can do this, whatever the device; or nothing.
 const char* refuse(const Request& r, const Plan& streaming) {
-  if (!streaming.reduce || !streaming.apply) return "this pass reads the tensors once at most: only streaming does it";
   if (r.geometry.num_channels == 0 || r.geometry.num_positions() == 0) return "there is nothing to keep on chip";
   if (streaming.vec == 1) return "the elements do not fill packs of 16 bytes";
   return nullptr;
+}
+
+// A plan before it is decided how much stays on chip, with the walk of the streaming plan.
+Plan begin_on_chip(const Request& r, const Plan& streaming) {
+  Plan plan = streaming;
+  if (const char* reason = refuse(r, streaming)) {
+    plan.error = reason;
+    return plan;
+  }
+  plan.on_chip = true;
+  plan.reduce = plan.finish = plan.apply = plan.fused = false;
+  plan.finish_shared_bytes = 0;
+  plan.overlaps = false;
+  plan.slab_channels = 1;
+  plan.coefficient_offset = plan.workspace_bytes = 0;
+  plan.tensors_read = r.pass == Pass::kForward ? 1 : 2;
+  plan.tensors_written = 1;
+  plan.error.clear();
+  return plan;
 }
 
 }  // namespace
@@ -146,10 +163,12 @@ double predict_floor(int64_t bytes, const DeviceInfo& device) {
 
 double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
   const double bytes = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
+  const double reduction = plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs;
+  const double inputs = (r.pass == Pass::kForward ? 1 : 2) * one;
   if (!plan.on_chip) {
     const int launches = plan.reduce + plan.finish + plan.apply;
-    const double again = plan.reduce && plan.apply ? (r.pass == Pass::kForward ? 1 : 2) * one : 0;
-    return launches * kLaunchUs + traffic_time(device, bytes, again, again);
+    const double again = plan.reduce && plan.apply ? inputs : 0;
+    return launches * kLaunchUs + traffic_time(device, bytes, again, again) + (plan.reduce ? reduction : 0);
   }
   const int blocks = blocks_per_sm(plan, device);
   const int sms = plan.cluster == 1 ? device.num_sms
@@ -157,39 +176,22 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
   if (sms == 0) return HUGE_VAL;
   const double num_blocks = static_cast<double>(plan.num_blocks), at_once = std::min(num_blocks, double(sms) * blocks);
   const double again = bytes - (plan.tensors_read + plan.tensors_written) * one;
-  // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for.
-  const double shared = traffic_time(device, bytes, again, again * at_once / num_blocks);
+  // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for. Between two reads of a
+  // byte lies all that blocks at once read.
+  const double shared = traffic_time(device, bytes, again, inputs * at_once / num_blocks);
   const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
   const bool narrow =
       plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
-  const double reduction = kReductionUs + (plan.cluster > 1 ? kClusterUs : 0);
   const double waves = std::ceil(num_blocks / (double(sms) * blocks));
-  return kLaunchUs * (1 + plan.prepare) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
-         reduction * (1 + (waves - 1) / blocks);
-}
-
-Plan begin_on_chip(const Request& r, const Plan& streaming) {
-  Plan plan = streaming;
-  if (const char* reason = refuse(r, streaming)) {
-    plan.error = reason;
-    return plan;
-  }
-  plan.on_chip = true;
-  plan.reduce = plan.finish = plan.apply = plan.fused = false;
-  plan.finish_shared_bytes = 0;
-  plan.slab_channels = 1;
-  plan.coefficient_offset = plan.workspace_bytes = 0;
-  plan.tensors_read = r.pass == Pass::kForward ? 1 : 2;
-  plan.tensors_written = 1;
-  plan.error.clear();
-  return plan;
+  return kLaunchUs * (1 + plan.count) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
+         waves * (reduction + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
   Plan base = begin_on_chip(r, streaming);
   base.family = limits.family == Family::kCluster ? Family::kCluster : Family::kResident;
   if (!base.error.empty()) return base;
-  base.prepare = r.pass == Pass::kForward && r.cumulative;
+  base.count = r.pass == Pass::kForward && r.cumulative;
   Plan best;
   best.error = "rows are too wide for a block";
   auto consider_blocks = [&](Plan plan, int cluster) {

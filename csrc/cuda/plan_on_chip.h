@@ -9,11 +9,7 @@ namespace bnext::cuda {
 // request. Where there is none, the result has an error that says why.
 Plan plan_on_chip(const Request& request, const DeviceInfo& device, const Limits& limits, const Plan& streaming);
 
-// A plan of any family that keeps data on chip, before it is decided how: with the walk of the streaming plan, and an
-// error where no such family can do it, whatever the device.
-Plan begin_on_chip(const Request& request, const Plan& streaming);
-
-// Predicted microseconds, of other families than the grid. A model to compare plans with, not a promise.
+// Predicted microseconds. A model to compare plans with, not a promise.
 double predict_time(const Plan& plan, const Request& request, const DeviceInfo& device);
 
 }  // namespace bnext::cuda

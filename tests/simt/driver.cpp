@@ -40,7 +40,6 @@ struct Call {
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length;
-  int64_t batches_ahead, batches_behind;  // of a grid: copies before sums, and sums before maps beyond a channel's
   double held;
   char plan[512], error[256];
 };
@@ -108,8 +107,6 @@ void run(Call& call, const Problem& problem) {
   call.fold = plan.fold;
   call.num_splits = plan.num_splits;
   call.run_length = plan.run_length;
-  call.batches_ahead = plan.batches_ahead;
-  call.batches_behind = plan.ring_batches - plan.batches_ahead - cuda::on_chip_batches(plan.held_steps);
   call.held = plan.held;
 }
 

@@ -78,34 +78,11 @@ void early_look(Memory memory) {
   if (early || shared[threadIdx.x] != 0) simt::check_store(nullptr, 4);
 }
 
-double number = 0;
-int counter = 0;
+void store_without_waiting(Memory memory) { simt::check_store(memory.stores + threadIdx.x, 4); }
 
-void waits_for_ever(Memory) {
-  if (threadIdx.x == 0 && blockIdx.x > 0) simt::wait_at(&counter, 2, __FILE__, __LINE__);
-  __syncthreads();
-  if (threadIdx.x == 0 && blockIdx.x == 0) simt::arrive_at(&counter, __FILE__, __LINE__);
-}
-
-void read_after(void (*leave)()) {
-  if (threadIdx.x != 0) return;
-  if (blockIdx.x == 0) return leave();
-  simt::wait_at(&counter, 1, __FILE__, __LINE__);
-  if (number != 1) simt::check_store(nullptr, 4);
-}
-
-void arrives_before_leaving(Memory) {
-  read_after([] {
-    simt::arrive_at(&counter, __FILE__, __LINE__);
-    simt::leave_number(&number, 1);
-  });
-}
-
-void leaves_before_arriving(Memory) {
-  read_after([] {
-    simt::leave_number(&number, 1);
-    simt::arrive_at(&counter, __FILE__, __LINE__);
-  });
+void store_after_waiting(Memory memory) {
+  simt::wait_for_kernels(__FILE__, __LINE__);
+  store_without_waiting(memory);
 }
 
 void nothing_wrong(Memory memory) {
@@ -122,6 +99,7 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
   struct Fault {
     void (*kernel)(Memory);
     unsigned grid, cluster;
+    bool overlaps = false;
   };
   const Fault faults[] = {{skipped_barrier, 2, 1},
                           {two_barriers, 2, 1},
@@ -138,15 +116,14 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
                           {left_in_flight, 2, 1},
                           {early_look, 2, 1},
                           {nothing_wrong, 1, 1},
-                          {waits_for_ever, 3, 3},
-                          {arrives_before_leaving, 2, 2},
-                          {leaves_before_arriving, 2, 2}};
+                          {store_without_waiting, 1, 1, true},
+                          {store_after_waiting, 1, 1, true},
+                          {store_without_waiting, 1, 1}};
   const Fault& fault = faults[which];
-  number = counter = 0;
   alignas(16) float loads[64] = {}, stores[64] = {};
   simt::begin({static_cast<uint64_t>(seed), ""});
   simt::allow_load(loads, sizeof loads);
   simt::allow_store(stores, sizeof stores);
-  simt::launch(fault.kernel, fault.grid, 64, fault.cluster, 256, nullptr, Memory{loads, stores});
+  simt::launch(fault.kernel, fault.grid, 64, fault.cluster, 256, fault.overlaps, nullptr, Memory{loads, stores});
   std::snprintf(error, error_bytes, "%s", simt::error().c_str());
 }

@@ -24,7 +24,7 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC
 # A checked longjmp refuses to leave a fiber's stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DBNEXT_SIMT", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/simt"]
 PLANS = (
-    *("csrc/cuda/plan.cpp", "csrc/cuda/plan_grid.cpp", "csrc/cuda/plan_on_chip.cpp"),
+    *("csrc/cuda/plan.cpp", "csrc/cuda/plan_on_chip.cpp"),
     "csrc/layout.cpp",
 )
 PLAN_SOURCES = ("tests/simt/plan_driver.cpp", *PLANS)
@@ -90,11 +90,11 @@ VECTORS = (
     *("dweight", "dbias", "dmean", "dvar"),
     *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
-FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
+FAMILIES = ("auto", "streaming", "resident", "cluster")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "cluster", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold")
-RESULTS += ("num_splits", "run_length", "batches_ahead", "batches_behind")
+RESULTS += ("num_splits", "run_length")
 
 
 class Call(ctypes.Structure):

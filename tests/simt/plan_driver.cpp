@@ -16,14 +16,14 @@ struct Query {
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
   int64_t family, cumulative;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
-  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes], cooperative;
+  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes], overlaps;
   double memory_gb_per_s;
   // results
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
-  int64_t steps_add_up, family_chosen, on_chip, prepare, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, num_groups, ring_batches, batches_ahead, counter_offset;
+  int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
+  int64_t shared_bytes, tensor_bytes, batches_ahead;
   double held, microseconds;
   char text[512];
 };
@@ -71,7 +71,7 @@ void plan_run(Query* q) {
   device.shared_bytes_opt_in = q->shared_bytes_opt_in;
   device.shared_bytes_per_sm = q->shared_bytes_per_sm;
   for (int i = 0; i < kNumClusterSizes; ++i) device.active_clusters[i] = static_cast<int>(q->active_clusters[i]);
-  device.cooperative = q->cooperative != 0;
+  device.overlaps = q->overlaps != 0;
   device.memory_gb_per_s = q->memory_gb_per_s;
   Limits limits;
   limits.family = static_cast<Family>(q->family);
@@ -109,7 +109,7 @@ void plan_run(Query* q) {
                     (p.step[1] < p.size[1] || p.size[0] == 1) && p.step[2] < p.size[2];
   q->family_chosen = static_cast<int64_t>(p.family);
   q->on_chip = p.on_chip;
-  q->prepare = p.prepare;
+  q->count = p.count;
   q->cluster = p.cluster;
   q->num_steps = p.num_steps;
   q->held_steps = p.held_steps;
@@ -117,10 +117,7 @@ void plan_run(Query* q) {
   q->slab_channels = p.slab_channels;
   q->shared_bytes = p.layout.bytes;
   q->tensor_bytes = p.tensor_bytes;
-  q->num_groups = p.num_groups;
-  q->ring_batches = p.ring_batches;
   q->batches_ahead = p.batches_ahead;
-  q->counter_offset = p.counter_offset;
   q->held = p.held;
   q->microseconds = p.microseconds;
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());

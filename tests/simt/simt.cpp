@@ -14,7 +14,7 @@ constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCluster = 16;
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kAtCounter, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kDone };
 
 struct Copy {
   void* to;
@@ -32,9 +32,7 @@ struct Fiber {
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   std::string arrived_at;
-  const int* counter = nullptr;  // that it waits for, to reach `count`
-  int count = 0;
-  std::vector<std::pair<double*, double>> left;  // for other blocks, who do not see it yet
+  bool depends = false;        // it has waited for the kernels before
   std::vector<Copy> copies;                      // begun, and in no group yet
   std::deque<std::vector<Copy>> in_flight;       // groups
   uint64_t slot[2] = {0, 0};  // values left for other lanes, alternating: a fast lane cannot overwrite what is read
@@ -49,13 +47,14 @@ struct Range {
 struct Machine {
   Session session;
   std::mt19937_64 random;
-  std::deque<Fiber> fibers;  // of all blocks of a cluster, or of a cooperative launch
+  std::deque<Fiber> fibers;  // of all blocks of a cluster
   // Of each fiber, side by side: they are looked at whenever another one runs.
   std::vector<State> states;
   std::vector<uint32_t> priorities;
   jmp_buf scheduler;
   unsigned fiber = 0, first_block = 0, num_threads = 0, cluster = 1, num_blocks = 0;
   const std::function<void()>* kernel = nullptr;
+  bool overlaps = false;
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
   int64_t bytes_loaded = 0, bytes_stored = 0;
@@ -87,15 +86,9 @@ void yield() {
   _longjmp(m.scheduler, 2);
 }
 
-void publish() {
-  for (const auto& [to, value] : current().left) *to = value;
-  current().left.clear();
-}
-
 void fiber_main() {
   for (;;) {
     (*m.kernel)();
-    publish();
     if (current().arrived) fail("a thread ends without waiting at the cluster's barrier");
     if (!current().copies.empty()) fail("an asynchronous copy that nobody waits for");
     for (const auto& group : current().in_flight) {
@@ -194,15 +187,7 @@ void start_fiber(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
-// Who waits for a counter holds up the others of its block.
 void report_deadlock() {
-  for (m.fiber = 0; m.fiber < num_fibers() && m.states[m.fiber] != State::kAtCounter;) ++m.fiber;
-  if (m.fiber < num_fibers()) {
-    const Fiber& fiber = current();
-    m.error = "waits for ever at " + place(fiber.file, fiber.line) + ": " + std::to_string(*fiber.counter) + " of " +
-              std::to_string(fiber.count) + " have arrived" + where();
-    return;
-  }
   for (m.fiber = 0; m.states[m.fiber] == State::kDone;) ++m.fiber;
   const Fiber& fiber = current();
   m.error = m.states[m.fiber] == State::kAtBarrier || m.states[m.fiber] == State::kAtClusterBarrier
@@ -220,7 +205,7 @@ void run_cluster(unsigned first_block) {
     fiber.num_shuffles = 0;
     fiber.arrived = false;
     fiber.passed = fiber.waited = 0;
-    fiber.left.clear();
+    fiber.depends = !m.overlaps;
     fiber.copies.clear();
     fiber.in_flight.clear();
   }
@@ -231,8 +216,7 @@ void run_cluster(unsigned first_block) {
     ready.clear();
     bool all_done = true;
     for (unsigned i = 0; i < num_fibers(); ++i) {
-      State& state = m.states[i];
-      if (state == State::kAtCounter && *m.fibers[i].counter >= m.fibers[i].count) state = State::kReady;
+      const State state = m.states[i];
       if (state == State::kReady) ready.push_back(i);
       all_done = all_done && state == State::kDone;
     }
@@ -310,25 +294,12 @@ const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other
   return m.shared[rank_of_other].data() + offset;
 }
 
-void leave_number(double* to, double value) { current().left.push_back({to, value}); }
-
-// Others may run at once, before this thread does anything more.
-void arrive_at(int* counter, const char* file, int line) {
-  if (skipped(file, line)) return;
-  publish();
-  ++*counter;
-  yield();
+void wait_for_kernels(const char* file, int line) {
+  if (!skipped(file, line)) current().depends = true;
 }
 
-void wait_at(const int* counter, int count, const char* file, int line) {
-  if (skipped(file, line)) return;
-  Fiber& fiber = current();
-  m.states[m.fiber] = State::kAtCounter;
-  fiber.counter = counter;
-  fiber.count = count;
-  fiber.file = file;
-  fiber.line = line;
-  yield();
+void check_dependency() {
+  if (!current().depends) fail("a kernel before may not have ended");
 }
 
 void copy_async(void* to, const void* from, size_t bytes) {
@@ -371,6 +342,7 @@ const void* check_load(const void* from, size_t bytes) {
 }
 
 void* check_store(void* to, size_t bytes) {
+  check_dependency();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(to);
   if (begin % bytes != 0) fail("a store of " + std::to_string(bytes) + " bytes is misaligned");
   Range* range = find(m.stores, begin, begin + bytes);
@@ -383,7 +355,7 @@ void* check_store(void* to, size_t bytes) {
   return to;
 }
 
-void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
+void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, bool overlaps,
               const std::function<void()>& kernel) {
   if (!m.error.empty()) return;
   if (++m.launches == m.session.refused_launch) {
@@ -391,7 +363,7 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_byt
     return;
   }
   if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 ||
-      (cluster > kMaxCluster && cluster != grid) || grid % cluster != 0) {
+      cluster > kMaxCluster || grid % cluster != 0) {
     m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
               std::to_string(cluster) + " cannot run";
     return;
@@ -400,6 +372,7 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_byt
   m.num_blocks = grid;
   m.num_threads = block;
   m.cluster = cluster;
+  m.overlaps = overlaps;
   if (m.fibers.size() < num_fibers()) m.fibers.resize(num_fibers());
   m.states.assign(m.fibers.size(), State::kDone);
   m.priorities.resize(m.fibers.size());

@@ -3,11 +3,11 @@
 //
 // It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned pack;
 // a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size, or that
-// of a block that has ended; an asynchronous copy that nobody waits for; a wait for a counter that nothing will end.
-// Shared memory starts as NaN; asynchronous copies arrive when they are waited for, no sooner, and leave NaN until then;
-// numbers for other blocks when their thread arrives at a counter: a value read too early shows in the result, and so does
-// a missing barrier, since some seeds run the reader first. The blocks of a cluster, and of a cooperative launch, run at the
-// same time, others one by one.
+// of a block that has ended; an asynchronous copy that nobody waits for; a store, or a look at what a kernel before has left,
+// in a kernel that may run at the same time and has not waited.
+// Shared memory starts as NaN; asynchronous copies arrive when they are waited for, no sooner, and leave NaN until then: a
+// value read too early shows in the result, and so does a missing barrier, since some seeds run the reader first. The blocks
+// of a cluster run at the same time, others one by one, and kernels one after the other.
 #pragma once
 
 #include <cstddef>
@@ -53,10 +53,10 @@ void cluster_wait(const char* file, int line);
 // What lies at `own`'s place in the shared memory of another block of the cluster.
 const void* cluster_memory(const void* own, size_t bytes, unsigned rank);
 
-// For other blocks, who see it when this thread has arrived somewhere, or has ended.
-void leave_number(double* to, double value);
-void arrive_at(int* counter, const char* file, int line);
-void wait_at(const int* counter, int count, const char* file, int line);
+// The kernels before have ended: what they have left may be looked at, and what they read may be overwritten.
+void wait_for_kernels(const char* file, int line);
+// Ends the launch with an error in a kernel that overlaps others, and a thread that has not waited for them.
+void check_dependency();
 
 void copy_async(void* to, const void* from, size_t bytes);
 void commit_async();
@@ -79,13 +79,13 @@ T shuffle(unsigned mask, T value, unsigned from, int line) {
 const void* check_load(const void* from, size_t bytes);
 void* check_store(void* to, size_t bytes);
 
-void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes,
+void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, bool overlaps,
               const std::function<void()>& kernel);
 
 template <typename Args>
-void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, cudaStream_t,
-            const Args& args) {
-  run_grid(grid, block, cluster, shared_bytes, [=] { kernel(args); });
+void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, bool overlaps,
+            cudaStream_t, const Args& args) {
+  run_grid(grid, block, cluster, shared_bytes, overlaps, [=] { kernel(args); });
 }
 
 // ---- for the driver ----------------------------------------------------------------------------------------------

@@ -32,38 +32,33 @@ __device__ inline void commit_async() {
 #endif
 }
 
-// Waits for all groups of this thread but the last kGroups.
+#if !defined(BNEXT_SIMT) && __CUDA_ARCH__ >= 800
 template <int kGroups>
-__device__ inline void wait_async(BNEXT_CALLER) {
-#ifdef BNEXT_SIMT
-  simt::wait_async(kGroups, file, line);
-#elif __CUDA_ARCH__ >= 800
+__device__ inline void wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
-#endif
 }
+#endif
 
-// The same where only the launch knows how many. More than kMostGroups are not left in flight.
-__device__ inline void wait_async_but(int groups BNEXT_AND_CALLER) {
+// Waits for all groups of this thread but the last so many, or the last kMostGroups where that is less.
+__device__ inline void wait_async(int groups BNEXT_AND_CALLER) {
 #ifdef BNEXT_SIMT
   simt::wait_async(groups < kMostGroups ? groups : kMostGroups, file, line);
 #elif __CUDA_ARCH__ >= 800
   switch (groups) {
     case 0:
-      return wait_async<0>();
+      return wait_group<0>();
     case 1:
-      return wait_async<1>();
+      return wait_group<1>();
     case 2:
-      return wait_async<2>();
+      return wait_group<2>();
     case 3:
-      return wait_async<3>();
+      return wait_group<3>();
     case 4:
-      return wait_async<4>();
+      return wait_group<4>();
     case 5:
-      return wait_async<5>();
-    case 6:
-      return wait_async<6>();
+      return wait_group<5>();
     default:
-      return wait_async<kMostGroups>();
+      return wait_group<kMostGroups>();
   }
 #endif
 }

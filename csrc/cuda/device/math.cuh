@@ -108,6 +108,9 @@ __device__ inline double load_channel(const ChannelVector& v, int64_t c, double 
 }
 
 __device__ inline void store_channel(const ChannelVector& v, int64_t c, double value) {
+#ifdef BNEXT_SIMT
+  simt::check_dependency();
+#endif
   if (v.data == nullptr) return;
   const int64_t i = c * v.stride;
   switch (v.dtype) {

@@ -21,6 +21,8 @@
 
 namespace bnext::cuda {
 
+constexpr int kClusterArch = 90;  // the first one with clusters, and with kernels that overlap
+
 // All shared memory is dynamic: its size is in the plan, where tests can see it, and the shim can poison it.
 __device__ inline unsigned char* shared_memory() {
 #ifdef BNEXT_SIMT
@@ -31,19 +33,18 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
-// Blocks of `cluster` neighbours run together and see each other's shared memory. Cooperative: all blocks run at once, or
-// the launch is an error.
+// Blocks of `cluster` neighbours run together and see each other's shared memory. A kernel that overlaps the one before it
+// may begin before that has ended: see overlap.cuh.
 struct LaunchShape {
   unsigned blocks = 0, threads = 0, cluster = 1;
   size_t shared_bytes = 0;
-  bool cooperative = false;
+  bool overlaps = false;
 };
 
 #ifdef BNEXT_SIMT
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  simt::launch(kKernel, shape.blocks, shape.threads, shape.cooperative ? shape.blocks : shape.cluster,
-               shape.shared_bytes, stream, args);
+  simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.shared_bytes, shape.overlaps, stream, args);
   return cudaGetLastError();
 }
 
@@ -53,14 +54,13 @@ int count_clusters(const LaunchShape&) {
   return 1;
 }
 template <auto kKernel>
-int count_blocks(const LaunchShape&) {
-  return 1;
+int compiled_arch() {
+  return kClusterArch;
 }
 #else
 // 48 KiB take no asking, but several blocks of less on an SM take more than it has without.
 constexpr size_t kSharedBytesWithoutAsking = 16 << 10;
 constexpr unsigned kPortableCluster = 8;
-constexpr int kClusterArch = 90;  // the first one with clusters
 
 // The runtime remembers an error until somebody asks, and this one is not for somebody else to find.
 inline cudaError_t keep_to_ourselves(cudaError_t error) {
@@ -94,11 +94,12 @@ cudaError_t set_attributes() {
   return error;
 }
 
+// No kernel is both.
 inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute& attribute) {
   attribute = {};
-  if (shape.cooperative) {
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+  if (shape.overlaps) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
   } else {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = shape.cluster;
@@ -110,7 +111,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = shape.cooperative || shape.cluster > 1 ? 1 : 0;
+  config.numAttrs = shape.overlaps || shape.cluster > 1 ? 1 : 0;
   return config;
 }
 
@@ -127,31 +128,25 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const A
   return keep_to_ourselves(error);
 }
 
-// Clusters of this shape that the current device can run at once; 0 if it cannot run any. The device's architecture does
-// not tell: what decides is the __CUDA_ARCH__ that the code was compiled with, and a driver also runs what it has
-// translated from the PTX of an older one. ptxVersion is that number; binaryVersion is the device's after translation.
+// The __CUDA_ARCH__ that a kernel's code was compiled with; 0 if the current device has none. The device's architecture
+// does not tell: a driver also runs what it has translated from the PTX of an older one. ptxVersion is that number;
+// binaryVersion is the device's after translation.
+template <auto kKernel>
+int compiled_arch() {
+  cudaFuncAttributes compiled = {};
+  const cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kKernel));
+  return keep_to_ourselves(error) == cudaSuccess ? compiled.ptxVersion : 0;
+}
+
+// Clusters of this shape that the current device can run at once; 0 if it cannot run any.
 template <auto kKernel>
 int count_clusters(const LaunchShape& shape) {
   int count = 0;
-  cudaFuncAttributes compiled = {};
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(shape, nullptr, attribute);
-  cudaError_t error = cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(kKernel));
-  if (error == cudaSuccess && compiled.ptxVersion < kClusterArch) return 0;
-  if (error == cudaSuccess) error = set_attributes<kKernel>();
-  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
-  return keep_to_ourselves(error) == cudaSuccess ? count : 0;
-}
-
-// Blocks of this shape that an SM of the current device has room for; 0 if it cannot run any.
-template <auto kKernel>
-int count_blocks(const LaunchShape& shape) {
-  int count = 0;
+  if (compiled_arch<kKernel>() < kClusterArch) return 0;
   cudaError_t error = set_attributes<kKernel>();
-  if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, static_cast<int>(shape.threads),
-                                                          shape.shared_bytes);
-  }
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
   return keep_to_ourselves(error) == cudaSuccess ? count : 0;
 }
 #endif

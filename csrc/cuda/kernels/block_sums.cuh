@@ -9,7 +9,6 @@
 
 #include <type_traits>
 
-#include "../device/grid.cuh"
 #include "../device/reduce.cuh"
 #include "elementwise.cuh"
 
@@ -286,7 +285,7 @@ __device__ inline void store_partials(const KernelArgs& args, const Tile& tile) 
     const int64_t channel = tile.column * args.slab_channels + i, stride = args.wide_channels * args.num_splits;
     if (!there || lane > 0 || channel >= args.wide_channels) return;
     double* to = args.partials + channel * args.num_splits + tile.split;
-    for (int k = 0; k < kNumSums; ++k) leave_number(to + k * stride, totals.value[k]);
+    for (int k = 0; k < kNumSums; ++k) to[k * stride] = totals.value[k];
   });
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../device/math.cuh"
+#include "../device/overlap.cuh"
 #include "block_sums.cuh"
 
 namespace bnext::cuda {
@@ -50,7 +51,7 @@ __device__ inline Finished<Acc> finish_forward(const KernelArgs& args, const Cha
   Finished<Acc> finished = {{Acc(0), static_cast<Acc>(scale), centre, static_cast<Acc>(bias - scale * (mean - centre))},
                             {mean, invstd, mean, var, old_mean, old_var}};
   if (args.output[forward::kNewMean].data == nullptr) return finished;
-  // A kernel before this one has counted the batch already: reduce, or on chip prepare_kernel.
+  // A kernel before this one has counted the batch already: reduce, or on chip count_kernel.
   const double momentum = args.cumulative && args.num_batches_tracked != nullptr
                               ? 1.0 / static_cast<double>(*args.num_batches_tracked)
                               : args.momentum;
@@ -121,7 +122,7 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, bool backward
   const int64_t stride = args.wide_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
   const int splits = static_cast<int>(args.num_splits);
-  const double first_mean = backward ? 0 : read_number(of_channel + stride);
+  const double first_mean = backward ? 0 : load_left(of_channel + stride);
   PartialSums sums = {is_finite(first_mean) ? first_mean : 0, {0, 0, 0}};
   for (int64_t wide = c; wide < args.wide_channels; wide += args.num_channels) {
 #pragma unroll 1
@@ -132,7 +133,7 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, bool backward
         const int split = first + i * sharers;
 #pragma unroll
         for (int k = 0; k < kNumSums; ++k) {
-          part[k][i] = split < splits ? read_number(of_channel + k * stride + split) : 0;
+          part[k][i] = split < splits ? load_left(of_channel + k * stride + split) : 0;
         }
       }
 #pragma unroll
@@ -169,7 +170,9 @@ template <typename Acc>
 __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_constant__ KernelArgs args) {
   const int64_t c = blockIdx.x;
   const int lane = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
+  start_next_kernel();
   const double input = load_input(args, c, lane);
+  wait_for_kernels();
   if (args.source == Source::kConstants) {
     store_outputs(args, c, lane, finish_constant<Acc>(args, false, input));
     return;
@@ -197,12 +200,9 @@ __device__ inline void count_batch(const KernelArgs& args) {
   if (counts && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 
-// Before on-chip kernels that rely on it: counters begin at zero, and where the momentum is cumulative the batch has been
-// counted, because it is then 1 / number of batches, which all blocks read. One block.
-__global__ void __launch_bounds__(kMaxThreads) prepare_kernel(const __grid_constant__ KernelArgs args) {
-  if (args.cumulative && args.num_batches_tracked != nullptr && threadIdx.x == 0) ++*args.num_batches_tracked;
-  if (args.counters == nullptr) return;
-  for (int64_t c = threadIdx.x; c < args.num_channels; c += blockDim.x) args.counters[c] = 0;
+// Before on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all blocks read, with this one.
+__global__ void __launch_bounds__(kWarpSize) count_kernel(const __grid_constant__ KernelArgs args) {
+  if (threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 
 }  // namespace bnext::cuda

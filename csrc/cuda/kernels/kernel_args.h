@@ -25,8 +25,8 @@ constexpr int kUnroll = 4;
 // registers, which decide how many blocks an SM has room for.
 constexpr int kOnChipBatch = 2;
 BNEXT_HOST_DEVICE constexpr int on_chip_batches(int steps) { return (steps + kOnChipBatch - 1) / kOnChipBatch; }
-// Grid: groups of copies that a thread leaves in flight at most, one for each batch.
-constexpr int kMostGroups = 7;
+// Groups of copies that a thread leaves in flight at most, one for each batch.
+constexpr int kMostGroups = 6;
 constexpr int kMaxThreads = 256;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
@@ -104,13 +104,10 @@ struct KernelArgs {
   int lane_parts, lane_columns;  // group_lanes as so many times channel_columns, and the rest
   Divider by_columns;            // of lanes, by channel_columns
 
-  // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number. So it is of the blocks of a
-  // grid, which go through the channels in num_groups groups of so many; a counter for each channel says who has arrived.
+  // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number.
   int cluster_size;
-  int num_steps, held_steps;  // items of a thread, and how many of them stay on chip
-  int64_t num_groups;
-  int ring_batches, batches_ahead;  // batches that there are slots for, and those of them that wait to be added up
-  int* counters;
+  int num_steps, held_steps;  // items of a thread, and how many of them have slots
+  int batches_ahead;          // that a thread has asked for ahead of the one that it works on
 
   double* partials;    // [kNumSums][wide_channels][num_splits]
   void* coefficients;  // [num_channels] of Coefficients<Acc>

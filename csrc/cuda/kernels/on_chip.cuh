@@ -38,7 +38,7 @@ class OnChip {
       if (++to == held_) to = 0;
       if (b == -1) begin();
       if (b < 0) continue;
-      wait_async_but(ahead);
+      wait_async(ahead);
       use(Data::held(arrived, from, args_.held_steps), b == 0);
       if (++from == held_) from = 0;
     }
@@ -52,7 +52,7 @@ class OnChip {
     if (again > 0) loading = typename Data::Steps(args_, tile_, again * kOnChipBatch - 1);
     int place = (batches_ - 1) % held_;
     for (int b = batches_ - 1; b >= 0; --b) {
-      if (b < again) wait_async_but(held_ - 1);
+      if (b < again) wait_async(held_ - 1);
       use(Data::template held<true>(steps, place, args_.held_steps));
       if (again > 0) {
         if (b >= held_) Data::template copy<true>(loading, place);

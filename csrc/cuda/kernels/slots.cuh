@@ -47,7 +47,7 @@ struct Slots {
   // The same steps from their slots. Slots of items that are not there are read as well, as far as there are slots, of
   // which the last batch may have too few: what is in them, nobody uses.
   template <bool kBackwards = false>
-  __device__ static Batch held(Steps& steps, int place, int num_slots = 1 << 30) {
+  __device__ static Batch held(Steps& steps, int place, int num_slots) {
     Batch found;
 #pragma unroll
     for (int i = 0; i < kOnChipBatch; ++i) {
@@ -58,39 +58,6 @@ struct Slots {
       for (int t = 0; t < kTensors; ++t) found.pack[t][u] = load_slot(slot(step < last ? step : last, t));
     }
     return found;
-  }
-
-  // Batches that do not stay on chip, from memory.
-  template <typename F>
-  __device__ static void stream(const KernelArgs& args, const Tile& tile, int from, int to, F use) {
-    if (from == to) return;
-    Steps steps(args, tile, from * kOnChipBatch);
-    for (int b = from; b < to; ++b) {
-      Batch batch;
-      for (auto& item : batch.items) item = steps.next();
-      fetch<Cache::kKeep>(batch);
-      use(batch);
-    }
-  }
-
-  // The last ones first: they may still be in L2.
-  template <typename F>
-  __device__ static void stream_backwards(const KernelArgs& args, const Tile& tile, int from, int to, F use) {
-    if (from == to) return;
-    Steps steps(args, tile, to * kOnChipBatch - 1);
-    for (int b = from; b < to; ++b) {
-      Batch batch;
-      for (auto& item : batch.items) item = steps.previous();
-      fetch<Cache::kLastUse>(batch);
-      use(batch);
-    }
-  }
-
- private:
-  template <Cache kCache>
-  __device__ static void fetch(Batch& batch) {
-#pragma unroll
-    for (int t = 0; t < kTensors; ++t) load_batch<kCache, kWhole>(batch.pack[t], batch.items, 1 + t);
   }
 };
 

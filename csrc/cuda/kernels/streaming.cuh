@@ -3,6 +3,7 @@
 // backward pass is the reduce kernel alone: dx does not wait for the sums.
 //
 // A block asks for its first batch before it looks at anything else: two trips to memory at once, not one after the other.
+// The kernels of a pass overlap: that batch is on its way before the kernel before has ended, which only reads it.
 #pragma once
 
 #include "elementwise.cuh"
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(co
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
+  start_next_kernel();
   // Nobody else reads it before this kernel ends.
   if (args.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 
@@ -74,6 +76,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && (kVec == 8 || !kWhole) ? kUnroll / 2 : kUnroll;
   Cursor<T, kVec, kRows, kWhole, kViews> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr;
+  start_next_kernel();
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kLanes] = {};
@@ -121,6 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
 template <bool kRows, int kVec, typename Acc>
 __device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  wait_for_kernels();
   if (args.source == Source::kConstants) leave_constants<Acc>(args, tile, args.backward, tile.split == 0);
   if (!kRows && args.source == Source::kPartials && threadIdx.x < kWarpSize) {
     const int lane = threadIdx.x;
@@ -141,7 +145,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
     } else if (args.source == Source::kFinished) {
       int64_t channel;
       find_channel(args, tile, i, channel);
-      found[v] = static_cast<const Coefficients<Acc>*>(args.coefficients)[channel];
+      found[v] = load_left(static_cast<const Coefficients<Acc>*>(args.coefficients) + channel);
     } else {
       found[v] = shared[i];
     }
