@@ -82,18 +82,27 @@ def test_gradient_in_another_layout(layout: str, grad_layout: str, mode: str, de
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 def test_output_strides_are_those_of_pytorch(layout: str, mode: str, device: str) -> None:
-    """Output and dx, where a dimension has more than one place."""
+    """Output and dx, where a dimension has more than one place.
+
+    On CUDA of PyTorch's own kernels: cuDNN's read misaligned channels_last tensors 16 bytes at a
+    time, which ends the process's CUDA context. And there dx is contiguous in evaluation, whatever
+    the input is; ours is laid out like the output.
+    """
     shapes = [SHAPE, (2, 1, 3, 3), (2, 5, 1, 1), (1, 5, 3, 4), (2, 4, 1, 6), (2, 4, 6, 1)]
     for shape in shapes:
         if layout == "overlapping" and shape[3] == 1:
             continue
         case = cases.make_case(shape, mode=mode, layout=layout, device=device)
         x = case.input.requires_grad_()
-        got, want = bnext.batchnorm2d(x, **case.arguments), F.batch_norm(x, **case.arguments)
+        got = bnext.batchnorm2d(x, **case.arguments)
+        with torch.backends.cudnn.flags(enabled=False):
+            want = F.batch_norm(x, **case.arguments)
+            dy = torch.ones_like(want)
+            (expected,) = torch.autograd.grad(want, x, dy)
         assert cases.memory_format(got) == cases.memory_format(want), f"{shape}: output"
-        dy = torch.ones_like(want)
         (dx,) = torch.autograd.grad(got, x, dy)
-        (expected,) = torch.autograd.grad(want, x, dy)
+        if device != "cpu" and mode == "eval":
+            expected = want
         assert cases.memory_format(dx) == cases.memory_format(expected), f"{shape}: dx"
 
 
