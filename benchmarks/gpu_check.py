@@ -20,8 +20,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
@@ -81,17 +83,24 @@ class Run:
         return self.deadline - time.monotonic()
 
     def command(
-        self, what: str, *command: str, limit: float | None = None, **environment: str
+        self,
+        what: str,
+        *command: str,
+        limit: float | None = None,
+        log_file: Path | None = None,
+        fine: Sequence[int] = (0,),
+        **environment: str,
     ) -> tuple[str, str]:
-        """Run it, its output going to log.txt and the terminal; its status, and a note if not good.
+        """Run it, its output going to log.txt or log_file; its status, and a note if not good.
 
         At its time limit it is interrupted as by Ctrl-C, and killed only after a while.
         """
+        log_file = log_file or self.folder / "log.txt"
         seconds = min(self.left, limit or self.left)
         if seconds < 1:
             return "out of time", f"{what}: no time left"
         print(f"  {what} ...", flush=True)
-        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+        with log_file.open("a", encoding="utf-8") as log:
             log.write(f"\n==> {what}: {' '.join(command)}\n")
             log.flush()
             process = subprocess.Popen(
@@ -110,9 +119,9 @@ class Run:
             except BaseException:
                 self._stop(process)
                 raise
-        if status == 0:
+        if status in fine:
             return "passed", ""
-        return "failed", f"{what}: exit status {status}; {self.last_line()}"
+        return "failed", f"{what}: exit status {status}; {last_line(log_file)}"
 
     @staticmethod
     def _stop(process: subprocess.Popen[bytes]) -> None:
@@ -124,9 +133,10 @@ class Run:
                 continue
             return
 
-    def last_line(self) -> str:
-        lines = (self.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
+
+def last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")
 
 
 def missing(modules: Sequence[str]) -> list[str]:
@@ -152,32 +162,73 @@ def build(run: Run, result: Result) -> None:
         result.add(*run.command("import", sys.executable, "-c", check))
 
 
-def pytest_stage(run: Run, result: Result, name: str, *selection: str) -> None:
+NO_TESTS = 5  # pytest's exit status where no test is selected
+
+
+def pytest_stage(
+    run: Run, result: Result, name: str, files: Sequence[Path], *selection: str
+) -> None:
+    """Every file in a process of its own, some at a time: one that crashes takes no other along.
+
+    What they print is in NAME.txt, how each test went in NAME.xml.
+    """
     from benchmarks.gpu_summary import count_outcomes
 
     lacking = missing(("pytest", "hypothesis", "numpy"))
     if lacking:
         result.add("failed", f"missing: pip install {' '.join(lacking)}")
         return
-    xml = run.folder / f"{name}.xml"
     # A test that hangs would take all the time that is left.
     limits = () if missing(("pytest_timeout",)) else ("--timeout=180",)
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}", *limits)
-    result.add(*run.command(name, sys.executable, *command, *selection, *run.pytest))
+    command = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *limits)
+    cores = os.cpu_count() or 1
+    jobs = max(1, min(6, cores // 2))
+    parts = run.folder / name
+    parts.mkdir(exist_ok=True)
+
+    def run_file(path: Path) -> tuple[str, str]:
+        xml, text = parts / f"{path.stem}.xml", parts / f"{path.stem}.txt"
+        return run.command(
+            f"{name}: {path.name}",
+            *(sys.executable, *command, f"--junitxml={xml}", str(path), *selection, *run.pytest),
+            log_file=text,
+            fine=(0, NO_TESTS),
+            OMP_NUM_THREADS=str(max(1, cores // jobs)),
+        )
+
+    with ThreadPoolExecutor(jobs) as pool:
+        statuses = list(pool.map(run_file, files))
+    merged = ElementTree.Element("testsuites")
+    with (run.folder / f"{name}.txt").open("w", encoding="utf-8") as output:
+        for path, (status, note) in zip(files, statuses, strict=True):
+            result.add(status, note)
+            text, xml = parts / f"{path.stem}.txt", parts / f"{path.stem}.xml"
+            if text.exists():
+                output.write(text.read_text(encoding="utf-8", errors="replace"))
+            try:
+                merged.extend(ElementTree.parse(xml).getroot())
+            except (OSError, ElementTree.ParseError):
+                if status != "passed":  # it has not come to its end
+                    case = ElementTree.SubElement(merged, "testcase", name=path.name)
+                    ElementTree.SubElement(case, "error", message=note)
+    shutil.rmtree(parts)
+    xml = run.folder / f"{name}.xml"
+    ElementTree.ElementTree(merged).write(xml, encoding="utf-8")
     if result.status == "passed" and not count_outcomes(xml).passed:
         result.add("failed", "every test was skipped, or there was none")
 
 
 def tests(run: Run, result: Result) -> None:
     """What needs a GPU: families, graphs, streams first; then every test that takes a device."""
-    first = sorted(str(path) for path in (ROOT / "tests").glob("test_gpu*.py"))
-    rest = sorted(str(p) for p in (ROOT / "tests").glob("test_*.py") if str(p) not in first)
-    pytest_stage(run, result, "tests", "-m", "gpu", *first, *rest)
+    first = sorted((ROOT / "tests").glob("test_gpu*.py"))
+    rest = sorted(path for path in (ROOT / "tests").glob("test_*.py") if path not in first)
+    pytest_stage(run, result, "tests", [*first, *rest], "-m", "gpu")
 
 
 def cpu_tests(run: Run, result: Result) -> None:
     """All others, from the same build."""
-    pytest_stage(run, result, "cpu-tests", "-m", "not gpu")
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    pytest_stage(run, result, "cpu-tests", files, "-m", "not gpu")
 
 
 def sanitizer(run: Run, result: Result) -> None:

@@ -156,11 +156,35 @@ def test_tests_that_are_all_skipped_are_no_success(
         tests.write_text(f"import pytest\n\ndef test_it():\n    {body}\n")
 
         def stage(run: gpu_check.Run, result: gpu_check.Result, path: Path = tests) -> None:
-            gpu_check.pytest_stage(run, result, "tests", str(path))
+            gpu_check.pytest_stage(run, result, "tests", [path])
 
         monkeypatch.setattr(gpu_check, "STAGES", {"tests": stage})
         assert run(tmp_path / str(number)) == (status == "failed")
         assert f"| tests | {status} |" in (tmp_path / str(number) / "summary.md").read_text()
+
+
+def test_a_file_that_crashes_takes_no_other_along(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = {"crash": "import os; os._exit(9)", "fail": "assert 1 == 2", "fine": "pass"}
+    for name, body in bodies.items():
+        text = f"import pytest\n\n@pytest.mark.gpu\ndef test_{name}():\n    {body}\n"
+        (tmp_path / f"test_{name}.py").write_text(text)
+    (tmp_path / "test_none.py").write_text("def test_for_the_cpu():\n    pass\n")
+
+    def stage(run: gpu_check.Run, result: gpu_check.Result) -> None:
+        selection = ("-m", "gpu", "-W", "ignore::pytest.PytestUnknownMarkWarning")
+        gpu_check.pytest_stage(run, result, "tests", sorted(tmp_path.glob("test_*.py")), *selection)
+
+    monkeypatch.setattr(gpu_check, "STAGES", {"tests": stage})
+    folder = tmp_path / "out"
+    assert run(folder) == 1
+    summary = (folder / "summary.md").read_text()
+    assert "tests.xml: 1 passed, 2 failed, 0 skipped" in summary
+    assert "test_crash.py: exit status 9" in summary
+    assert "test_none" not in summary
+    assert "assert 1 == 2" in (folder / "tests.txt").read_text()
+    assert not (folder / "tests").exists()
 
 
 def row(provider: str, ratio: float, side: int = 56, **other: object) -> dict[str, object]:
