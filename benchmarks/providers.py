@@ -220,6 +220,8 @@ class Cudnn(Provider):
             return "cuDNN runs on CUDA only"
         if case.shape.numel > 2**31 - 1:
             return "more than 2**31 - 1 elements"
+        if case.dtype == "bfloat16":
+            return "PyTorch calls it with parameters of bfloat16, never with those of float32"
         return no_derivative_alone("cuDNN") if case.direction == "derivative" else None
 
     def apply(self, t: Tensors, training: bool) -> Tensor:

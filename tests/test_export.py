@@ -83,6 +83,11 @@ def test_decompositions_leave_an_operator_of_cpp(training: bool) -> None:
     same_state(exported, eager)
 
 
+IMPORT = """
+import sys, torch, bnext
+path = sys.argv[1]
+torch.save(torch._inductor.aoti_load_package(path)(torch.load(path + ".x")), path + ".y")
+"""
 LOAD = """
 import sys, torch
 path, library = sys.argv[1:]
@@ -99,10 +104,10 @@ torch.save(package(torch.load(path + ".x")), path + ".y")
 
 
 def test_aot_inductor(tmp_path: Path, device: str) -> None:
-    """A compiled package of the eval graph, here and in another process.
+    """A compiled package of the eval graph, in other processes.
 
-    That one has to register the operators: by `import bnext`, as here, or, without its Python, by
-    loading the compiled module as a library.
+    They have to register the operators: by `import bnext`, or, without its Python, by loading the
+    compiled module as a library.
     """
     model = model_of(device=device)
     x = images(5).to(device)
@@ -111,10 +116,10 @@ def test_aot_inductor(tmp_path: Path, device: str) -> None:
             export(model), package_path=str(tmp_path / "model.pt2")
         )
         want = model(x)
-        near(torch._inductor.aoti_load_package(path)(x), want)
     torch.save(x, f"{path}.x")
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD, path, _C.__file__], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    near(torch.load(f"{path}.y"), want)
+    for script in (IMPORT, LOAD):
+        command = [sys.executable, "-c", script, path, _C.__file__]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, f"exit status {run.returncode}\n{run.stderr}"
+        near(torch.load(f"{path}.y"), want)
+        Path(f"{path}.y").unlink()
