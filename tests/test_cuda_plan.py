@@ -219,11 +219,12 @@ def check_streaming(
         steps = q.threads
     # Sums in float32 stay short.
     assert q.chunk <= steps * library().plan_unroll() * library().plan_batches(), text
-    # The grid fills the device where there is enough work: with the half of its threads that
-    # registers allow, less what whole steps of a block round away.
+    # Blocks fill the device where there is enough work: with the 512 threads of an SM that registers
+    # allow, less what whole steps of a block, and whole numbers of blocks to a channel, round away.
     work = c * positions // q.vec
     if work >= 8 * device.num_sms * device.threads_per_sm and positions >= 4096:
-        assert q.num_blocks * q.threads >= 3 * device.num_sms * device.threads_per_sm // 8, text
+        at_once = device.num_sms * min(device.threads_per_sm, 512)
+        assert q.num_blocks * q.threads >= at_once // 2, text
     partials = 3 * q.wide_channels * q.num_splits * 8 if q.reduce else 0
     assert q.coefficient_offset == ceil_div(partials, 16) * 16, text
     coefficients = 4 * c * q.acc_bytes if q.finish and q.apply else 0

@@ -28,6 +28,8 @@ BNEXT_HOST_DEVICE constexpr int on_chip_batches(int steps) { return (steps + kOn
 // Groups of copies that a thread leaves in flight at most, one for each batch.
 constexpr int kMostGroups = 6;
 constexpr int kMaxThreads = 256;
+// Streaming: blocks of kMaxThreads that an SM has registers for. So many run at once, and more would be another wave.
+constexpr int kStreamingBlocksPerSm = 2;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
 constexpr int kWarpSize = 32;

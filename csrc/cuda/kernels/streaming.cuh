@@ -39,7 +39,7 @@ __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile,
 
 // Statistics of x. Sums are of x - pivot, and every part is moved to the common mean when parts are merged.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm) streaming_statistics_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) streaming_statistics_kernel(co
 // Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on the
 // way, and with halves, or packs that planes share, fewer packs at once, because there are not enough registers.
 template <typename T, int kVec, bool kRows, bool kWhole, bool kWritesDx>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
     streaming_backward_reduce_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
@@ -155,7 +155,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
 // out = scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is null. Forward has no dy, and
 // eval's dx no x.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, 2) streaming_apply_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm) streaming_apply_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
   Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
