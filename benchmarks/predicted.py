@@ -1,7 +1,7 @@
 """The prediction tables of docs/kernels.md, from the model of csrc/cuda/plan_*.cpp.
 
-python -m benchmarks.predicted [device]. Needs no GPU, and none has confirmed it. `time` is over the
-floor's: one kernel that moves what any implementation must move.
+python -m benchmarks.predicted [device]. Needs no GPU. `time` is over the floor's: one kernel that
+moves what any implementation must move.
 """
 
 from __future__ import annotations
@@ -66,18 +66,6 @@ def main(device: str) -> None:
             row.append("{:.2f} ({:.2f})".format(*means))
         rows.append(row)
     print_table(["ResNet-50, geometric mean", *LAYOUTS], rows)
-    rows = []
-    for direction, dtype in itertools.product(("forward", "backward"), ("float32", "float16")):
-        for shape in SHAPES:
-            auto, grid = (
-                plan(device, shape, (direction, dtype, "nchw"), f) for f in ("auto", "grid")
-            )
-            if grid["error"] or grid["time"] >= auto["time"]:
-                continue
-            times = [f"{p['time']:.2f} ({p['T']:.2g}T)" for p in (auto, grid)]
-            case = [f"{direction}, {dtype}", ", ".join(map(str, shape[:4])), auto["family"]]
-            rows.append(case + times)
-    print_table(["where a grid would be ahead, nchw", "shape", "runs", "time", "grid"], rows)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ namespace bnext::cuda {
 namespace {
 
 constexpr double kClusterUs = 1;      // more of a reduction: a cluster's barrier and remote reads
+constexpr double kStaggered = 0.6;    // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.
@@ -184,7 +185,7 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
       plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
   const double waves = std::ceil(num_blocks / (double(sms) * blocks));
   return kLaunchUs * (1 + plan.count) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
-         waves * (reduction + (plan.cluster > 1 ? kClusterUs : 0));
+         (reduction + (plan.cluster > 1 ? kClusterUs : 0)) * (1 + (waves - 1) * (blocks > 1 ? kStaggered : 1));
 }
 
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
