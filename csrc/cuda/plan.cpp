@@ -14,6 +14,9 @@ namespace {
 // Contiguous bytes of a row that a block reads: a whole cache line and no more, because a block leaves 24 bytes of partial
 // sums for each channel, which should be little beside the rows that it has read for them.
 constexpr int64_t kRowBytes = 128;
+// Partial sums that an apply block of rows adds up by itself: 24 bytes each, from L2.
+constexpr int64_t kFusedPartials = 512;
+
 bool begins_aligned(const View& view) {
   return view.data == nullptr || reinterpret_cast<uintptr_t>(view.data) % kPackBytes == 0;
 }
@@ -137,7 +140,6 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   plan.block_rows = plan.threads / plan.block_packs;
   split_items(device, limits, plan.num_slabs, plan.block_rows, plan);
   plan.slab_channels = plan.block_packs * plan.vec;
-  plan.fused = false;  // a block has hundreds of channels: to add up the partial sums once is cheaper
 }
 
 std::string format(const char* how, double number) {
@@ -193,7 +195,9 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
   } else {
     plan_rows(r, device, limits, plan);
   }
-  plan.fused = plan.fused && plan.num_splits <= limits.fused_splits;
+  // Each apply block adds up the partial sums of its channels: with many of them, to do it once is cheaper.
+  plan.fused = plan.fused && plan.num_splits <= limits.fused_splits &&
+               plan.num_splits * plan.slab_channels <= kFusedPartials;
   plan.finish = plan.finish || (fusible && !plan.fused);
 
   while (plan.finish_threads < plan.num_splits && plan.finish_threads < kMaxThreads) plan.finish_threads *= 2;

@@ -39,7 +39,7 @@ struct Call {
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
-  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length;
+  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length, slab_channels;
   double held;
   char plan[512], error[256];
 };
@@ -107,6 +107,7 @@ void run(Call& call, const Problem& problem) {
   call.fold = plan.fold;
   call.num_splits = plan.num_splits;
   call.run_length = plan.run_length;
+  call.slab_channels = plan.slab_channels;
   call.held = plan.held;
 }
 

@@ -94,7 +94,7 @@ FAMILIES = ("auto", "streaming", "resident", "cluster")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "cluster", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold")
-RESULTS += ("num_splits", "run_length")
+RESULTS += ("num_splits", "run_length", "slab_channels")
 
 
 class Call(ctypes.Structure):

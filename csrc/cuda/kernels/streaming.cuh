@@ -20,6 +20,11 @@ __device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, in
   return there;
 }
 
+// Of the columns of a folded row that are the same channel, this one answers for it.
+__device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile, int i) {
+  return tile.column * args.slab_channels + i < args.num_channels;
+}
+
 // What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads after a
 // barrier. `write`: the results as well, once for each channel.
 template <typename Acc>
@@ -30,8 +35,7 @@ __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile,
     there = find_channel(args, tile, i, channel) && there;
     const Finished<Acc> finished = finish_constant<Acc>(args, backward, load_input(args, channel, lane));
     if (there && lane == 0) shared[i] = finished.coefficients;
-    const bool first = tile.column * args.slab_channels + i < args.num_channels;  // of the columns of a folded row
-    if (there && write && first) store_outputs(args, channel, lane, finished);
+    if (there && write && is_first_column(args, tile, i)) store_outputs(args, channel, lane, finished);
   });
 }
 
@@ -126,15 +130,18 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   wait_for_kernels();
   if (args.source == Source::kConstants) leave_constants<Acc>(args, tile, args.backward, tile.split == 0);
-  if (!kRows && args.source == Source::kPartials && threadIdx.x < kWarpSize) {
-    const int lane = threadIdx.x;
-    const double input = load_input(args, tile.column, lane);
-    PartialSums sums = add_partials(args, args.backward, tile.column, lane, kWarpSize);
-    group_sum(args, sums.value);
-    const ChannelTotals totals = partial_totals(args, args.backward, sums);
-    const Coefficients<Acc> coefficients =
-        finish_group<Acc>(args, args.backward, tile.column, lane, totals, input, tile.split == 0);
-    if (lane == 0) *shared = coefficients;
+  if (args.source == Source::kPartials) {
+    for_each_group(args, [&](int i, int lane, bool there, int) {
+      int64_t channel;
+      there = find_channel(args, tile, i, channel) && there;
+      const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
+      const double input = load_input(args, channel, lane);
+      PartialSums sums = add_partials(args, args.backward, channel, lane, args.group_lanes);
+      group_sum(args, sums.value);
+      const ChannelTotals totals = partial_totals(args, args.backward, sums);
+      const auto coefficients = finish_group<Acc>(args, args.backward, channel, lane, totals, input, writes);
+      if (there && lane == 0) shared[i] = coefficients;
+    });
   }
   if (args.source != Source::kFinished) __syncthreads();
 #pragma unroll
