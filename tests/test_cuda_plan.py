@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import re
 from functools import cache
 from typing import NamedTuple
 
@@ -219,8 +218,8 @@ def check_streaming(
         steps = q.threads
     # Sums in float32 stay short.
     assert q.chunk <= steps * library().plan_unroll() * library().plan_batches(), text
-    # Blocks fill the device where there is enough work: with the 512 threads of an SM that registers
-    # allow, less what whole steps of a block, and whole numbers of blocks to a channel, round away.
+    # Blocks fill the device where there is enough work: with the 512 threads of an SM that
+    # registers allow, less what whole steps of a block and whole blocks of a channel round away.
     work = c * positions // q.vec
     if work >= 8 * device.num_sms * device.threads_per_sm and positions >= 4096:
         at_once = device.num_sms * min(device.threads_per_sm, 512)

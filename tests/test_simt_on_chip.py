@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import cases
@@ -142,7 +141,8 @@ def test_only_training_has_a_second_pass() -> None:
     """What streaming does in one pass is streamed, whichever family is asked for."""
     for machine in (RESIDENT, CLUSTER):
         case = cases.make_case((2, 8, 8, 8), mode="eval")
-        checked = [check(case, "eval", machine=machine) for check in (check_forward, check_backward)]
+        checks = (check_forward, check_backward)
+        checked = [check(case, "eval", machine=machine) for check in checks]
         case = cases.make_case((2, 8, 8, 8))
         sums = (False, True, True, True, True)
         checked.append(check_backward(case, "sums", want=sums, machine=machine))

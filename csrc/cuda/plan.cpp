@@ -196,8 +196,8 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
     plan_rows(r, device, limits, plan);
   }
   // Each apply block adds up the partial sums of its channels: with many of them, to do it once is cheaper.
-  plan.fused = plan.fused && plan.num_splits <= limits.fused_splits &&
-               plan.num_splits * plan.slab_channels <= kFusedPartials;
+  plan.fused =
+      plan.fused && plan.num_splits <= limits.fused_splits && plan.num_splits * plan.slab_channels <= kFusedPartials;
   plan.finish = plan.finish || (fusible && !plan.fused);
 
   while (plan.finish_threads < plan.num_splits && plan.finish_threads < kMaxThreads) plan.finish_threads *= 2;
@@ -273,12 +273,12 @@ bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
     const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,
                                  p.num_splits, p.wide_channels, p.num_slabs, p.block_packs, p.block_rows, p.num_blocks);
-    const auto stages = std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads,
-                                 p.finish_shared_bytes, p.coefficient_offset, p.workspace_bytes,
-                                 p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_steps, p.held_steps, p.run_length,
-                                  p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds,
-                                  p.batches_ahead);
+    const auto stages =
+        std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads, p.finish_shared_bytes,
+                 p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
+    const auto on_chip =
+        std::tie(p.on_chip, p.count, p.cluster, p.num_steps, p.held_steps, p.run_length, p.slab_channels, p.whole_packs,
+                 p.held, p.layout.bytes, p.microseconds, p.batches_ahead);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);

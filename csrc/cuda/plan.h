@@ -65,9 +65,9 @@ struct Limits {
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
   int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
-  double waves = 1;  // blocks to fill the device with, as a share of those that its registers have room for
+  double waves = 1;       // blocks to fill the device with, as a share of those that its registers have room for
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
-  int cluster = 0;  // blocks in a cluster: exactly this many, or 0 for any number
+  int cluster = 0;                          // blocks in a cluster: exactly this many, or 0 for any number
 };
 
 struct Plan {

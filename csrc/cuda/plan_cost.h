@@ -8,7 +8,7 @@
 
 namespace bnext::cuda {
 
-constexpr double kLaunchUs = 2.3;   // a kernel, from the last block of the one before to full speed. H100: 2.3
+constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed. H100: 2.3
 constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
 // From the last load of a block to its first store, and from its start to its first load. An H100 took 4 and 10 before this
 // code was made shorter; these are guesses.

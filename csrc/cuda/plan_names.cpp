@@ -77,7 +77,8 @@ Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  for (Family each : all_families()) known += (each == Family::kCluster ? " or " : ", ") + std::string(family_name(each));
+  for (Family each : all_families())
+    known += (each == Family::kCluster ? " or " : ", ") + std::string(family_name(each));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 

@@ -9,8 +9,8 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr double kClusterUs = 1;      // more of a reduction: a cluster's barrier and remote reads
-constexpr double kStaggered = 0.6;    // of a reduction in later waves, where another block of the SM moves data meanwhile
+constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
+constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.

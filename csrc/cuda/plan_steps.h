@@ -32,7 +32,8 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   layout.parts = slots;
   layout.counts = layout.parts + kNumSums * parts * columns * acc;
   layout.totals = round_up(layout.counts + parts * 4, kPackBytes);
-  layout.coefficients = round_up(layout.totals + (plan.cluster > 1 ? kNumSums * plan.slab_channels * 8 : 0), kPackBytes);
+  layout.coefficients =
+      round_up(layout.totals + (plan.cluster > 1 ? kNumSums * plan.slab_channels * 8 : 0), kPackBytes);
   layout.bytes = layout.coefficients + 4 * plan.slab_channels * acc;
   return layout;
 }

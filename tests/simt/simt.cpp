@@ -32,9 +32,9 @@ struct Fiber {
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   std::string arrived_at;
-  bool depends = false;        // it has waited for the kernels before
-  std::vector<Copy> copies;                      // begun, and in no group yet
-  std::deque<std::vector<Copy>> in_flight;       // groups
+  bool depends = false;                     // it has waited for the kernels before
+  std::vector<Copy> copies;                 // begun, and in no group yet
+  std::deque<std::vector<Copy>> in_flight;  // groups
   uint64_t slot[2] = {0, 0};  // values left for other lanes, alternating: a fast lane cannot overwrite what is read
   unsigned num_shuffles = 0;
 };
@@ -362,8 +362,8 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_byt
     m.error = "refused";
     return;
   }
-  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 ||
-      cluster > kMaxCluster || grid % cluster != 0) {
+  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 || cluster > kMaxCluster ||
+      grid % cluster != 0) {
     m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
               std::to_string(cluster) + " cannot run";
     return;

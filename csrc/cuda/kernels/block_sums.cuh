@@ -167,7 +167,8 @@ __device__ inline void leave_parts(const KernelArgs& args, const Acc (&value)[kN
     int first = 0, held = kLanes;
 #pragma unroll
     for (int v = 0; v < kLanes; ++v) sum[v] = value[k][v];
-    if (warps) first = kMoments && k == 0 ? halve_columns<false>(packs, sum, held) : halve_columns<true>(packs, sum, held);
+    if (warps)
+      first = kMoments && k == 0 ? halve_columns<false>(packs, sum, held) : halve_columns<true>(packs, sum, held);
 #pragma unroll
     for (int v = 0; v < kLanes; ++v) {
       Acc* to = parts + (k * args.num_parts + part) * columns + (first + v) * packs + place;

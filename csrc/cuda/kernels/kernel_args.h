@@ -88,10 +88,10 @@ struct KernelArgs {
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
   int64_t num_slabs;      // rows: blocks side by side
   int block_packs, block_rows;
-  Divider by_size[3];     // of items that threads count in an int, by size[d]; [0] is not used
-  Divider by_tile;        // of blocks: by num_slabs (rows) or num_splits (planes), on chip by cluster_size
-  Divider by_packs;       // of threads, by block_packs
-  Divider by_channels;    // of wide channels, by num_channels
+  Divider by_size[3];   // of items that threads count in an int, by size[d]; [0] is not used
+  Divider by_tile;      // of blocks: by num_slabs (rows) or num_splits (planes), on chip by cluster_size
+  Divider by_packs;     // of threads, by block_packs
+  Divider by_channels;  // of wide channels, by num_channels
   SharedLayout layout;
 
   // A block has slab_channels channels: one (planes), or those of its columns, of which each channel has channel_columns.

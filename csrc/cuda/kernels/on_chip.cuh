@@ -139,8 +139,8 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
   }
   for_each_group(args, [&](int i, int lane, bool there, int round) {
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
-    const ChannelTotals totals = args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
-                                                       : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+    const ChannelTotals totals =
+        args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane) : add_parts<!kBackward, kVec, Acc>(args, i, lane);
     const int64_t channel = on_chip_channel(args, tile, i);
     there = there && channel < args.num_channels;
     const Coefficients<Acc> found =
@@ -168,7 +168,8 @@ __device__ inline void leave_cluster(const KernelArgs& args) {
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(kMaxOnChipThreads, 1)
+    on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
@@ -184,12 +185,11 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1) on_chip_forward_kernel(c
     count += count_positions<kRows>(batch.items);
     if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
   };
-  data.load(
-      [&] { first_input = load_first_inputs<false, Acc>(args, tile); },
-      [&](const typename Data::Batch& batch, bool first) {
-        if (first) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-        add(batch);
-      });
+  data.load([&] { first_input = load_first_inputs<false, Acc>(args, tile); },
+            [&](const typename Data::Batch& batch, bool first) {
+              if (first) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+              add(batch);
+            });
   leave_moments<kRows>(args, pivot, s1, s2, count);
   Coefficients<Acc> coefficients[kVec];
   finish_on_chip<kRows, false>(args, tile, first_input, coefficients);

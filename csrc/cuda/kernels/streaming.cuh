@@ -43,7 +43,8 @@ __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile,
 
 // Statistics of x. Sums are of x - pivot, and every part is moved to the common mean when parts are merged.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm) streaming_statistics_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
+    streaming_statistics_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, false);
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
@@ -162,7 +163,8 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
 // out = scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is null. Forward has no dy, and
 // eval's dx no x.
 template <typename T, int kVec, bool kRows, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm) streaming_apply_kernel(const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
+    streaming_apply_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
   Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
