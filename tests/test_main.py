@@ -115,6 +115,11 @@ def test_explain_families() -> None:
     # What reads its tensors once is streamed, whichever family is asked for.
     lines = plans(bnext.explain(x, "h200", family="cluster", training=False))
     assert [line.split()[0] for line in lines] == ["streaming", "streaming"]
+    # No kernel for no elements, and no crash.
+    for shape in ((0, 4, 8, 8), (4, 0, 8, 8), (2, 4, 0, 3)):
+        for family in ("auto", "cluster"):
+            text = bnext.explain(torch.empty(shape, device="meta"), "h100", family=family)
+            assert text.count("cannot run: there is nothing to do") == 2
     # Streaming is for everything.
     assert "cannot run" not in bnext.explain(x, "t4", family="streaming")
     with pytest.raises(RuntimeError, match=r"^family should be auto.* not fastest"):

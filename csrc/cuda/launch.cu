@@ -18,6 +18,7 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   for (int d = 1; d < 3 && plan.vec > 1; ++d) args.by_size[d] = make_divider(plan.size[d]);
   args.by_tile = make_divider(plan.on_chip ? plan.cluster : rows ? plan.num_slabs : plan.num_splits);
   args.by_packs = make_divider(plan.block_packs);
+  args.by_batch = make_divider(int64_t{kUnroll} * (rows ? plan.block_rows : plan.threads));
   args.slab_channels = plan.slab_channels;
   args.run_length = plan.run_length;
   args.channel_columns = columns / plan.slab_channels;

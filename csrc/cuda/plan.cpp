@@ -121,7 +121,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
     const int64_t fold = vec / std::gcd(vec, g.num_channels);
     if (fold == 1 && r.aligned) {
       plan.vec = static_cast<int>(vec);
-    } else if (r.dense_rows && g.size[2] % fold == 0) {
+    } else if (r.dense_rows && g.size[2] % fold == 0 && g.num_channels * fold <= kMaxBlocks) {
       plan.vec = static_cast<int>(vec);
       plan.fold = fold;
       plan.size[2] /= fold;
@@ -188,6 +188,10 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
   plan.dtype = r.geometry.dtype;
   plan.walk = r.geometry.walk;
   plan.pass = r.pass;
+  if (r.geometry.num_channels == 0 || r.geometry.num_positions() == 0) {
+    plan.error = "there is nothing to do";
+    return plan;
+  }
   plan_stages(r, plan);
   const bool fusible = plan.fused;
   if (plan.walk == Walk::kPlanes) {
@@ -251,7 +255,7 @@ Request make_request(const BackwardProblem& problem) {
 
 Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits) {
   const Plan streaming = plan_streaming(r, device, limits);
-  const bool reads_twice = streaming.reduce && streaming.apply;
+  const bool reads_twice = streaming.reduce && streaming.apply;  // no stages at all where there is nothing to do
   if (limits.family == Family::kStreaming || !reads_twice) return streaming;
   const Plan on_chip = plan_on_chip(r, device, limits, streaming);
   if (limits.family == Family::kResident || limits.family == Family::kCluster) return on_chip;

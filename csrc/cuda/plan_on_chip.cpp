@@ -130,18 +130,11 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   }
 }
 
-// Why no on-chip kernel can do this, whatever the device; or nothing.
-const char* refuse(const Request& r, const Plan& streaming) {
-  if (r.geometry.num_channels == 0 || r.geometry.num_positions() == 0) return "there is nothing to keep on chip";
-  if (streaming.vec == 1) return "the elements do not fill packs of 16 bytes";
-  return nullptr;
-}
-
 // A plan before it is decided how much stays on chip, with the walk of the streaming plan.
 Plan begin_on_chip(const Request& r, const Plan& streaming) {
   Plan plan = streaming;
-  if (const char* reason = refuse(r, streaming)) {
-    plan.error = reason;
+  if (streaming.vec == 1) {
+    plan.error = "the elements do not fill packs of 16 bytes";
     return plan;
   }
   plan.on_chip = true;

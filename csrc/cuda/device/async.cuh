@@ -44,6 +44,7 @@ __device__ inline void wait_async(int groups BNEXT_AND_CALLER) {
 #ifdef BNEXT_SIMT
   simt::wait_async(groups < kMostGroups ? groups : kMostGroups, file, line);
 #elif __CUDA_ARCH__ >= 800
+  if (groups >= kMostGroups) return wait_group<kMostGroups>();  // nearly always
   switch (groups) {
     case 0:
       return wait_group<0>();
@@ -55,10 +56,8 @@ __device__ inline void wait_async(int groups BNEXT_AND_CALLER) {
       return wait_group<3>();
     case 4:
       return wait_group<4>();
-    case 5:
-      return wait_group<5>();
     default:
-      return wait_group<kMostGroups>();
+      return wait_group<kMostGroups - 1>();
   }
 #endif
 }

@@ -3,6 +3,8 @@
 // before sm_90, a kernel begins when the ones before it have ended, and these functions do nothing.
 #pragma once
 
+#include <cstring>
+
 #include "portability.cuh"
 
 namespace bnext::cuda {
@@ -24,13 +26,27 @@ __device__ inline void wait_for_kernels(BNEXT_CALLER) {
 #endif
 }
 
-// What the kernel before has left, for a thread that has waited for it.
+// What the kernel before has left, for a thread that has waited for it. From L2: L1 may have what was there before.
 template <typename T>
 __device__ inline T load_left(const T* from) {
 #ifdef BNEXT_SIMT
   simt::check_dependency();
-#endif
   return *from;
+#else
+  static_assert(sizeof(T) == 8 || sizeof(T) % 16 == 0, "one load of 8 bytes, or some of 16");
+  T value;
+  if constexpr (sizeof(T) == 8) {
+    const unsigned long long bits = __ldcg(reinterpret_cast<const unsigned long long*>(from));
+    memcpy(&value, &bits, sizeof value);
+  } else {
+    uint4 bits[sizeof(T) / 16];
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof(T) / 16); ++i)
+      bits[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+    memcpy(&value, bits, sizeof value);
+  }
+  return value;
+#endif
 }
 
 }  // namespace bnext::cuda

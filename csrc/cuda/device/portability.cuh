@@ -23,6 +23,15 @@ namespace bnext::cuda {
 
 constexpr int kClusterArch = 90;  // the first one with clusters, and with kernels that overlap
 
+// Compilers work out again at each use what they could keep: they count registers, not the instructions of a loop.
+__device__ inline void keep_in_register(int& value) {
+#ifdef BNEXT_SIMT
+  (void)value;
+#else
+  asm volatile("" : "+r"(value));
+#endif
+}
+
 // All shared memory is dynamic: its size is in the plan, where tests can see it, and the shim can poison it.
 __device__ inline unsigned char* shared_memory() {
 #ifdef BNEXT_SIMT
@@ -58,9 +67,6 @@ int compiled_arch() {
   return kClusterArch;
 }
 #else
-// 48 KiB take no asking, but several blocks of less on an SM take more than it has without.
-constexpr size_t kSharedBytesWithoutAsking = 16 << 10;
-constexpr unsigned kPortableCluster = 8;
 
 // The runtime remembers an error until somebody asks, and this one is not for somebody else to find.
 inline cudaError_t keep_to_ourselves(cudaError_t error) {
@@ -68,7 +74,8 @@ inline cudaError_t keep_to_ourselves(cudaError_t error) {
   return error;
 }
 
-// What a kernel must be told once per device before it may have large shared memory or large clusters.
+// What a kernel must be told once per device: that it may have large shared memory and large clusters. All have the same
+// carveout, too, so that an SM need not be empty between two of them, to change it.
 template <auto kKernel>
 cudaError_t set_attributes() {
   static std::atomic<uint64_t> prepared{0};  // one bit per device
@@ -87,9 +94,9 @@ cudaError_t set_attributes() {
   attempt([&] {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   });
-  if (arch_major >= 9) {
-    attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1); });
-  }
+  // Where that is refused, count_clusters finds no clusters of 16.
+  if (arch_major >= 9)
+    keep_to_ourselves(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   if (error == cudaSuccess) prepared.fetch_or(bit, std::memory_order_relaxed);
   return error;
 }
@@ -118,10 +125,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
 // The only launch of the package.
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > kSharedBytesWithoutAsking || shape.cluster > kPortableCluster) {
-    error = set_attributes<kKernel>();
-  }
+  cudaError_t error = set_attributes<kKernel>();
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(shape, stream, attribute);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kKernel, args);

@@ -53,7 +53,7 @@ __device__ inline Finished<Acc> finish_forward(const KernelArgs& args, const Cha
   if (args.output[forward::kNewMean].data == nullptr) return finished;
   // A kernel before this one has counted the batch already: reduce, or on chip count_kernel.
   const double momentum = args.cumulative && args.num_batches_tracked != nullptr
-                              ? 1.0 / static_cast<double>(*args.num_batches_tracked)
+                              ? 1.0 / static_cast<double>(load_left(args.num_batches_tracked))
                               : args.momentum;
   const double new_mean = momentum * mean + (1 - momentum) * old_mean;
   const double new_var = momentum * (var * args.unbiased) + (1 - momentum) * old_var;
@@ -170,7 +170,7 @@ template <typename Acc>
 __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_constant__ KernelArgs args) {
   const int64_t c = blockIdx.x;
   const int lane = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
-  start_next_kernel();
+  if (args.coefficients != nullptr) start_next_kernel();  // else the next one is not of this pass
   const double input = load_input(args, c, lane);
   wait_for_kernels();
   if (args.source == Source::kConstants) {

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
   int count = 0;
-  const int batches = num_batches<kRows>(args, tile);
+  const int batches = num_batches(args, tile);
   for (int b = 0; b < batches; ++b) {
     Item<T, 1> items[kUnroll];
     Pack<T, kVec> x[kUnroll];
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kLanes] = {};
-  const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
+  const int batches = num_batches(args, tile) * (kUnroll / kItems);
   for (int b = 0; b < batches; ++b) {
     Item<T, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
@@ -129,7 +129,6 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 template <bool kRows, int kVec, typename Acc>
 __device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  wait_for_kernels();
   if (args.source == Source::kConstants) leave_constants<Acc>(args, tile, args.backward, tile.split == 0);
   if (args.source == Source::kPartials) {
     for_each_group(args, [&](int i, int lane, bool there, int) {
@@ -137,6 +136,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       there = find_channel(args, tile, i, channel) && there;
       const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
       const double input = load_input(args, channel, lane);
+      wait_for_kernels();
       PartialSums sums = add_partials(args, args.backward, channel, lane, args.group_lanes);
       group_sum(args, sums.value);
       const ChannelTotals totals = partial_totals(args, args.backward, sums);
@@ -144,6 +144,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       if (there && lane == 0) shared[i] = coefficients;
     });
   }
+  wait_for_kernels();
   if (args.source != Source::kFinished) __syncthreads();
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   constexpr bool kAskFirst = kWhole;  // packs that planes share leave no registers for it
   if (!kAskFirst) load_coefficients<kRows>(args, tile, coefficients);
   constexpr int kItems = kWhole ? kUnroll : kUnroll / 2;
-  const int batches = num_batches<kRows>(args, tile) * (kUnroll / kItems);
+  const int batches = num_batches(args, tile) * (kUnroll / kItems);
   for (int b = 0; b < batches; ++b) {
     Item<T, 3> items[kItems];
     Pack<T, kVec> x[kItems], dy[kItems];

@@ -56,6 +56,7 @@ class Cursor {
     }
     const int64_t block_item = tile.split * args.chunk, block_end = block_item + args.chunk;
     end_ = static_cast<Index>(idle ? 0 : block_end < args.num_items ? block_end : args.num_items);
+    if constexpr (kVec > 1) keep_in_register(end_);
     const int64_t item = block_item + int64_t{step} * num_threads_ + start;
     item_ = static_cast<Index>(item);
     // Where there is one group of planes or rows, the second digit has no end: items beyond the last have places, too.
@@ -146,11 +147,9 @@ class Cursor {
 };
 
 // How often each thread of a block takes kUnroll items: as often as the one that has most. The same for all threads.
-template <bool kRows>
 __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   const int64_t left = args.num_items - tile.split * args.chunk, items = left < args.chunk ? left : args.chunk;
-  const int at_once = kUnroll * (kRows ? args.block_rows : blockDim.x);
-  return static_cast<int>((items + at_once - 1) / at_once);
+  return static_cast<int>(args.by_batch.divide(static_cast<unsigned>(items) + args.by_batch.divisor - 1));
 }
 
 // Of a lane of this thread, its column in the block: rows have as many columns as their packs have elements.
