@@ -7,6 +7,7 @@ extension only for the families, so that it can be written when the build has fa
 from __future__ import annotations
 
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -199,6 +200,35 @@ def forced_families(rows: Sequence[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
+def wave_costs(rows: Iterable[dict[str, Any]], gbps: float) -> str:
+    """What is left of bnext's times without the floor's, and without bytes that the floor does not
+    move, over the waves of blocks: the R of docs/kernels.md, for csrc/cuda/plan_cost.h."""
+    from bnext._extension import _C
+
+    found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        own, _, family = row["provider"].partition("-")
+        timed = row.get("ms") and row.get("floor_ms") and row["cache"] == "cold"
+        if own != "bnext" or not timed or row["direction"] not in HEADLINES[:2]:
+            continue
+        x = torch.empty([row[k] for k in "NCHW"], dtype=DTYPES[row["dtype"]], device="meta")
+        x = x.contiguous(memory_format=LAYOUTS[row["layout"]])
+        plans = _C.cuda_plans(x, PLAN_FOR, family, True)
+        plan = next(p for p in plans if p["pass"] == row["direction"])
+        more = plan["bytes_moved"] - plan["bytes_min"]
+        rest = 1e3 * (row["ms"] - row["floor_ms"]) - more / (1e3 * gbps)
+        kept = "–" if plan["family"] == "streaming" else "in part" if more else "all"
+        dtype = "halves" if x.element_size() == 2 else row["dtype"]
+        key = (plan["family"], plan["walk"], kept, row["direction"], dtype)
+        found[key].append(rest / plan["waves"])
+    lines = [
+        (*key, len(r), f"{statistics.median(r):.1f}", f"{min(r):.1f} to {max(r):.1f}")
+        for key, r in sorted(found.items())
+    ]
+    head = ("family", "walk", "on chip", "pass", "dtype", "cases", "µs a wave", "range")
+    return "Time that no byte explains:\n\n" + table(head, lines) if lines else ""
+
+
 def probe_section(found: dict[str, Any]) -> str:
     """Of the bandwidths the plateau, and what stands alone."""
     lines = []
@@ -243,6 +273,7 @@ def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageR
         sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
         try:
             sections += ["## Families", families(rows), forced_families(rows)]
+            sections.append(wave_costs(rows, gbps) if gbps else "")
         except (ImportError, RuntimeError) as error:
             sections.append(f"not known: {str(error).splitlines()[0]}")
         sections += ["## Kernels", peer_kernels(rows)]

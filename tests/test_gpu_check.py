@@ -260,6 +260,20 @@ def test_a_forced_family_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["BNEXT_CUDA_FAMILY"] == "auto"
 
 
+def test_wave_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streaming moves 2 T = 51.4 MB more than the floor, at 4000 GB/s: 12.8 of 200 us."""
+    monkeypatch.setattr(gpu_summary, "PLAN_FOR", "h200")
+    rows = [row("bnext-streaming", 1.0, floor_ms=0.8, cache="cold")]
+    (line,) = gpu_summary.wave_costs(rows, 4000.0).splitlines()[4:]
+    head = "| streaming | planes | – | backward | float32 | 1 |"
+    assert line == f"{head} 187.2 | 187.2 to 187.2 |"
+    # What stays on chip moves no more, and has waves.
+    rows = [row("bnext-resident", 1.0, 28, floor_ms=0.8, cache="cold", C=512)]
+    (line,) = gpu_summary.wave_costs(rows, 4000.0).splitlines()[4:]
+    assert line.startswith("| resident | planes | all | backward | float32 | 1 | 50.0 |")
+    assert gpu_summary.wave_costs([row("cudnn", 1.0, floor_ms=0.8, cache="cold")], 4000.0) == ""
+
+
 JUNIT = """<testsuites><testsuite name="pytest" tests="4">
 <testcase classname="tests.test_gpu" name="test_a[x]" time="1"/>
 <testcase classname="tests.test_gpu" name="test_b"><failure message="assert 1 == 2&#10;more">x</failure></testcase>

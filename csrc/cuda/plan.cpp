@@ -282,7 +282,7 @@ bool operator==(const Plan& a, const Plan& b) {
                  p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
     const auto on_chip =
         std::tie(p.on_chip, p.count, p.cluster, p.num_steps, p.held_steps, p.run_length, p.slab_channels, p.whole_packs,
-                 p.held, p.layout.bytes, p.microseconds, p.batches_ahead);
+                 p.held, p.layout.bytes, p.microseconds, p.waves, p.batches_ahead);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
@@ -291,7 +291,7 @@ bool operator==(const Plan& a, const Plan& b) {
 std::string to_string(const Plan& plan) {
   std::string text = family_name(plan.family);
   text += plan.pass == Pass::kForward ? " forward, " : " backward, ";
-  text += plan.run_length > 1 ? "runs of channels of " : plan.walk == Walk::kPlanes ? "planes of " : "rows of ";
+  text += std::string(walk_name(plan)) + (plan.run_length > 1 ? " of channels of " : " of ");
   text += std::string(dtype_name(plan.dtype)) + " in " + (plan.vec > 1 ? "packs of 16 bytes" : "single elements");
   if (plan.fold > 1) text += ", " + std::to_string(plan.fold) + " rows as one";
   text += ":" + stages_text(plan) + "; moves ";
@@ -301,6 +301,10 @@ std::string to_string(const Plan& plan) {
   text +=
       plan.error.empty() ? "; predicted " + format("%.3g", plan.microseconds) + " us" : "; cannot run: " + plan.error;
   return text;
+}
+
+const char* walk_name(const Plan& plan) {
+  return plan.run_length > 1 ? "runs" : plan.walk == Walk::kPlanes ? "planes" : "rows";
 }
 
 const char* family_name(Family family) {

@@ -99,7 +99,8 @@ struct Plan {
   SharedLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;
-  double microseconds = 0;  // by the model of plan_cost.h
+  // By the model of plan_cost.h; and the waves of blocks that it counts, 1 for streaming.
+  double microseconds = 0, waves = 1;
   // Not empty: the pass cannot run, and why.
   std::string error;
 };
@@ -116,6 +117,8 @@ double predict_floor(int64_t bytes, const DeviceInfo& device);
 std::string to_string(const Plan& plan);
 
 const char* family_name(Family family);
+// How its blocks walk: "planes", "rows", or "runs" of channels.
+const char* walk_name(const Plan& plan);
 // False when no family has this name.
 bool parse_family(const std::string& name, Family* family);
 

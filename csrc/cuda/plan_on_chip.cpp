@@ -155,7 +155,7 @@ double predict_floor(int64_t bytes, const DeviceInfo& device) {
   return kLaunchUs + traffic_time(device, static_cast<double>(bytes), 0, 0);
 }
 
-double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
+double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   const double bytes = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
   const double reduction = plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs;
   const double inputs = (r.pass == Pass::kForward ? 1 : 2) * one;
@@ -176,9 +176,9 @@ double predict_time(const Plan& plan, const Request& r, const DeviceInfo& device
   const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
   const bool narrow =
       plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
-  const double waves = std::ceil(num_blocks / (double(sms) * blocks));
+  plan.waves = std::ceil(num_blocks / (double(sms) * blocks));
   return kLaunchUs * (1 + plan.count) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
-         (reduction + (plan.cluster > 1 ? kClusterUs : 0)) * (1 + (waves - 1) * (blocks > 1 ? kStaggered : 1));
+         (reduction + (plan.cluster > 1 ? kClusterUs : 0)) * (1 + (plan.waves - 1) * (blocks > 1 ? kStaggered : 1));
 }
 
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {

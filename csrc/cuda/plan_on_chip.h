@@ -9,7 +9,7 @@ namespace bnext::cuda {
 // request. Where there is none, the result has an error that says why.
 Plan plan_on_chip(const Request& request, const DeviceInfo& device, const Limits& limits, const Plan& streaming);
 
-// Predicted microseconds. A model to compare plans with, not a promise.
-double predict_time(const Plan& plan, const Request& request, const DeviceInfo& device);
+// Predicted microseconds. A model to compare plans with, not a promise. Leaves the waves that it counts in the plan.
+double predict_time(Plan& plan, const Request& request, const DeviceInfo& device);
 
 }  // namespace bnext::cuda
