@@ -46,19 +46,9 @@ struct Moments {
 // before is at most eight batches, and what comes after at most eight times as much.
 constexpr int kPivotItems = 16;
 
-template <bool kRows, typename T, int kVec, int kItems, int kViews, typename Acc>
-__device__ inline void find_pivots(const KernelArgs& args, const Pack<T, kVec> (&x)[kItems],
-                                   const Item<T, kViews> (&items)[kItems], Acc (&pivot)[kVec]) {
-  constexpr int kLanes = kRows ? kVec : 1;
-  Acc sum[kVec];
-  int count = count_positions<kRows>(items);
-#pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    sum[v] = 0;
-#pragma unroll
-    for (int u = 0; u < kItems; ++u) sum[v] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
-  }
-  if (!kRows) sum[0] = add_lanes(sum);
+// From a thread's sums of `count` positions to the means of its part.
+template <bool kRows, int kLanes, typename Acc>
+__device__ inline void take_part_means(const KernelArgs& args, Acc (&sum)[kLanes], int count) {
   if (!kRows || args.parts_are_warps) {
 #pragma unroll 1
     for (int distance = kRows ? args.block_packs : 1; distance < kWarpSize; distance *= 2) {
@@ -69,9 +59,24 @@ __device__ inline void find_pivots(const KernelArgs& args, const Pack<T, kVec> (
   }
   const Acc inverse = Acc(1) / static_cast<Acc>(count > 0 ? count : 1);
 #pragma unroll
+  for (int v = 0; v < kLanes; ++v) sum[v] *= inverse;
+}
+
+template <bool kRows, typename T, int kVec, int kItems, int kViews, typename Acc>
+__device__ inline void find_pivots(const KernelArgs& args, const Pack<T, kVec> (&x)[kItems],
+                                   const Item<T, kViews> (&items)[kItems], Acc (&pivot)[kVec]) {
+  constexpr int kLanes = kRows ? kVec : 1;
+  Acc mean[kLanes] = {};
+#pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    const Acc mean = v < kLanes ? sum[v] * inverse : pivot[0];
-    pivot[v] = is_finite(mean) ? mean : Acc(0);  // NaN and Inf reach the result through the sums
+#pragma unroll
+    for (int u = 0; u < kItems; ++u) mean[v % kLanes] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
+  }
+  take_part_means<kRows>(args, mean, count_positions<kRows>(items));
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+    pivot[v] =
+        is_finite(mean[v % kLanes]) ? mean[v % kLanes] : Acc(0);  // NaN and Inf reach the result through the sums
   }
 }
 
@@ -80,39 +85,26 @@ template <bool kRows, int kVec, int kLanes, typename Acc>
 __device__ inline void move_pivots(const KernelArgs& args, Acc (&pivot)[kVec], Acc (&s1)[kLanes], Acc (&s2)[kLanes],
                                    int count) {
   constexpr int kMoved = kRows ? kVec : 1;
-  Acc sum[kMoved];
-  int of_part = count;
+  // Planes: how many positions each of a thread's running sums has does not matter, as long as they add up.
+  if constexpr (!kRows) {
+    s1[0] = add_lanes(s1);
 #pragma unroll
-  for (int v = 0; v < kMoved; ++v) sum[v] = kRows ? s1[v] : add_lanes(s1);
-  if (!kRows || args.parts_are_warps) {
-#pragma unroll 1
-    for (int distance = kRows ? args.block_packs : 1; distance < kWarpSize; distance *= 2) {
-#pragma unroll
-      for (int v = 0; v < kMoved; ++v) sum[v] += __shfl_xor_sync(kFullWarp, sum[v], distance);
-      of_part += __shfl_xor_sync(kFullWarp, of_part, distance);
-    }
+    for (int v = 1; v < kLanes; ++v) s1[v] = 0;
   }
-  const Acc inverse = Acc(1) / static_cast<Acc>(of_part > 0 ? of_part : 1);
+  Acc distance[kMoved];
+#pragma unroll
+  for (int v = 0; v < kMoved; ++v) distance[v] = s1[v];
+  take_part_means<kRows>(args, distance, count);
 #pragma unroll
   for (int v = 0; v < kMoved; ++v) {
-    const Acc mean = pivot[v] + sum[v] * inverse, moved = mean - pivot[v];
+    const Acc mean = pivot[v] + distance[v], moved = mean - pivot[v], before = s1[v];
     if (!is_finite(moved)) continue;
     pivot[v] = mean;
-    // Planes: which of the thread's running sums has how many positions does not matter, as long as they add up.
-    const int lane = v % kLanes;
-    Acc before = s1[lane];
-    if (!kRows) {
-      before = add_lanes(s1);
-#pragma unroll
-      for (int i = 1; i < kLanes; ++i) s1[i] = 0;
-    }
-    s1[lane] = before - static_cast<Acc>(count) * moved;
-    s2[lane] -= moved * (before + s1[lane]);
+    s1[v] = before - static_cast<Acc>(count) * moved;
+    s2[v] -= moved * (before + s1[v]);
   }
-  if (!kRows) {
 #pragma unroll
-    for (int v = 1; v < kVec; ++v) pivot[v] = pivot[0];
-  }
+  for (int v = kMoved; v < kVec; ++v) pivot[v] = pivot[0];
 }
 
 template <typename Value>
