@@ -79,8 +79,7 @@ void plan_stages(const Request& r, Plan& plan) {
 // How many blocks share a channel, or a slab: as many as run at once, or a few times that where threads would have too many
 // batches to sum; each with at least a batch. A wave that is nearly empty would take as long as a full one.
 void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns, int64_t parallel_items, Plan& plan) {
-  const int threads_at_once = std::min(device.threads_per_sm, kStreamingBlocksPerSm * kMaxThreads);
-  const int64_t blocks_at_once = int64_t{device.num_sms} * std::max(1, threads_at_once / plan.threads);
+  const int64_t blocks_at_once = int64_t{device.num_sms} * std::max(1, streaming_threads(device) / plan.threads);
   const int64_t full = std::max<int64_t>(1, static_cast<int64_t>(limits.waves * blocks_at_once));
   const int64_t batch = parallel_items * kUnroll;
   const int64_t fewest = std::max<int64_t>(1, ceil_div(plan.num_items, batch * limits.batches));

@@ -99,7 +99,7 @@ struct Plan {
   SharedLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;
-  // By the model of plan_cost.h; and the waves of blocks that it counts, 1 for streaming.
+  // By the model of plan_cost.h; and the waves of blocks that it counts.
   double microseconds = 0, waves = 1;
   // Not empty: the pass cannot run, and why.
   std::string error;

@@ -11,6 +11,7 @@ namespace {
 
 constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
+constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.
@@ -159,10 +160,17 @@ double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   const double bytes = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
   const double reduction = plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs;
   const double inputs = (r.pass == Pass::kForward ? 1 : 2) * one;
+  // A reduction for each wave of blocks. Where an SM has several, later waves have it while another block moves data.
+  auto set_waves = [&](int sms, int blocks) {
+    plan.waves = std::ceil(static_cast<double>(plan.num_blocks) / (double(sms) * blocks));
+    return 1 + (plan.waves - 1) * (blocks > 1 ? kStaggered : 1);
+  };
   if (!plan.on_chip) {
     const int launches = plan.reduce + plan.finish + plan.apply;
     const double again = plan.reduce && plan.apply ? inputs : 0;
-    return launches * kLaunchUs + traffic_time(device, bytes, again, again) + (plan.reduce ? reduction : 0);
+    const double of_waves = set_waves(device.num_sms, std::max(1, streaming_threads(device) / plan.threads));
+    const double stops = (plan.reduce ? reduction : 0) + (plan.apply ? kApplyUs : 0);
+    return launches * kLaunchUs + traffic_time(device, bytes, again, again) + of_waves * stops;
   }
   const int blocks = blocks_per_sm(plan, device);
   const int sms = plan.cluster == 1 ? device.num_sms
@@ -176,9 +184,8 @@ double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
   const bool narrow =
       plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
-  plan.waves = std::ceil(num_blocks / (double(sms) * blocks));
   return kLaunchUs * (1 + plan.count) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
-         (reduction + (plan.cluster > 1 ? kClusterUs : 0)) * (1 + (plan.waves - 1) * (blocks > 1 ? kStaggered : 1));
+         set_waves(sms, blocks) * (reduction + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {

@@ -16,6 +16,11 @@ inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4;
 
 inline int64_t tensor_bytes(const Geometry& g) { return g.num_channels * g.num_positions() * dtype_bytes(g.dtype); }
 
+// Of streaming kernels, threads that an SM has room for at once.
+inline int streaming_threads(const DeviceInfo& device) {
+  return std::min(device.threads_per_sm, kStreamingBlocksPerSm * kMaxThreads);
+}
+
 // Items that lie `distance` apart, as digits of (i0, i1, i2). Where there is one group, the second digit has no end.
 inline void set_step(Plan& plan, int64_t distance) {
   const int64_t rows = distance / plan.size[2];
