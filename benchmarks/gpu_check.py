@@ -27,6 +27,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
+TESTS_SHARE = 0.6  # of what is left, at most
 GRACE = 20.0  # for a stage that is told to stop, to save what it has
 # Asked of the Python there, once; anything else that a stage needs is in its `needs`.
 DEVICE = """
@@ -185,12 +186,15 @@ def pytest_stage(
     jobs = max(1, min(6, cores // 2))
     parts = run.folder / name
     parts.mkdir(exist_ok=True)
+    # Not all of the time that is left, or a hang would cost the benchmarks.
+    until = time.monotonic() + max(120.0, TESTS_SHARE * run.left)
 
     def run_file(path: Path) -> tuple[str, str]:
         xml, text = parts / f"{path.stem}.xml", parts / f"{path.stem}.txt"
         return run.command(
             f"{name}: {path.name}",
             *(sys.executable, *command, f"--junitxml={xml}", str(path), *selection, *run.pytest),
+            limit=max(1.0, until - time.monotonic()),
             log_file=text,
             fine=(0, NO_TESTS),
             OMP_NUM_THREADS=str(max(1, cores // jobs)),
