@@ -6,20 +6,17 @@
 
 namespace bnext::cuda {
 
-// Only this thread may look at `to`, and only after wait_async: for others it takes a barrier as well.
-template <typename T, int kVec>
-__device__ inline void copy_async(Pack<T, kVec>* to, const T* from) {
-  static_assert(sizeof(Pack<T, kVec>) == kPackBytes, "whole packs only");
+// 16 bytes. Only this thread may look at `to`, and only after wait_async: for others it takes a barrier as well.
+template <typename T>
+__device__ inline void copy_async(SharedAddress to, const T* from) {
 #ifdef BNEXT_SIMT
   simt::copy_async(to, simt::check_load(from, kPackBytes), kPackBytes);
 #elif __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 #else
-  Pack<T, kVec> pack;
+  Pack<T, kPackBytes / sizeof(T)> pack;
   load_pack<Cache::kLastUse>(pack, from);
-  *to = pack;
+  store_slot(to, pack);
 #endif
 }
 

@@ -52,17 +52,48 @@ __device__ inline void store_pack(T* to, const Pack<T, kVec>& from) {
 #endif
 }
 
-// The same in shared memory.
-template <typename T, int kVec>
-__device__ inline Pack<T, kVec> load_slot(const Pack<T, kVec>* from) {
-  Pack<T, kVec> to;
+// A place in the block's shared memory. On a GPU not a pointer: from one, compilers work out anew at each use where the shared
+// memory of a cluster's block begins.
 #ifdef BNEXT_SIMT
-  to = *from;
+using SharedAddress = unsigned char*;
 #else
-  const uint4 bits = *reinterpret_cast<const uint4*>(from);
+using SharedAddress = unsigned;
+#endif
+
+__device__ inline SharedAddress shared_address(int offset) {
+#ifdef BNEXT_SIMT
+  return shared_memory() + offset;
+#else
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared_memory())) + static_cast<unsigned>(offset);
+#endif
+}
+
+// Packs of 16 bytes there.
+template <typename T, int kVec>
+__device__ inline void load_slot(Pack<T, kVec>& to, SharedAddress from) {
+  static_assert(sizeof to == kPackBytes, "whole packs only");
+#ifdef BNEXT_SIMT
+  memcpy(&to, from, sizeof to);
+#else
+  uint4 bits;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)
+               : "r"(from));
   memcpy(&to, &bits, sizeof to);
 #endif
-  return to;
+}
+
+template <typename T, int kVec>
+__device__ inline void store_slot(SharedAddress to, const Pack<T, kVec>& from) {
+  static_assert(sizeof from == kPackBytes, "whole packs only");
+#ifdef BNEXT_SIMT
+  memcpy(to, &from, sizeof from);
+#else
+  uint4 bits;
+  memcpy(&bits, &from, sizeof from);
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+#endif
 }
 
 // From a pack to numbers for arithmetic, and back. Halves go in pairs: the hardware converts them so, and to take them

@@ -23,11 +23,13 @@ namespace bnext::cuda {
 
 constexpr int kClusterArch = 90;  // the first one with clusters, and with kernels that overlap
 
-// Compilers work out again at each use what they could keep: they count registers, not the instructions of a loop.
-__device__ inline void keep_in_register(int& value) {
+// For 32 bits. Compilers work out again at each use what they could keep: they count registers, not a loop's instructions.
+template <typename T>
+__device__ inline void keep_in_register(T& value) {
 #ifdef BNEXT_SIMT
   (void)value;
 #else
+  static_assert(sizeof value == 4, "one register");
   asm volatile("" : "+r"(value));
 #endif
 }

@@ -33,13 +33,13 @@ class OnChip {
     typename Data::Steps loading(args_, tile_), arrived = loading;
     int to = 0, from = 0;
     for (int b = -ahead; b < batches_; ++b) {
-      if (b + ahead < batches_) Data::copy(loading, to);
+      if (b + ahead < batches_) slots_.copy(loading, to);
       commit_async();  // also an empty group: they are counted
       if (++to == held_) to = 0;
       if (b == -1) begin();
       if (b < 0) continue;
       wait_async(ahead);
-      use(Data::held(arrived, from, args_.held_steps), b == 0);
+      use(slots_.held(arrived, from, args_.held_steps), b == 0);
       if (++from == held_) from = 0;
     }
   }
@@ -53,9 +53,9 @@ class OnChip {
     int place = (batches_ - 1) % held_;
     for (int b = batches_ - 1; b >= 0; --b) {
       if (b < again) wait_async(held_ - 1);
-      use(Data::template held<true>(steps, place, args_.held_steps));
+      use(slots_.template held<true>(steps, place, args_.held_steps));
       if (again > 0) {
-        if (b >= held_) Data::template copy<true>(loading, place);
+        if (b >= held_) slots_.template copy<true>(loading, place);
         commit_async();
       }
       if (--place < 0) place = held_ - 1;
@@ -66,6 +66,7 @@ class OnChip {
   const KernelArgs& args_;
   const Tile& tile_;
   const int batches_, held_;
+  const Data slots_;
 };
 
 // ---- from sums to coefficients -----------------------------------------------------------------------------------

@@ -8,7 +8,8 @@
 namespace bnext::cuda {
 
 template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
-struct Slots {
+class Slots {
+ public:
   static constexpr int kViews = 1 + kTensors;  // out, x, and dy if there are two tensors
   using Steps = Cursor<T, kVec, kRows, kWhole, kViews>;
 
@@ -17,13 +18,11 @@ struct Slots {
     Pack<T, kVec> pack[kTensors][kOnChipBatch];
   };
 
-  __device__ static Pack<T, kVec>* slot(int step, int tensor) {
-    return reinterpret_cast<Pack<T, kVec>*>(shared_memory()) + (step * kTensors + tensor) * blockDim.x + threadIdx.x;
-  }
+  __device__ Slots() : own_(shared_address(static_cast<int>(threadIdx.x) * kPackBytes)) { keep_in_register(own_); }
 
   // Asks for the next steps of a thread, or for those before them, as batch number `place` of its slots.
   template <bool kBackwards = false>
-  __device__ static void copy(Steps& steps, int place) {
+  __device__ void copy(Steps& steps, int place) const {
 #pragma unroll
     for (int i = 0; i < kOnChipBatch; ++i) {
       const int u = kBackwards ? kOnChipBatch - 1 - i : i;
@@ -31,14 +30,14 @@ struct Slots {
       if (item.empty()) continue;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
-        Pack<T, kVec>* to = slot(place * kOnChipBatch + u, t);
+        const SharedAddress to = slot(place * kOnChipBatch + u, t);
         if (kWhole || is_aligned(item.at[1 + t])) {
           copy_async(to, item.at[1 + t]);
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];
           load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
-          *to = pack[0];
+          store_slot(to, pack[0]);
         }
       }
     }
@@ -47,7 +46,7 @@ struct Slots {
   // The same steps from their slots. Slots of items that are not there are read as well, as far as there are slots, of
   // which the last batch may have too few: what is in them, nobody uses.
   template <bool kBackwards = false>
-  __device__ static Batch held(Steps& steps, int place, int num_slots) {
+  __device__ Batch held(Steps& steps, int place, int num_slots) const {
     Batch found;
 #pragma unroll
     for (int i = 0; i < kOnChipBatch; ++i) {
@@ -55,10 +54,17 @@ struct Slots {
       found.items[u] = kBackwards ? steps.previous() : steps.next();
       const int step = place * kOnChipBatch + u, last = num_slots - 1;
 #pragma unroll
-      for (int t = 0; t < kTensors; ++t) found.pack[t][u] = load_slot(slot(step < last ? step : last, t));
+      for (int t = 0; t < kTensors; ++t) load_slot(found.pack[t][u], slot(step < last ? step : last, t));
     }
     return found;
   }
+
+ private:
+  __device__ SharedAddress slot(int step, int tensor) const {
+    return own_ + (step * kTensors + tensor) * static_cast<int>(blockDim.x) * kPackBytes;
+  }
+
+  SharedAddress own_;  // of the thread's first slot
 };
 
 }  // namespace bnext::cuda
