@@ -43,6 +43,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
     args.size[d] = plan.size[d];
     args.step[d] = plan.step[d];
   }
+  args.grouped = plan.size[0] > 1;
   args.num_items = plan.num_items;
   args.chunk = plan.chunk;
   args.num_splits = plan.num_splits;

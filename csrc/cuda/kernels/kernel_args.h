@@ -78,6 +78,7 @@ inline Divider make_divider(int64_t divisor) {
 struct KernelArgs {
   View view[3];        // reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null
   int64_t size[3];     // of i0, i1 and j or i2
+  bool grouped;        // size[0] > 1: otherwise nobody looks at i1
   int64_t step[3];     // the mixed-radix digits of the distance between two items of a thread
   int64_t move[3][3];  // for each view, in elements: such a step; what more a row or plane overflowing takes; a group
   int64_t num_items;   // size[0] * size[1] * size[2]

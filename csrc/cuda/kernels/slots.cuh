@@ -18,7 +18,12 @@ class Slots {
     Pack<T, kVec> pack[kTensors][kOnChipBatch];
   };
 
-  __device__ Slots() : own_(shared_address(static_cast<int>(threadIdx.x) * kPackBytes)) { keep_in_register(own_); }
+  __device__ Slots()
+      : own_(shared_address(static_cast<int>(threadIdx.x) * kPackBytes)),
+        row_(static_cast<int>(blockDim.x) * kPackBytes) {
+    keep_in_register(own_);
+    keep_in_register(row_);
+  }
 
   // Asks for the next steps of a thread, or for those before them, as batch number `place` of its slots.
   template <bool kBackwards = false>
@@ -60,11 +65,10 @@ class Slots {
   }
 
  private:
-  __device__ SharedAddress slot(int step, int tensor) const {
-    return own_ + (step * kTensors + tensor) * static_cast<int>(blockDim.x) * kPackBytes;
-  }
+  __device__ SharedAddress slot(int step, int tensor) const { return own_ + (step * kTensors + tensor) * row_; }
 
-  SharedAddress own_;  // of the thread's first slot
+  SharedAddress own_;  // the thread's first slot
+  int row_;            // bytes of a slot for each thread
 };
 
 }  // namespace bnext::cuda

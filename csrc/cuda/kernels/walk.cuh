@@ -63,13 +63,13 @@ class Cursor {
     int64_t digit[3];
     if constexpr (kVec > 1) {
       const unsigned rows = args.by_size[2].divide(static_cast<unsigned>(item));
-      const unsigned groups = args.size[0] > 1 ? args.by_size[1].divide(rows) : 0;
+      const unsigned groups = args.grouped ? args.by_size[1].divide(rows) : 0;
       digit[2] = static_cast<unsigned>(item) - rows * args.by_size[2].divisor;
       digit[1] = rows - groups * args.by_size[1].divisor;
       digit[0] = groups;
     } else {
       const int64_t rows = item / args.size[2];
-      digit[0] = args.size[0] > 1 ? rows / args.size[1] : 0;
+      digit[0] = args.grouped ? rows / args.size[1] : 0;
       digit[1] = rows - digit[0] * args.size[1];
       digit[2] = item - rows * args.size[2];
     }
@@ -92,9 +92,11 @@ class Cursor {
     item_ += num_threads_;
     move(1);
     digit_[2] += static_cast<Index>(args_->step[2]);
-    digit_[1] += static_cast<Index>(args_->step[1]);
     if (digit_[2] >= static_cast<Index>(args_->size[2])) carry(2, 1);
-    if (args_->size[0] > 1 && digit_[1] >= static_cast<Index>(args_->size[1])) carry(1, 1);
+    if (args_->grouped) {
+      digit_[1] += static_cast<Index>(args_->step[1]);
+      if (digit_[1] >= static_cast<Index>(args_->size[1])) carry(1, 1);
+    }
     return item;
   }
 
@@ -104,9 +106,11 @@ class Cursor {
     item_ -= num_threads_;
     move(-1);
     digit_[2] -= static_cast<Index>(args_->step[2]);
-    digit_[1] -= static_cast<Index>(args_->step[1]);
     if (digit_[2] < 0) carry(2, -1);
-    if (args_->size[0] > 1 && digit_[1] < 0) carry(1, -1);
+    if (args_->grouped) {
+      digit_[1] -= static_cast<Index>(args_->step[1]);
+      if (digit_[1] < 0) carry(1, -1);
+    }
     return item;
   }
 
