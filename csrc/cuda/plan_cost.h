@@ -10,10 +10,10 @@ namespace bnext::cuda {
 
 constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed. H100: 2.3
 constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
-// From the last load of a block to its first store, and from its start to its first load. An H100 took 4 and 10 before this
+// From the last load of a block to its first store, and from its start to its first load. An H100 took 3 and 8 before this
 // code was made shorter; these are guesses.
-constexpr double kReductionUs = 2;
-constexpr double kRowsReductionUs = 3;
+constexpr double kReductionUs = 1.5;
+constexpr double kRowsReductionUs = 2.5;
 constexpr double kBusyShare = 0.6;  // of the SMs: as many as it takes to keep memory busy
 constexpr double kL2Time = 0.6;     // of a byte from L2, with a byte from memory as 1
 constexpr double kL2Share = 0.5;    // of L2 that still holds what was read a while ago

@@ -12,6 +12,8 @@ namespace {
 constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
+constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
+constexpr double kBusyThreads = 256;  // of an SM: with fewer, memory waits for threads all the time
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.
@@ -72,44 +74,33 @@ bool take_rows(const Geometry& g, int64_t row_bytes, Plan& plan) {
   return true;
 }
 
-// Threads, steps, and how many of them stay on chip.
+// Steps of plan.threads threads, and how many of them stay on chip.
 void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan& plan) {
-  const bool rows = plan.walk == Walk::kRows;
+  const int64_t at_once = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : plan.threads;
+  plan.block_rows = plan.walk == Walk::kRows ? static_cast<int>(at_once) : 1;
+  plan.num_steps = static_cast<int>(ceil_div(plan.chunk, at_once));
+  const int64_t slot = int64_t{num_tensors} * plan.threads * kPackBytes;
   const int64_t shared_bytes = std::min(limits.shared_bytes, device.shared_bytes_opt_in);
-  auto parallel = [&](int threads) { return rows ? threads / plan.block_packs : threads; };
-  auto try_threads = [&](int threads) {
-    plan.threads = threads;
-    plan.num_steps = static_cast<int>(ceil_div(plan.chunk, parallel(threads)));
-    const int64_t slot = int64_t{num_tensors} * threads * kPackBytes;
-    const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
-    plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
-    plan.layout = make_layout(plan, plan.held_steps * slot);
-    // Where places are used again, the one that is copied to has to be free.
-    const int held = on_chip_batches(plan.held_steps);
-    plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kMostGroups, held - 1) : kMostGroups;
-  };
-  int fewest = kMinThreads;
-  while (fewest < plan.block_packs) fewest *= 2;
-  const int most = std::max(fewest, std::min(limits.threads, kMaxThreads));
-  try_threads(choose_threads(most, fewest, [&](int threads) { return plan.chunk <= parallel(threads) * kUnroll; }));
-  // A block that has an SM for itself needs more threads to keep it busy.
-  const int twice = 2 * plan.threads;
-  if (2 * plan.layout.bytes > device.shared_bytes_per_sm && plan.threads == kMaxThreads && twice <= limits.threads) {
-    try_threads(twice);
-  }
-  set_step(plan, parallel(plan.threads));
+  const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
+  plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
+  plan.layout = make_layout(plan, plan.held_steps * slot);
+  // Where places are used again, the one that is copied to has to be free.
+  const int held = on_chip_batches(plan.held_steps);
+  plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kMostGroups, held - 1) : kMostGroups;
+  set_step(plan, at_once);
 }
 
-// Finishes a plan whose walk and slab are chosen, for clusters of `cluster` blocks.
-void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, int cluster, Plan& plan) {
+// Finishes a plan whose walk and slab are chosen, for clusters of `cluster` blocks of `threads`.
+void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, int cluster, int threads,
+                 Plan& plan) {
   const int num_tensors = r.pass == Pass::kForward ? 1 : 2;
   plan.family = cluster > 1 ? Family::kCluster : Family::kResident;
   plan.cluster = cluster;
   plan.num_splits = cluster;
   plan.chunk = ceil_div(plan.num_items, cluster);
   plan.num_blocks = plan.num_slabs * cluster;
+  plan.threads = threads;
   hold(device, limits, num_tensors, plan);
-  plan.block_rows = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : 1;
   // What comes first in each block has to go again.
   const int lost = (on_chip_batches(plan.num_steps) - on_chip_batches(plan.held_steps)) * kOnChipBatch;
   const int64_t lost_items = int64_t{lost} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
@@ -181,11 +172,13 @@ double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for. Between two reads of a
   // byte lies all that blocks at once read.
   const double shared = traffic_time(device, bytes, again, inputs * at_once / num_blocks);
-  const double of_sm = shared * std::ceil(num_blocks / sms) / num_blocks * device.num_sms * kBusyShare;
+  const double on_sm = std::ceil(num_blocks / sms);  // blocks of the SM that has most
+  const double threads = plan.threads * std::min<double>(blocks, on_sm), idle = std::max(1.0, kBusyThreads / threads);
+  const double of_sm = shared * on_sm / num_blocks * device.num_sms * kBusyShare * idle;
   const bool narrow =
       plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 && plan.block_packs * kPackBytes < 128;
   return kLaunchUs * (1 + plan.count) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
-         set_waves(sms, blocks) * (reduction + (plan.cluster > 1 ? kClusterUs : 0));
+         set_waves(sms, blocks) * (reduction + plan.held_steps * kStepUs + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
@@ -195,13 +188,19 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
   base.count = r.pass == Pass::kForward && r.cumulative;
   Plan best;
   best.error = "rows are too wide for a block";
-  auto consider_blocks = [&](Plan plan, int cluster) {
+  auto consider_blocks = [&](const Plan& walk, int cluster) {
     if (limits.family == (cluster == 1 ? Family::kCluster : Family::kResident)) return;
     if (limits.cluster != 0 && limits.cluster != cluster) return;
-    finish_plan(r, device, limits, cluster, plan);
-    const bool first_legal = plan.error.empty() && !best.error.empty();
-    const bool same_kind = plan.error.empty() == best.error.empty();
-    if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
+    int fewest = kMinThreads;
+    while (fewest < walk.block_packs) fewest *= 2;
+    for (int threads = fewest; threads <= std::max(fewest, std::min(limits.threads, kMaxOnChipThreads)); threads *= 2) {
+      Plan plan = walk;
+      finish_plan(r, device, limits, cluster, threads, plan);
+      const bool first_legal = plan.error.empty() && !best.error.empty();
+      const bool same_kind = plan.error.empty() == best.error.empty();
+      if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
+      if (plan.num_steps <= kOnChipBatch) break;  // one batch: more threads would have nothing to do
+    }
   };
   auto consider = [&](const Plan& walk) {
     consider_blocks(walk, 1);
