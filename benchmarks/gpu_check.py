@@ -27,7 +27,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
-TESTS_SHARE = 0.6  # of what is left, at most
+TESTS_SHARE = 0.6  # of what is left, or two minutes
 GRACE = 20.0  # for a stage that is told to stop, to save what it has
 # Asked of the Python there, once; anything else that a stage needs is in its `needs`.
 DEVICE = """
@@ -194,7 +194,7 @@ def pytest_stage(
         return run.command(
             f"{name}: {path.name}",
             *(sys.executable, *command, f"--junitxml={xml}", str(path), *selection, *run.pytest),
-            limit=max(1.0, until - time.monotonic()),
+            limit=max(0.01, until - time.monotonic()),
             log_file=text,
             fine=(0, NO_TESTS),
             OMP_NUM_THREADS=str(max(1, cores // jobs)),
@@ -336,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--stages", nargs="*", help=f"of {' '.join(STAGES)}; default: all, in this order")
     add("--seconds", type=float, default=SECONDS, help=f"for all; default {SECONDS:.0f}")
     add("--output", type=Path, help="default: benchmarks/results/local/gpu-check-DATE")
-    add("--pytest-args", default="", help='such as "-x" or "-n 4"')
+    add("--pytest-args", default="", help='for each file, such as "-k name"')
     a = parser.parse_args(argv)
     stages = [name for text in a.stages or STAGES for name in text.split()] or list(STAGES)
     unknown = [name for name in stages if name not in STAGES]

@@ -28,7 +28,8 @@ def explain(
             current CUDA device; ``"cuda:1"`` another one; a name such as ``"h200"`` or ``"t4"``
             a kind of device that need not be here (``python -m bnext --help`` lists them).
         family: plan with this family of kernels, or with each of them (``"all"``), and say why
-            where one cannot run. None is what a call would take: the best one, or the one that the
+            where one cannot run. Only passes that read their tensors twice have a choice; the
+            others are streamed. None is what a call would take: the best one, or the one that the
             environment variable ``BNEXT_CUDA_FAMILY`` forces.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         training: in training or in evaluation mode.
@@ -52,6 +53,7 @@ def explain(
         return f"{tensor}, on cpu: {_C.explain_cpu(input)}"
     families = _C.cuda_families() if family == "all" else [family or ""]
     plans = [plan for name in families for plan in _C.cuda_plans(input, device, name, training)]
+    plans = list({(plan["pass"], plan["text"]): plan for plan in plans}.values())  # each once
     lines = [f"{tensor}, on {device}:"]
     directions = ("forward", "backward") if direction == "both" else (direction,)
     for plan in (plan for name in directions for plan in plans if plan["pass"] == name):

@@ -47,7 +47,7 @@ def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def made(gpu: str, family: str, training: bool = True) -> list[cases.Case]:
-    """The cases that this family can run, forward, backward and statistics alone."""
+    """The cases that this family can run, forward and backward."""
     found = []
     for number, (shape, layout, dtypes) in enumerate(CASES):
         options = {"layout": layout, "grad_layout": layout, "device": gpu, "seed": 10 * number}

@@ -113,8 +113,9 @@ def test_explain_families() -> None:
         lines = plans(bnext.explain(x, "h200", family=family))
         assert [line.split()[0] for line in lines] == [family, family]
     # What reads its tensors once is streamed, whichever family is asked for.
-    lines = plans(bnext.explain(x, "h200", family="cluster", training=False))
-    assert [line.split()[0] for line in lines] == ["streaming", "streaming"]
+    for family in ("cluster", "all"):
+        lines = plans(bnext.explain(x, "h200", family=family, training=False))
+        assert [line.split()[0] for line in lines] == ["streaming", "streaming"]
     # No kernel for no elements, and no crash.
     for shape in ((0, 4, 8, 8), (4, 0, 8, 8), (2, 4, 0, 3)):
         for family in ("auto", "cluster"):
@@ -148,11 +149,13 @@ def test_explain_looks_at_strides_and_alignment() -> None:
     assert "rows of float32 in single elements" in bnext.explain(shifted, "a100")
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_explain_bytes(training: bool) -> None:
+@pytest.mark.parametrize(
+    ("training", "family"), [(True, "streaming"), (False, "streaming"), (False, "cluster")]
+)
+def test_explain_bytes(training: bool, family: str) -> None:
     """In evaluation nothing is read twice, whatever the family."""
     x = torch.empty(32, 64, 56, 56, device="meta")
-    for plan in _C.cuda_plans(x, "h200", "streaming", training):
+    for plan in _C.cuda_plans(x, "h200", family, training):
         least = (2 if plan["pass"] == "forward" else 3) * x.numel() * 4
         assert plan["bytes_min"] == least
         assert (plan["bytes_moved"] == least) == (not training)

@@ -50,7 +50,6 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.plane_size = g.size[2];
   args.num_channels = g.num_channels;
   args.wide_channels = plan.wide_channels;
-  args.num_slabs = plan.num_slabs;
   args.cluster_size = plan.cluster;
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;

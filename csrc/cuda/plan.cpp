@@ -5,6 +5,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "plan_cost.h"
 #include "plan_on_chip.h"
 #include "plan_steps.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 // Contiguous bytes of a row that a block reads: a whole cache line and no more, because a block leaves 24 bytes of partial
 // sums for each channel, which should be little beside the rows that it has read for them.
-constexpr int64_t kRowBytes = 128;
+constexpr int64_t kRowBytes = kLineBytes;
 // Partial sums that an apply block of rows adds up by itself: 24 bytes each, from L2.
 constexpr int64_t kFusedPartials = 512;
 
@@ -56,15 +57,19 @@ void describe_views(Request& request, std::initializer_list<const View*> views) 
   }
 }
 
+// The fewest threads, a power of two, that still take all items in one batch.
+template <typename Fits>
+int choose_threads(int most, int fewest, Fits fits) {
+  int threads = most;
+  while (threads > fewest && fits(threads / 2)) threads /= 2;
+  return threads;
+}
+
 // Which kernels run and what they move.
 void plan_stages(const Request& r, Plan& plan) {
   const bool one_pass = r.pass == Pass::kBackward && !r.training;  // eval: dx does not wait for the sums
   plan.reduce = r.pass == Pass::kForward ? r.training : r.sums;
   plan.apply = r.output && !(one_pass && plan.reduce);
-  // Eval without y still has to write mean and invstd.
-  const bool finish_wanted = plan.reduce || (r.pass == Pass::kForward && !r.output);
-  plan.fused = plan.reduce && plan.apply;  // unless there are too many splits
-  plan.finish = finish_wanted && !plan.fused;
   const bool backward = r.pass == Pass::kBackward;
   if (plan.reduce) {
     plan.tensors_read += backward ? 1 + r.reads_x : 1;
@@ -79,8 +84,7 @@ void plan_stages(const Request& r, Plan& plan) {
 // How many blocks share a channel, or a slab: as many as run at once, or a few times that where threads would have too many
 // batches to sum; each with at least a batch. A wave that is nearly empty would take as long as a full one.
 void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns, int64_t parallel_items, Plan& plan) {
-  const int64_t blocks_at_once = int64_t{device.num_sms} * std::max(1, streaming_threads(device) / plan.threads);
-  const int64_t full = std::max<int64_t>(1, static_cast<int64_t>(limits.waves * blocks_at_once));
+  const int64_t full = int64_t{device.num_sms} * std::max(1, streaming_threads(device) / plan.threads);
   const int64_t batch = parallel_items * kUnroll;
   const int64_t fewest = std::max<int64_t>(1, ceil_div(plan.num_items, batch * limits.batches));
   const int64_t waves = ceil_div(columns * fewest, full);
@@ -192,18 +196,19 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
     return plan;
   }
   plan_stages(r, plan);
-  const bool fusible = plan.fused;
   if (plan.walk == Walk::kPlanes) {
     plan_planes(r, device, limits, plan);
   } else {
     plan_rows(r, device, limits, plan);
   }
   // Each apply block adds up the partial sums of its channels: with many of them, to do it once is cheaper.
-  plan.fused =
-      plan.fused && plan.num_splits <= limits.fused_splits && plan.num_splits * plan.slab_channels <= kFusedPartials;
-  plan.finish = plan.finish || (fusible && !plan.fused);
-
-  while (plan.finish_threads < plan.num_splits && plan.finish_threads < kMaxThreads) plan.finish_threads *= 2;
+  plan.fused = plan.reduce && plan.apply && plan.num_splits <= limits.fused_splits &&
+               plan.num_splits * plan.slab_channels <= kFusedPartials;
+  // Eval without y still has to write mean and invstd.
+  plan.finish = !plan.fused && (plan.reduce || (r.pass == Pass::kForward && !r.output));
+  while (plan.reduce && plan.finish_threads < plan.num_splits && plan.finish_threads < kMaxThreads) {
+    plan.finish_threads *= 2;
+  }
   plan.finish_shared_bytes = finish_shared(plan.finish_threads);
   plan.layout = make_layout(plan, 0);
   if (plan.reduce) {
@@ -215,7 +220,7 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
 
   plan.overlaps = device.overlaps && plan.reduce + plan.finish + plan.apply > 1;
 
-  plan.tensor_bytes = tensor_bytes(r.geometry);
+  plan.tensor_bytes = r.geometry.num_channels * r.geometry.num_positions() * dtype_bytes(plan.dtype);
   plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
   plan.microseconds = predict_time(plan, r, device);
   if (plan.num_blocks > kMaxBlocks || (plan.finish && r.geometry.num_channels > kMaxBlocks)) {

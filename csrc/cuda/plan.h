@@ -58,14 +58,13 @@ bool operator==(const Request& a, const Request& b);
 Request make_request(const ForwardProblem& problem);
 Request make_request(const BackwardProblem& problem);
 
-// Upper bounds that a caller may lower: tests run small blocks, benchmarks try others.
+// Upper bounds that a caller may lower: tests run small blocks, benchmarks other families.
 struct Limits {
   Family family = Family::kAuto;
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
   int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
-  double waves = 1;       // blocks to fill the device with, as a share of those that its registers have room for
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
   int cluster = 0;                          // blocks in a cluster: exactly this many, or 0 for any number
 };
@@ -99,7 +98,7 @@ struct Plan {
   SharedLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;
-  // By the model of plan_cost.h; and the waves of blocks that it counts.
+  // By the model of plan_cost.cpp; and the waves of blocks that it counts.
   double microseconds = 0, waves = 1;
   // Not empty: the pass cannot run, and why.
   std::string error;

@@ -8,13 +8,12 @@
 namespace bnext::cuda {
 
 constexpr int kMinThreads = 64;
+constexpr int64_t kLineBytes = 128;                     // of a cache
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
 
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
-
-inline int64_t tensor_bytes(const Geometry& g) { return g.num_channels * g.num_positions() * dtype_bytes(g.dtype); }
 
 // Of streaming kernels, threads that an SM has room for at once.
 inline int streaming_threads(const DeviceInfo& device) {
@@ -41,24 +40,6 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
       round_up(layout.totals + (plan.cluster > 1 ? kNumSums * plan.slab_channels * 8 : 0), kPackBytes);
   layout.bytes = layout.coefficients + 4 * plan.slab_channels * acc;
   return layout;
-}
-
-// Adds up f(items of a block) over the blocks that share a channel.
-template <typename F>
-int64_t add_blocks(const Plan& plan, F f) {
-  int64_t sum = 0;
-  for (int64_t split = 0; split < plan.num_splits; ++split) {
-    sum += f(std::clamp<int64_t>(plan.num_items - split * plan.chunk, 0, plan.chunk));
-  }
-  return sum;
-}
-
-// The fewest threads, a power of two, that still take all items in one batch.
-template <typename Fits>
-int choose_threads(int most, int fewest, Fits fits) {
-  int threads = most;
-  while (threads > fewest && fits(threads / 2)) threads /= 2;
-  return threads;
 }
 
 }  // namespace bnext::cuda

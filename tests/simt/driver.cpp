@@ -1,7 +1,8 @@
 // What tests call through ctypes: one batch-norm pass on the shim, from a plain description of its tensors. The structs
 // are mirrored in library.py.
+#include <array>
 #include <cstdio>
-#include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "cuda/launch.h"
@@ -35,11 +36,10 @@ struct Call {
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
   int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, cluster, shared_bytes;
-  double waves;
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
-  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, fold, num_splits, run_length, slab_channels;
+  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
   double held;
   char plan[512], error[256];
 };
@@ -74,13 +74,11 @@ void run(Call& call, const Problem& problem) {
   cuda::DeviceInfo device;
   device.num_sms = static_cast<int>(call.num_sms);
   device.threads_per_sm = static_cast<int>(call.threads_per_sm);
-  // So slow that blocks of 64 threads need as few batches in flight as those of 512 on a GPU.
-  device.memory_gb_per_s = 4.0 * device.num_sms;
+  device.memory_gb_per_s = 4.0 * device.num_sms;  // slow: what plans cost is bytes, on tensors as small as tests'
   cuda::Limits limits;
   limits.threads = static_cast<int>(call.threads);
   limits.batches = static_cast<int>(call.batches);
   limits.fused_splits = static_cast<int>(call.fused_splits);
-  limits.waves = call.waves;
   limits.family = static_cast<cuda::Family>(call.family);
   limits.cluster = static_cast<int>(call.cluster);
   limits.shared_bytes = call.shared_bytes;
@@ -104,7 +102,6 @@ void run(Call& call, const Problem& problem) {
   call.planned_bytes = plan.bytes_moved;
   call.fused = plan.fused;
   call.vec = plan.vec;
-  call.fold = plan.fold;
   call.num_splits = plan.num_splits;
   call.run_length = plan.run_length;
   call.slab_channels = plan.slab_channels;

@@ -24,7 +24,7 @@ FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC
 # A checked longjmp refuses to leave a fiber's stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DBNEXT_SIMT", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/simt"]
 PLANS = (
-    *("csrc/cuda/plan.cpp", "csrc/cuda/plan_on_chip.cpp"),
+    *("csrc/cuda/plan.cpp", "csrc/cuda/plan_cost.cpp", "csrc/cuda/plan_on_chip.cpp"),
     "csrc/layout.cpp",
 )
 PLAN_SOURCES = ("tests/simt/plan_driver.cpp", *PLANS)
@@ -93,7 +93,7 @@ VECTORS = (
 FAMILIES = ("auto", "streaming", "resident", "cluster")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "cluster", "shared_bytes")
-RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec", "fold")
+RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels")
 
 
@@ -106,7 +106,6 @@ class Call(ctypes.Structure):
         *((name, VectorStruct) for name in VECTORS),
         ("num_batches_tracked", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in LIMITS),
-        ("waves", ctypes.c_double),
         ("seed", ctypes.c_int64),
         ("refused_launch", ctypes.c_int64),
         ("skipped_barriers", ctypes.c_char * 128),
@@ -125,7 +124,6 @@ class Machine(NamedTuple):
     threads: int = 64
     batches: int = 2
     fused_splits: int = 64
-    waves: float = 1.0
     family: str = "streaming"
     cluster: int = 0
     shared_bytes: int = 1 << 30

@@ -1,6 +1,5 @@
 // make_plan for tests, through ctypes. The structs are mirrored in tests/test_cuda_plan.py.
 #include <cstdio>
-#include <cstdlib>
 
 #include "cuda/kernels/kernel_args.h"
 #include "cuda/plan.h"

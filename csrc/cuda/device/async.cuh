@@ -41,6 +41,7 @@ __device__ inline void wait_async(int groups BNEXT_AND_CALLER) {
 #ifdef BNEXT_SIMT
   simt::wait_async(groups < kMostGroups ? groups : kMostGroups, file, line);
 #elif __CUDA_ARCH__ >= 800
+  static_assert(kMostGroups == 6, "a case for each");
   if (groups >= kMostGroups) return wait_group<kMostGroups>();  // nearly always
   switch (groups) {
     case 0:

@@ -68,7 +68,8 @@ __device__ inline SharedAddress shared_address(int offset) {
 #endif
 }
 
-// Packs of 16 bytes there.
+// Packs of 16 bytes there. Nothing but these and asynchronous copies may touch them: what compilers keep in order here are
+// volatile statements, not other accesses.
 template <typename T, int kVec>
 __device__ inline void load_slot(Pack<T, kVec>& to, SharedAddress from) {
   static_assert(sizeof to == kPackBytes, "whole packs only");

@@ -1,5 +1,5 @@
-// The one place that knows whether kernels are compiled by nvcc for a GPU or by g++ for the SIMT shim of tests/simt.
-// Everything CUDA-specific that is not in math.cuh or pack.cuh is behind this header.
+// Whether kernels are compiled by nvcc for a GPU or by g++ for the SIMT shim of tests/simt: only the files of this folder know.
+// Here are shared memory and the launch.
 #pragma once
 
 #include <atomic>

@@ -117,7 +117,8 @@ struct PartialSums {
   double point, value[kNumSums];
 };
 
-__device__ inline PartialSums add_partials(const KernelArgs& args, bool backward, int64_t c, int sharer, int sharers) {
+__device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, int sharer, int sharers) {
+  const bool backward = args.backward;
   constexpr int kReads = 4;
   const int64_t stride = args.wide_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
@@ -149,9 +150,9 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, bool backward
   return sums;
 }
 
-__device__ inline ChannelTotals partial_totals(const KernelArgs& args, bool backward, const PartialSums& sums) {
+__device__ inline ChannelTotals partial_totals(const KernelArgs& args, const PartialSums& sums) {
   const double *v = sums.value, inverse = args.inverse_positions;
-  return backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
+  return args.backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
 }
 
 // The coefficients of a channel, for a group of lanes that has its totals. `write`: it stores the results.
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
     store_outputs(args, c, lane, finish_constant<Acc>(args, false, input));
     return;
   }
-  PartialSums sums = add_partials(args, args.backward, c, threadIdx.x, blockDim.x);
+  PartialSums sums = add_partials(args, c, threadIdx.x, blockDim.x);
   double* scratch = shared_at<double>(0);
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) {
@@ -188,21 +189,21 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
   if (threadIdx.x >= kWarpSize) return;
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) sums.value[k] = warp_sum(lane < num_warps ? scratch[k * num_warps + lane] : 0);
-  const ChannelTotals totals = partial_totals(args, args.backward, sums);
+  const ChannelTotals totals = partial_totals(args, sums);
   const Coefficients<Acc> coefficients = finish_group<Acc>(args, args.backward, c, lane, totals, input, true);
   auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
   if (stored != nullptr && lane == 0) stored[c] = coefficients;
 }
 
-// In on-chip kernels, where nobody reads it: with a cumulative momentum, a kernel before them counts.
-__device__ inline void count_batch(const KernelArgs& args) {
-  const bool counts = args.num_batches_tracked != nullptr && !args.cumulative;
+// By one thread of a kernel in which nobody reads it: in one that finishes channels, not where the momentum is cumulative.
+__device__ inline void count_batch(const KernelArgs& args, bool if_cumulative) {
+  const bool counts = args.num_batches_tracked != nullptr && (if_cumulative || !args.cumulative);
   if (counts && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 
 // Before on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all blocks read, with this one.
 __global__ void __launch_bounds__(kWarpSize) count_kernel(const __grid_constant__ KernelArgs args) {
-  if (threadIdx.x == 0) ++*args.num_batches_tracked;
+  count_batch(args, true);
 }
 
 }  // namespace bnext::cuda

@@ -39,7 +39,7 @@ constexpr int kRoles = 8;
 // Where the apply kernel has the numbers of its channels from.
 enum class Source : uint8_t {
   kConstants,  // eval: from the vectors themselves
-  kPartials,   // it finishes the reduction itself, each block for its own channel
+  kPartials,   // it finishes the reduction itself, each block for its own channels
   kFinished    // the finish kernel has left them in the workspace
 };
 
@@ -87,7 +87,6 @@ struct KernelArgs {
   int64_t plane_size;  // positions in a plane
   int64_t num_channels;
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
-  int64_t num_slabs;      // rows: blocks side by side
   int block_packs, block_rows;
   Divider by_size[3];   // of items that threads count in an int, by size[d]; [0] is not used
   Divider by_tile;      // of blocks: by num_slabs (rows) or num_splits (planes), on chip by cluster_size

@@ -25,8 +25,7 @@ class OnChip {
   __device__ OnChip(const KernelArgs& args, const Tile& tile)
       : args_(args), tile_(tile), batches_(on_chip_batches(args.num_steps)), held_(on_chip_batches(args.held_steps)) {}
 
-  // Calls use(batch, is it the first one) for each batch as it arrives. begin() comes before them, when the first copies
-  // are on their way.
+  // Calls use(batch) for each batch as it arrives. begin() comes before them, when the first copies are on their way.
   template <typename Begin, typename F>
   __device__ void load(Begin begin, F use) const {
     const int ahead = args_.batches_ahead;
@@ -39,7 +38,7 @@ class OnChip {
       if (b == -1) begin();
       if (b < 0) continue;
       wait_async(ahead);
-      use(slots_.held(arrived, from, args_.held_steps), b == 0);
+      use(slots_.held(arrived, from, args_.held_steps));
       if (++from == held_) from = 0;
     }
   }
@@ -148,7 +147,8 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
         finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);
     if (there && lane == 0) shared[i] = found;
   });
-  if (args.cluster_size > 1) cluster_arrive();  // this thread reads no other block's memory any more
+  // This thread reads no other block's memory any more: what it has read has been used.
+  if (args.cluster_size > 1) cluster_arrive();
   __syncthreads();
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
@@ -176,33 +176,29 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   const Tile tile = on_chip_tile(args);
   const Data data(args, tile);
-  count_batch(args);
+  count_batch(args, false);
 
   double first_input = 0;
   Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
   int count = 0, batches = 0;
-  auto add = [&](const typename Data::Batch& batch) {
-    add_moments(batch.pack[0], batch.items, pivot, s1, s2);
-    count += count_positions<kRows>(batch.items);
-    if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
-  };
   data.load([&] { first_input = load_first_inputs<false, Acc>(args, tile); },
-            [&](const typename Data::Batch& batch, bool first) {
-              if (first) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-              add(batch);
+            [&](const typename Data::Batch& batch) {
+              if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+              add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+              count += count_positions<kRows>(batch.items);
+              if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
             });
   leave_moments<kRows>(args, pivot, s1, s2, count);
   Coefficients<Acc> coefficients[kVec];
   finish_on_chip<kRows, false>(args, tile, first_input, coefficients);
 
-  auto apply = [&](const typename Data::Batch& batch) {
+  data.revisit([&](const typename Data::Batch& batch) {
 #pragma unroll
     for (int u = 0; u < kOnChipBatch; ++u) {
       const Pack<T, kVec>& x = batch.pack[0][u];
       store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
     }
-  };
-  data.revisit(apply);
+  });
   leave_cluster(args);
 }
 
@@ -217,9 +213,6 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
 
   double first_input = 0;
   Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
-  auto add = [&](const typename Data::Batch& batch) {
-    add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);
-  };
   data.load(
       [&] {
         first_input = load_first_inputs<true, Acc>(args, tile);
@@ -230,18 +223,17 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
           mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
         }
       },
-      [&](const typename Data::Batch& batch, bool) { add(batch); });
+      [&](const typename Data::Batch& batch) { add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum); });
   leave_sums<kRows>(args, sum);
   Coefficients<Acc> coefficients[kVec];
   finish_on_chip<kRows, true>(args, tile, first_input, coefficients);
 
-  auto apply = [&](const typename Data::Batch& batch) {
+  data.revisit([&](const typename Data::Batch& batch) {
 #pragma unroll
     for (int u = 0; u < kOnChipBatch; ++u) {
       store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
     }
-  };
-  data.revisit(apply);
+  });
   leave_cluster(args);
 }
 

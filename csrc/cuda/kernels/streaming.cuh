@@ -49,8 +49,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   const Tile tile = make_tile<kRows>(args, false);
   Cursor<T, kVec, kRows, kWhole, 1> cursor(args, tile);
   start_next_kernel();
-  // Nobody else reads it before this kernel ends.
-  if (args.num_batches_tracked != nullptr && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
+  count_batch(args, true);  // finish kernels may read it, and wait
 
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
@@ -137,9 +136,9 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
       const double input = load_input(args, channel, lane);
       wait_for_kernels();
-      PartialSums sums = add_partials(args, args.backward, channel, lane, args.group_lanes);
+      PartialSums sums = add_partials(args, channel, lane, args.group_lanes);
       group_sum(args, sums.value);
-      const ChannelTotals totals = partial_totals(args, args.backward, sums);
+      const ChannelTotals totals = partial_totals(args, sums);
       const auto coefficients = finish_group<Acc>(args, args.backward, channel, lane, totals, input, writes);
       if (there && lane == 0) shared[i] = coefficients;
     });

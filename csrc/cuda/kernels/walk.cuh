@@ -84,9 +84,6 @@ class Cursor {
     }
   }
 
-  // True for threads that the shape of the block has no use for.
-  __device__ bool idle() const { return end_ == 0; }
-
   __device__ Item<T, kViews> next() {
     const Item<T, kViews> item = here();
     item_ += num_threads_;
@@ -156,17 +153,12 @@ __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   return static_cast<int>(args.by_batch.divide(static_cast<unsigned>(items) + args.by_batch.divisor - 1));
 }
 
-// Of a lane of this thread, its column in the block: rows have as many columns as their packs have elements.
-template <bool kRows, int kVec>
-__device__ inline int lane_column(const KernelArgs& args, int lane) {
-  return kRows ? static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec + lane : 0;
-}
-
-// Of a lane of this thread, its channel among those of the block.
+// Of a lane of this thread, its channel among those of the block. Rows have as many columns as their packs have elements.
 template <bool kRows, int kVec>
 __device__ inline int slab_channel(const KernelArgs& args, int lane) {
-  const int column = lane_column<kRows, kVec>(args, lane);
-  if (!kRows || args.channel_columns == 1) return column;
+  if (!kRows) return 0;
+  const int column = static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec + lane;
+  if (args.channel_columns == 1) return column;
   return static_cast<int>(args.by_slab.remainder(args.by_run.divide(column)));
 }
 
