@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import random
 from functools import cache
 from typing import NamedTuple
 
@@ -77,8 +78,10 @@ class Query(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     lib = simt.compile_library("plan", simt.PLAN_SOURCES)
-    for name in ("plan_query_bytes", "plan_unroll", "plan_batches", "plan_knows_family"):
+    names = ("plan_query_bytes", "plan_unroll", "plan_batches", "plan_knows_family", "plan_divide")
+    for name in names:
         getattr(lib, name).restype = ctypes.c_int64
+    lib.plan_divide.argtypes = (ctypes.c_int64, ctypes.c_int64)
     assert lib.plan_query_bytes() == ctypes.sizeof(Query)
     return lib
 
@@ -391,3 +394,17 @@ def test_text() -> None:
 def test_families() -> None:
     for name, known in (*((name, 1) for name in simt.FAMILIES), ("rows", 0), ("", 0), ("?", 0)):
         assert library().plan_knows_family(name.encode()) == known
+
+
+def test_division_by_multiplication() -> None:
+    """What kernels find their place with: every n below 2**31, at the steps of the quotient."""
+    most, generator = 2**31 - 1, random.Random(0)
+    powers = [(1 << k) + d for k in range(1, 31) for d in (-1, 0, 1)]
+    divisors = {*range(1, 300), *powers, most - 1, most}
+    divisors |= {generator.randint(1, most) for _ in range(300)}
+    for divisor in sorted(divisors - {0}):
+        near = {k * divisor + d for k in (0, 1, 2, most // divisor) for d in (-1, 0, 1)}
+        near |= {generator.randint(0, most) for _ in range(8)} | {most}
+        for n in near:
+            if 0 <= n <= most:
+                assert library().plan_divide(n, divisor) == n // divisor, (n, divisor)

@@ -122,6 +122,8 @@ void plan_run(Query* q) {
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
 }
 
+int64_t plan_divide(int64_t n, int64_t divisor) { return make_divider(divisor).divide(static_cast<uint32_t>(n)); }
+
 int64_t plan_knows_family(const char* name) {
   Family family;
   return parse_family(name, &family) && std::string(family_name(family)) == name;
