@@ -87,14 +87,24 @@ struct Stages {
   KernelArgs reduce, finish, apply;  // on-chip kernels take the last
 };
 
-LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster = 1) {
-  return {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), static_cast<unsigned>(cluster),
-          static_cast<size_t>(shared_bytes)};
+LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes) {
+  LaunchShape shape;
+  shape.blocks = static_cast<unsigned>(blocks);
+  shape.threads = static_cast<unsigned>(threads);
+  shape.shared_bytes = static_cast<size_t>(shared_bytes);
+  return shape;
+}
+
+LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster) {
+  LaunchShape shape = launch_shape(blocks, threads, shared_bytes);
+  shape.cluster = static_cast<unsigned>(cluster);
+  shape.carveout = kAllShared;
+  return shape;
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  const LaunchShape shape = launch_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
+  const LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
   if (plan.count) {
     const cudaError_t error = launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
@@ -239,7 +249,7 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
 // allow: one kernel, with that many, stands for all.
 int active_clusters(int cluster, int64_t shared_bytes) {
   return count_clusters<&on_chip_backward_kernel<float, 4, false, true>>(
-      launch_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
+      on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
 }
 
 bool can_overlap() { return compiled_arch<&finish_kernel<float>>() >= kClusterArch; }

@@ -44,12 +44,18 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
+// Of an SM's memory, per cent that should be shared: all, where blocks keep data there; or enough for the small blocks of
+// streaming, and the rest for L1, where loads on their way arrive. The same for all kernels of a pass: an SM must be empty
+// to change it.
+constexpr int kAllShared = 100, kSomeShared = 28;
+
 // Blocks of `cluster` neighbours run together and see each other's shared memory. A kernel that overlaps the one before it
 // may begin before that has ended: see overlap.cuh.
 struct LaunchShape {
   unsigned blocks = 0, threads = 0, cluster = 1;
   size_t shared_bytes = 0;
   bool overlaps = false;
+  int carveout = kSomeShared;
 };
 
 #ifdef BNEXT_SIMT
@@ -76,10 +82,10 @@ inline cudaError_t keep_to_ourselves(cudaError_t error) {
   return error;
 }
 
-// What a kernel must be told once per device: that it may have large shared memory and large clusters. All have the same
-// carveout, too, so that an SM need not be empty between two of them, to change it.
+// What a kernel must be told once per device: that it may have large shared memory and large clusters, and the carveout, which
+// is always the same for a kernel.
 template <auto kKernel>
-cudaError_t set_attributes() {
+cudaError_t set_attributes(int carveout) {
   static std::atomic<uint64_t> prepared{0};  // one bit per device
   int device = 0, shared_bytes = 0, arch_major = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -92,10 +98,7 @@ cudaError_t set_attributes() {
   attempt([&] { return cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); });
   attempt([&] { return cudaDeviceGetAttribute(&arch_major, cudaDevAttrComputeCapabilityMajor, device); });
   attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes); });
-  // Several blocks on an SM need all of its memory as shared memory.
-  attempt([&] {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-  });
+  attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout); });
   // Where that is refused, count_clusters finds no clusters of 16.
   if (arch_major >= 9)
     keep_to_ourselves(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -127,7 +130,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
 // The only launch of the package.
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  cudaError_t error = set_attributes<kKernel>();
+  cudaError_t error = set_attributes<kKernel>(shape.carveout);
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(shape, stream, attribute);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kKernel, args);
@@ -151,7 +154,7 @@ int count_clusters(const LaunchShape& shape) {
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(shape, nullptr, attribute);
   if (compiled_arch<kKernel>() < kClusterArch) return 0;
-  cudaError_t error = set_attributes<kKernel>();
+  cudaError_t error = set_attributes<kKernel>(shape.carveout);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
   return keep_to_ourselves(error) == cudaSuccess ? count : 0;
 }
