@@ -202,7 +202,7 @@ def forced_families(rows: Sequence[dict[str, Any]]) -> str:
 
 def wave_costs(rows: Iterable[dict[str, Any]], gbps: float) -> str:
     """What is left of bnext's times without the floor's, and without bytes that the floor does not
-    move, over the waves of blocks: the R of docs/kernels.md, for csrc/cuda/plan_cost.h."""
+    move, over the waves of blocks: the R of docs/kernels.md, for csrc/cuda/plan_cost.cpp."""
     from bnext._extension import _C
 
     found: dict[tuple[str, ...], list[float]] = defaultdict(list)

@@ -202,6 +202,12 @@ __device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[
   leave_parts<kRows, true>(args, value, count);
 }
 
+// Which of the channels of all blocks side by side, args.tile_channels, is the block's channel i. Of the last slab, not all
+// may be there.
+__device__ inline int64_t tile_channel(const KernelArgs& args, const Tile& tile, int i) {
+  return tile.column * args.slab_channels + i;
+}
+
 // Calls f(channel of the block, lane of its group, whether there is such a channel, how often before) in groups of
 // neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in shuffles.
 template <typename F>
@@ -275,7 +281,7 @@ template <bool kMoments, int kVec, typename Acc>
 __device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
   for_each_group(args, [&](int i, int lane, bool there, int) {
     const ChannelTotals totals = add_parts<kMoments, kVec, Acc>(args, i, lane);
-    const int64_t channel = tile.column * args.slab_channels + i, stride = args.wide_channels * args.num_splits;
+    const int64_t channel = tile_channel(args, tile, i), stride = args.wide_channels * args.num_splits;
     if (!there || lane > 0 || channel >= args.wide_channels) return;
     double* to = args.partials + channel * args.num_splits + tile.split;
     for (int k = 0; k < kNumSums; ++k) to[k * stride] = totals.value[k];

@@ -70,14 +70,9 @@ class OnChip {
 
 // ---- from sums to coefficients -----------------------------------------------------------------------------------
 
-// The channel of the tensors that is the block's channel i. Of the last slab, not all may be there.
-__device__ inline int64_t on_chip_channel(const KernelArgs& args, const Tile& tile, int i) {
-  return tile.column * args.slab_channels + i;
-}
-
 // What a group's lane has to load for the group's channel.
 __device__ inline double load_on_chip_input(const KernelArgs& args, const Tile& tile, int i, int lane) {
-  const int64_t channel = on_chip_channel(args, tile, i);
+  const int64_t channel = tile_channel(args, tile, i);
   return load_input(args, channel < args.num_channels ? channel : 0, lane);
 }
 
@@ -141,7 +136,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
     const ChannelTotals totals =
         args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane) : add_parts<!kBackward, kVec, Acc>(args, i, lane);
-    const int64_t channel = on_chip_channel(args, tile, i);
+    const int64_t channel = tile_channel(args, tile, i);
     there = there && channel < args.num_channels;
     const Coefficients<Acc> found =
         finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);

@@ -13,7 +13,7 @@ namespace bnext::cuda {
 
 // The channel of the tensors that is the block's channel i, if there is one.
 __device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, int i, int64_t& channel) {
-  channel = tile.column * args.slab_channels + i;
+  channel = tile_channel(args, tile, i);
   const bool there = channel < args.tile_channels;
   if (!there) channel = 0;
   if (args.tile_channels > args.num_channels) channel = args.by_channels.remainder(static_cast<unsigned>(channel));
@@ -22,7 +22,7 @@ __device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, in
 
 // Of the columns of a folded row that are the same channel, this one answers for it.
 __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile, int i) {
-  return tile.column * args.slab_channels + i < args.num_channels;
+  return tile_channel(args, tile, i) < args.num_channels;
 }
 
 // What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads after a
