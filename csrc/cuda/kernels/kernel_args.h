@@ -107,13 +107,16 @@ struct KernelArgs {
   int lane_parts, lane_columns;  // group_lanes as so many times channel_columns, and the rest
   Divider by_columns;            // of lanes, by channel_columns
 
-  // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number.
+  // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. In a grid a team has one slab
+  // after the other, those that are num_teams apart.
   int cluster_size;
+  int num_teams, num_slabs;
   int num_steps, held_steps;  // items of a thread, and how many of them have slots
   int batches_ahead;          // that a thread has asked for ahead of the one that it works on
 
-  double* partials;    // [kNumSums][wide_channels][num_splits]
-  void* coefficients;  // [num_channels] of Coefficients<Acc>
+  unsigned* meeting_words;  // of a grid: [2 * num_teams]
+  double* partials;         // [kNumSums][tile_channels][num_splits]
+  void* coefficients;       // [num_channels] of Coefficients<Acc>
   Source source;
   bool backward, training, cumulative;
   double num_positions, inverse_positions, unbiased;  // m, 1 / m, m / (m - 1)

@@ -1,10 +1,14 @@
-// The on-chip families: training passes that read their tensors once. A block (family resident) or a cluster of blocks
-// (family cluster) has a channel, a slab of channels, or a run of them. Each thread keeps the packs that it reads in
-// shared memory, in slots that no other thread looks at, until the sums of all blocks are there. Where there are too few
-// slots, what was read first makes room for what comes later, and is read again when the rest has been mapped.
+// The on-chip families: training passes that read their tensors once. A team has a channel, a slab of channels, or a run of
+// them: one block (family resident), a cluster of blocks (family cluster), or any number of blocks that tell each other
+// through memory what they have found (family grid). Each thread keeps the packs that it reads in shared memory, in slots
+// that no other thread looks at, until the sums of all blocks are there. Where there are too few slots, what was read first
+// makes room for what comes later, and is read again when the rest has been mapped.
 #pragma once
 
+#include <type_traits>
+
 #include "../device/cluster.cuh"
+#include "../device/meeting.cuh"
 #include "elementwise.cuh"
 #include "finish.cuh"
 #include "slots.cuh"
@@ -68,6 +72,85 @@ class OnChip {
   const Data slots_;
 };
 
+// ---- teams -------------------------------------------------------------------------------------------------------
+
+// What a block has to do: a part of its team's tile, or in a grid of one tile after the other.
+struct Turn {
+  Tile tile;
+  int team, number = 0;
+
+  __device__ explicit Turn(const KernelArgs& args) {
+    const unsigned of_block = args.by_tile.divide(blockIdx.x);
+    tile = {of_block, blockIdx.x - of_block * args.by_tile.divisor};
+    team = static_cast<int>(of_block);
+  }
+  // False after the last one.
+  __device__ bool next(const KernelArgs& args) {
+    tile.column += args.num_teams;
+    ++number;
+    return tile.column < args.num_slabs;
+  }
+};
+
+// Where the teams of a grid meet. The first half of them, the early ones, begin at once. Each of the others waits until an
+// early one has read its first tile, and is out of step with it ever after: one half moves data while the other one meets.
+class Meetings {
+ public:
+  // Clears the words that blocks meet at, for all who have waited for that.
+  __device__ Meetings(const KernelArgs& args, const Turn& turn) {
+    const bool late = is_late(args, turn);
+    if (threadIdx.x == 0 && turn.tile.split == 0) {
+      *team_word(args, turn) = 0;
+      if (late) *stagger_word(args, turn.team) = 0;
+    }
+    grid_arrive(cleared_);
+    if (!late) return;
+    grid_wait(cleared_);
+    if (threadIdx.x == 0) {
+      unsigned before;
+      arrive_at(stagger_word(args, turn.team), two_teams(args), turn.tile.split == 0, before);
+      await(stagger_word(args, turn.team), before);  // for speed
+    }
+    __syncthreads();  // for speed
+  }
+
+  // Until all blocks of the team have left what they have found in this turn.
+  __device__ void meet(const KernelArgs& args, const Turn& turn) const {
+    const bool early = !is_late(args, turn);
+    if (turn.number == 0 && early) grid_wait(cleared_);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      unsigned before;
+      const int late_team = turn.team + early_teams(args);
+      const bool is_awaited = turn.number == 0 && early && late_team < args.num_teams;
+      if (is_awaited) arrive_at(stagger_word(args, late_team), two_teams(args), false, before);
+      arrive_at(team_word(args, turn), static_cast<int>(args.num_splits), turn.tile.split == 0, before);
+      await(team_word(args, turn), before);
+    }
+    __syncthreads();
+  }
+
+ private:
+  __device__ static int early_teams(const KernelArgs& args) { return (args.num_teams + 1) / 2; }
+  __device__ static bool is_late(const KernelArgs& args, const Turn& turn) { return turn.team >= early_teams(args); }
+  __device__ static int two_teams(const KernelArgs& args) { return 2 * static_cast<int>(args.num_splits); }
+  __device__ static unsigned* team_word(const KernelArgs& args, const Turn& turn) {
+    return args.meeting_words + turn.team;
+  }
+  __device__ static unsigned* stagger_word(const KernelArgs& args, int late_team) {
+    return args.meeting_words + args.num_teams + late_team;
+  }
+
+  GridToken cleared_;
+};
+
+// Other families have none.
+struct NoMeetings {
+  __device__ NoMeetings(const KernelArgs&, const Turn&) {}
+};
+template <bool kGrid>
+using TeamMeetings = std::conditional_t<kGrid, Meetings, NoMeetings>;
+
 // ---- from sums to coefficients -----------------------------------------------------------------------------------
 
 // What a group's lane has to load for the group's channel.
@@ -116,12 +199,16 @@ __device__ inline ChannelTotals add_blocks(const KernelArgs& args, int channel, 
 }
 
 // From what the block's parts have left to the coefficients of this thread's lanes. The first block stores the results.
-template <bool kRows, bool kBackward, int kVec, typename Acc>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, double first_input,
-                                      Coefficients<Acc> (&coefficients)[kVec]) {
+template <bool kRows, bool kBackward, bool kGrid, int kVec, typename Acc>
+__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kGrid>& meetings,
+                                      double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  const Tile& tile = turn.tile;
   __syncthreads();
-  if (args.cluster_size > 1) {
+  if constexpr (kGrid) {
+    store_partials<!kBackward, kVec, Acc>(args, tile);
+    meetings.meet(args, turn);
+  } else if (args.cluster_size > 1) {
     for_each_group(args, [&](int i, int lane, bool there, int) {
       const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
       double* to = shared_at<double>(args.layout.totals) + i;
@@ -134,16 +221,21 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
   }
   for_each_group(args, [&](int i, int lane, bool there, int round) {
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
-    const ChannelTotals totals =
-        args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane) : add_parts<!kBackward, kVec, Acc>(args, i, lane);
     const int64_t channel = tile_channel(args, tile, i);
     there = there && channel < args.num_channels;
+    ChannelTotals totals;
+    if constexpr (kGrid) {
+      totals = group_partial_totals(args, there ? channel : 0, lane);
+    } else {
+      totals = args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
+                                     : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+    }
     const Coefficients<Acc> found =
         finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);
     if (there && lane == 0) shared[i] = found;
   });
   // This thread reads no other block's memory any more: what it has read has been used.
-  if (args.cluster_size > 1) cluster_arrive();
+  if (!kGrid && args.cluster_size > 1) cluster_arrive();
   __syncthreads();
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
@@ -153,83 +245,89 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
-__device__ inline Tile on_chip_tile(const KernelArgs& args) {
-  const unsigned column = args.by_tile.divide(blockIdx.x);
-  return {column, blockIdx.x - column * args.by_tile.divisor};
-}
-
 // A block's memory must not go while others of the cluster may read it.
 __device__ inline void leave_cluster(const KernelArgs& args) {
   if (args.cluster_size > 1) cluster_wait();
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole>
+template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
-  const Tile tile = on_chip_tile(args);
-  const Data data(args, tile);
+  Turn turn(args);
   count_batch(args, false);
+  const TeamMeetings<kGrid> meetings(args, turn);
 
-  double first_input = 0;
-  Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
-  int count = 0, batches = 0;
-  data.load([&] { first_input = load_first_inputs<false, Acc>(args, tile); },
-            [&](const typename Data::Batch& batch) {
-              if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-              add_moments(batch.pack[0], batch.items, pivot, s1, s2);
-              count += count_positions<kRows>(batch.items);
-              if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
-            });
-  leave_moments<kRows>(args, pivot, s1, s2, count);
-  Coefficients<Acc> coefficients[kVec];
-  finish_on_chip<kRows, false>(args, tile, first_input, coefficients);
+#pragma unroll 1
+  do {
+    const Data data(args, turn.tile);
+    double first_input = 0;
+    Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
+    int count = 0, batches = 0;
+    data.load([&] { first_input = load_first_inputs<false, Acc>(args, turn.tile); },
+              [&](const typename Data::Batch& batch) {
+                if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+                add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+                count += count_positions<kRows>(batch.items);
+                if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
+              });
+    leave_moments<kRows>(args, pivot, s1, s2, count);
+    Coefficients<Acc> coefficients[kVec];
+    finish_on_chip<kRows, false, kGrid>(args, turn, meetings, first_input, coefficients);
 
-  data.revisit([&](const typename Data::Batch& batch) {
+    data.revisit([&](const typename Data::Batch& batch) {
 #pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      const Pack<T, kVec>& x = batch.pack[0][u];
-      store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
-    }
-  });
-  leave_cluster(args);
+      for (int u = 0; u < kOnChipBatch; ++u) {
+        const Pack<T, kVec>& x = batch.pack[0][u];
+        store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
+      }
+    });
+  } while (kGrid && turn.next(args));
+  if (!kGrid) leave_cluster(args);
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole>
+template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
-  const Tile tile = on_chip_tile(args);
-  const Data data(args, tile);
+  Turn turn(args);
+  const TeamMeetings<kGrid> meetings(args, turn);
 
-  double first_input = 0;
-  Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
-  data.load(
-      [&] {
-        first_input = load_first_inputs<true, Acc>(args, tile);
-        __syncthreads();
-        const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+#pragma unroll 1
+  do {
+    const Data data(args, turn.tile);
+    double first_input = 0;
+    Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
+    data.load(
+        [&] {
+          if (kGrid && turn.number > 0) __syncthreads();  // all threads have taken what was there
+          first_input = load_first_inputs<true, Acc>(args, turn.tile);
+          __syncthreads();
+          const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) {
-          mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
-        }
-      },
-      [&](const typename Data::Batch& batch) { add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum); });
-  leave_sums<kRows>(args, sum);
-  Coefficients<Acc> coefficients[kVec];
-  finish_on_chip<kRows, true>(args, tile, first_input, coefficients);
+          for (int v = 0; v < kVec; ++v) {
+            mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
+          }
+        },
+        [&](const typename Data::Batch& batch) {
+          add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);
+        });
+    leave_sums<kRows>(args, sum);
+    Coefficients<Acc> coefficients[kVec];
+    finish_on_chip<kRows, true, kGrid>(args, turn, meetings, first_input, coefficients);
 
-  data.revisit([&](const typename Data::Batch& batch) {
+    data.revisit([&](const typename Data::Batch& batch) {
 #pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
-    }
-  });
-  leave_cluster(args);
+      for (int u = 0; u < kOnChipBatch; ++u) {
+        store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
+      }
+    });
+  } while (kGrid && turn.next(args));
+  if (!kGrid) leave_cluster(args);
 }
 
 }  // namespace bnext::cuda
