@@ -179,7 +179,9 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
         assert 1 <= q.num_teams <= slabs, text
         assert per_sm * q.threads <= 512, text
         assert per_sm * (q.shared_bytes + KB) <= device.shared_bytes_per_sm, text
-        assert q.workspace_bytes == 24 * channels * q.num_splits + 8 * q.num_teams, text
+        partials = ceil_div(24 * channels * q.num_splits, 16) * 16
+        coefficients = 4 * channels * q.acc_bytes if q.walk == 1 else 0
+        assert q.workspace_bytes == partials + coefficients + 12 * q.num_teams, text
     else:
         assert q.num_teams == slabs, text
         assert q.workspace_bytes == 0, text

@@ -103,15 +103,23 @@ void run(const Problem& problem, at::Device device) {
   // A first call asks the device, loads kernels and sets their attributes. While a thread captures a graph, CUDA refuses
   // such calls unless told that they are meant: none of them is work for a stream, so none is missing in the graph.
   const c10::cuda::CUDAStreamCaptureModeGuard first_call_may_be_captured(cudaStreamCaptureModeRelaxed);
-  const Limits limits = limits_of_environment();
-  const Plan& plan = find_plan(make_request(problem), device, limits);
-  TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
-  // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
-  const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
-  const cudaError_t error =
-      launch(problem, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream(device.index()));
-  TORCH_CHECK(error == cudaSuccess, "bnext could not launch its kernels on ", device, ": ", cudaGetErrorString(error),
-              "; the plan was: ", to_string(plan));
+  Limits limits = limits_of_environment();
+  for (;;) {
+    const Plan& plan = find_plan(make_request(problem), device, limits);
+    TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
+    // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
+    const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
+    const cudaError_t error =
+        launch(problem, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream(device.index()));
+    // A stream may have a part of the device, as in a green context, where not all of a grid runs at once.
+    if (error == cudaErrorCooperativeLaunchTooLarge && limits.family == Family::kAuto && limits.grid) {
+      limits.grid = false;
+      continue;
+    }
+    TORCH_CHECK(error == cudaSuccess, "bnext could not launch its kernels on ", device, ": ", cudaGetErrorString(error),
+                "; the plan was: ", to_string(plan));
+    return;
+  }
 }
 
 }  // namespace

@@ -62,7 +62,9 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   const bool grid = plan.family == Family::kGrid;
   if (plan.reduce || grid) args.partials = static_cast<double*>(workspace);
   if (grid) args.meeting_words = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + plan.words_offset);
-  if (plan.finish && plan.apply) args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
+  if ((plan.finish && plan.apply) || grid) {
+    args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
+  }
   return args;
 }
 

@@ -101,9 +101,11 @@ double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double sto
                                          static_cast<double>(plan.threads * blocks));
   stop += kGridUs;
   if (plan.num_teams == 1) return traffic + plan.waves * stop;
-  const double turn = traffic / plan.waves, half_of_sms = blocks > 1 ? 1 : 0.5 * sms / device.num_sms;
-  const double alone = turn / 2 * std::max(1.0, kBusyShare / half_of_sms);
-  return plan.waves * std::max(turn, alone + stop) + stop;
+  // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
+  const double half_of_sms = blocks > 1 ? 1 : 0.5 * sms / device.num_sms;
+  const double alone = traffic / plan.waves / 2 * std::max(1.0, kBusyShare / half_of_sms);
+  const double late = alone * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
+  return std::max(traffic + stop, late + plan.waves * (alone + stop));
 }
 
 }  // namespace

@@ -89,11 +89,12 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.chunk = ceil_div(plan.num_items, team.blocks);
   plan.num_blocks = plan.num_teams * team.blocks;
   plan.threads = team.threads;
-  plan.count = r.pass == Pass::kForward && r.cumulative;
   hold(std::min(limits.shared_bytes, team.shared_bytes), num_tensors, plan);
   if (grid) {
-    plan.words_offset = kNumSums * r.geometry.num_channels * team.blocks * 8;
-    plan.workspace_bytes = plan.words_offset + 2 * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
+    plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);
+    plan.words_offset = plan.coefficient_offset;
+    if (plan.walk == Walk::kRows) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+    plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
   }
   // What comes first in each block has to go again.
   const int lost = (on_chip_batches(plan.num_steps) - on_chip_batches(plan.held_steps)) * kOnChipBatch;
@@ -146,6 +147,7 @@ int64_t grid_shared_bytes(const DeviceInfo& device, int blocks_per_sm) {
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
   Plan base = begin_on_chip(r, streaming);
   base.family = limits.family == Family::kAuto ? Family::kResident : limits.family;
+  base.count = r.pass == Pass::kForward && r.cumulative;
   if (!base.error.empty()) return base;
   Plan best;
   best.error = "rows are too wide for a block";
@@ -167,7 +169,8 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
   };
   auto consider_grids = [&](const Plan& walk) {
     const int64_t bytes = walk.num_items * walk.block_packs * walk.tensors_read * kPackBytes;
-    const bool useful = limits.grid && device.cooperative && bytes > device.shared_bytes_opt_in;
+    // Not where a batch is counted before: a grid may be refused room when it is launched.
+    const bool useful = limits.grid && device.cooperative && bytes > device.shared_bytes_opt_in && !base.count;
     if (limits.family == Family::kAuto && !useful) return;
     for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) {
       const int64_t all = int64_t{per_sm} * device.num_sms;

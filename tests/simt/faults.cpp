@@ -89,7 +89,7 @@ unsigned word = 0;
 float number = 0;
 
 void waits_for_ever(Memory) {
-  if (threadIdx.x == 0 && blockIdx.x > 0) simt::await(&word, 0, 2, __FILE__, __LINE__);
+  if (threadIdx.x == 0 && blockIdx.x > 0) simt::await(&word, 9, 9, __FILE__, __LINE__);
   __syncthreads();
   if (threadIdx.x == 0) simt::arrive_at(&word, 1, __FILE__, __LINE__);
 }
@@ -97,7 +97,7 @@ void waits_for_ever(Memory) {
 void read_after(void (*leave)()) {
   if (threadIdx.x != 0) return;
   if (blockIdx.x == 0) return leave();
-  simt::await(&word, 0, 1, __FILE__, __LINE__);
+  simt::await(&word, 1, 1, __FILE__, __LINE__);
   if (number != 1) simt::check_store(nullptr, 4);
 }
 

@@ -32,8 +32,8 @@ struct Fiber {
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   std::string arrived_at;
-  const unsigned* word = nullptr;           // that it waits for, to differ from `before` in `mask`
-  unsigned before = 0, mask = 0;
+  const unsigned* word = nullptr;           // that it waits for, to be `bits` under `mask`
+  unsigned bits = 0, mask = 0;
   bool depends = false;                     // it has waited for the kernels before
   std::vector<Copy> copies;                 // begun, and in no group yet
   std::deque<std::vector<Copy>> in_flight;  // groups
@@ -226,7 +226,7 @@ void run_cluster(unsigned first_block) {
     for (unsigned i = 0; i < num_fibers(); ++i) {
       State& state = m.states[i];
       const Fiber& waits = m.fibers[i];
-      if (state == State::kAtWord && ((*waits.word ^ waits.before) & waits.mask) != 0) state = State::kReady;
+      if (state == State::kAtWord && (*waits.word & waits.mask) == waits.bits) state = State::kReady;
       if (state == State::kReady) ready.push_back(i);
       all_done = all_done && state == State::kDone;
     }
@@ -305,20 +305,18 @@ const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other
 }
 
 // Others may run at once, before this thread does anything more.
-unsigned arrive_at(unsigned* word, unsigned amount, const char* file, int line) {
-  const unsigned before = *word;
-  if (skipped(file, line)) return before;
+void arrive_at(unsigned* word, unsigned amount, const char* file, int line) {
+  if (skipped(file, line)) return;
   *word += amount;
   yield();
-  return before;
 }
 
-void await(const unsigned* word, unsigned before, unsigned mask, const char* file, int line) {
+void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line) {
   if (skipped(file, line)) return;
   Fiber& fiber = current();
   m.states[m.fiber] = State::kAtWord;
   fiber.word = word;
-  fiber.before = before;
+  fiber.bits = bits;
   fiber.mask = mask;
   fiber.file = file;
   fiber.line = line;

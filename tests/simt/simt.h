@@ -53,9 +53,9 @@ void cluster_wait(const char* file, int line);
 // What lies at `own`'s place in the shared memory of another block of the cluster.
 const void* cluster_memory(const void* own, size_t bytes, unsigned rank);
 
-// Adds to a word in global memory, and returns what it was before; waits until it differs in the bits of a mask.
-unsigned arrive_at(unsigned* word, unsigned amount, const char* file, int line);
-void await(const unsigned* word, unsigned before, unsigned mask, const char* file, int line);
+// Adds to a word in global memory; waits until its bits under a mask are those of `bits`.
+void arrive_at(unsigned* word, unsigned amount, const char* file, int line);
+void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line);
 
 // The kernels before have ended: what they have left may be looked at, and what they read may be overwritten.
 void wait_for_kernels(const char* file, int line);

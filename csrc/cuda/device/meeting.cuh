@@ -40,32 +40,31 @@ __device__ inline void grid_wait([[maybe_unused]] GridToken token BNEXT_AND_CALL
 // ---- some of them: for one thread of each block -------------------------------------------------------------------
 
 // Such a barrier is a word that is zero before the first use. Of n that arrive, one adds 2^31 - (n - 1) and the others 1: when
-// all have come, the upper bit has changed and the others are what they were, ready for the next time.
-constexpr unsigned kUpperBit = 1u << 31;
+// all have come, the upper bit has changed and the others are zero again, ready for the next time. The bit that the word begins
+// with is 0, after the first time it is 1, and so on.
 
-// One of n arrives; exactly one of them is `first`. Leaves what await needs. Who has waited sees what this thread stored
-// before, and what other threads had stored before they met it at a barrier of the block.
-__device__ inline void arrive_at(unsigned* word, int n, bool first, unsigned& before BNEXT_AND_CALLER) {
-  const unsigned amount = first ? kUpperBit - static_cast<unsigned>(n - 1) : 1;
+// One of n arrives; exactly one of them is `first`. Who has waited sees what this thread stored before, and what other threads
+// had stored before they met it at a barrier of the block.
+__device__ inline void arrive_at(unsigned* word, int n, bool first BNEXT_AND_CALLER) {
+  const unsigned amount = first ? (1u << 31) - static_cast<unsigned>(n - 1) : 1;
 #ifdef BNEXT_SIMT
-  before = simt::arrive_at(word, amount, file, line);
+  simt::arrive_at(word, amount, file, line);
 #else
-  asm volatile("atom.release.gpu.global.add.u32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(__cvta_generic_to_global(word)), "r"(amount)
-               : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(amount) : "memory");
 #endif
 }
 
-// Until all have arrived. The block's other threads, if they rely on it, have to be told at a barrier.
-__device__ inline void await(const unsigned* word, unsigned before BNEXT_AND_CALLER) {
+// Until the upper bit is `bit`. The block's other threads, if they rely on it, have to be told at a barrier.
+__device__ inline void await(const unsigned* word, unsigned bit BNEXT_AND_CALLER) {
 #ifdef BNEXT_SIMT
-  simt::await(word, before, kUpperBit, file, line);
+  simt::await(word, bit << 31, 1u << 31, file, line);
 #else
-  unsigned now;
-  do {
+  for (;;) {
+    unsigned now;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(__cvta_generic_to_global(word)) : "memory");
-  } while (((now ^ before) & kUpperBit) == 0);
+    if (now >> 31 == bit) return;
+    __nanosleep(20);  // each look empties the SM's L1, which another block may use
+  }
 #endif
 }
 

@@ -32,6 +32,8 @@ constexpr int kMaxThreads = 256;
 constexpr int kStreamingBlocksPerSm = 2;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
+// Of a grid, words at which a team's blocks meet; see on_chip.cuh.
+constexpr int kWordsOfTeam = 3;
 constexpr int kWarpSize = 32;
 // What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
 constexpr int kRoles = 8;
@@ -114,7 +116,7 @@ struct KernelArgs {
   int num_steps, held_steps;  // items of a thread, and how many of them have slots
   int batches_ahead;          // that a thread has asked for ahead of the one that it works on
 
-  unsigned* meeting_words;  // of a grid: [2 * num_teams]
+  unsigned* meeting_words;  // of a grid: [kWordsOfTeam][num_teams]
   double* partials;         // [kNumSums][tile_channels][num_splits]
   void* coefficients;       // [num_channels] of Coefficients<Acc>
   Source source;

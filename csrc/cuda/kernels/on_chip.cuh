@@ -90,6 +90,8 @@ struct Turn {
     ++number;
     return tile.column < args.num_slabs;
   }
+  // Of a word that the team meets at once in each turn: see meeting.cuh.
+  __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }
 };
 
 // Where the teams of a grid meet. The first half of them, the early ones, begin at once. Each of the others waits until an
@@ -100,45 +102,51 @@ class Meetings {
   __device__ Meetings(const KernelArgs& args, const Turn& turn) {
     const bool late = is_late(args, turn);
     if (threadIdx.x == 0 && turn.tile.split == 0) {
-      *team_word(args, turn) = 0;
-      if (late) *stagger_word(args, turn.team) = 0;
+      for (int kind : {kSums, kStagger, kCoefficients}) *word(args, kind, turn.team) = 0;
     }
     grid_arrive(cleared_);
     if (!late) return;
     grid_wait(cleared_);
     if (threadIdx.x == 0) {
-      unsigned before;
-      arrive_at(stagger_word(args, turn.team), two_teams(args), turn.tile.split == 0, before);
-      await(stagger_word(args, turn.team), before);  // for speed
+      arrive_at(word(args, kStagger, turn.team), two_teams(args), turn.tile.split == 0);
+      await(word(args, kStagger, turn.team), 1);  // for speed
     }
     __syncthreads();  // for speed
   }
 
-  // Until all blocks of the team have left what they have found in this turn.
-  __device__ void meet(const KernelArgs& args, const Turn& turn) const {
+  // Until all blocks of the team have left their sums of this turn.
+  __device__ void exchange_sums(const KernelArgs& args, const Turn& turn) const {
     const bool early = !is_late(args, turn);
     if (turn.number == 0 && early) grid_wait(cleared_);
     __syncthreads();
     if (threadIdx.x == 0) {
-      unsigned before;
+      arrive_at(word(args, kSums, turn.team), static_cast<int>(args.num_splits), turn.tile.split == 0);
       const int late_team = turn.team + early_teams(args);
       const bool is_awaited = turn.number == 0 && early && late_team < args.num_teams;
-      if (is_awaited) arrive_at(stagger_word(args, late_team), two_teams(args), false, before);
-      arrive_at(team_word(args, turn), static_cast<int>(args.num_splits), turn.tile.split == 0, before);
-      await(team_word(args, turn), before);
+      if (is_awaited) arrive_at(word(args, kStagger, late_team), two_teams(args), false);
+      await(word(args, kSums, turn.team), turn.next_bit());
     }
     __syncthreads();
   }
 
+  // The thread has left the coefficients of the block's channel i.
+  __device__ void leave_coefficients(const KernelArgs& args, const Turn& turn, int i) const {
+    arrive_at(word(args, kCoefficients, turn.team), args.slab_channels, i == 0);
+  }
+  // Until all are there.
+  __device__ void await_coefficients(const KernelArgs& args, const Turn& turn) const {
+    if (threadIdx.x == 0) await(word(args, kCoefficients, turn.team), turn.next_bit());
+    __syncthreads();
+  }
+
  private:
+  enum Kind : int { kSums, kStagger, kCoefficients };
+
   __device__ static int early_teams(const KernelArgs& args) { return (args.num_teams + 1) / 2; }
   __device__ static bool is_late(const KernelArgs& args, const Turn& turn) { return turn.team >= early_teams(args); }
   __device__ static int two_teams(const KernelArgs& args) { return 2 * static_cast<int>(args.num_splits); }
-  __device__ static unsigned* team_word(const KernelArgs& args, const Turn& turn) {
-    return args.meeting_words + turn.team;
-  }
-  __device__ static unsigned* stagger_word(const KernelArgs& args, int late_team) {
-    return args.meeting_words + args.num_teams + late_team;
+  __device__ static unsigned* word(const KernelArgs& args, int kind, int team) {
+    return args.meeting_words + kind * args.num_teams + team;
   }
 
   GridToken cleared_;
@@ -198,45 +206,85 @@ __device__ inline ChannelTotals add_blocks(const KernelArgs& args, int channel, 
   return group_totals<kMoments>(args, moments, sum);
 }
 
-// From what the block's parts have left to the coefficients of this thread's lanes. The first block stores the results.
-template <bool kRows, bool kBackward, bool kGrid, int kVec, typename Acc>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kGrid>& meetings,
-                                      double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
+// Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors, lane) for
+// a group of lanes. The first block of the team stores the results.
+template <bool kBackward, typename Acc, typename F>
+__device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  const Tile& tile = turn.tile;
-  __syncthreads();
-  if constexpr (kGrid) {
-    store_partials<!kBackward, kVec, Acc>(args, tile);
-    meetings.meet(args, turn);
-  } else if (args.cluster_size > 1) {
-    for_each_group(args, [&](int i, int lane, bool there, int) {
-      const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
-      double* to = shared_at<double>(args.layout.totals) + i;
-      if (!there || lane > 0) return;
-#pragma unroll
-      for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
-    });
-    cluster_arrive();
-    cluster_wait();
-  }
   for_each_group(args, [&](int i, int lane, bool there, int round) {
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
     const int64_t channel = tile_channel(args, tile, i);
     there = there && channel < args.num_channels;
-    ChannelTotals totals;
-    if constexpr (kGrid) {
-      totals = group_partial_totals(args, there ? channel : 0, lane);
-    } else {
-      totals = args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
-                                     : add_parts<!kBackward, kVec, Acc>(args, i, lane);
-    }
+    const ChannelTotals totals = totals_of(i, there ? channel : 0, lane);
     const Coefficients<Acc> found =
         finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);
     if (there && lane == 0) shared[i] = found;
   });
-  // This thread reads no other block's memory any more: what it has read has been used.
-  if (!kGrid && args.cluster_size > 1) cluster_arrive();
+}
+
+// In a grid, the slab's channels are shared out among the warps of all its blocks: if every block added up the sums of all,
+// that would be more to read than the slab. Then all blocks take the coefficients from the workspace.
+template <bool kBackward, typename Acc>
+__device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
+  auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+  const int blocks = static_cast<int>(args.num_splits);
+#pragma unroll 1
+  for (int i = static_cast<int>(turn.tile.split) + warp * blocks; i < args.slab_channels; i += num_warps * blocks) {
+    const int64_t channel = tile_channel(args, turn.tile, i);
+    if (channel < args.num_channels) {
+      const double input = load_input(args, channel, lane);
+      const ChannelTotals totals = warp_partial_totals(args, channel);
+      const auto found = finish_group<Acc>(args, kBackward, channel, lane, totals, input, true);
+      if (lane == 0) left[channel] = found;
+    }
+    if (lane == 0) meetings.leave_coefficients(args, turn, i);
+  }
+  meetings.await_coefficients(args, turn);
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) {
+    const int64_t channel = tile_channel(args, turn.tile, i);
+    if (channel < args.num_channels) shared[i] = load_left(left + channel);
+  }
+}
+
+// From what the block's parts have left to the coefficients of this thread's lanes.
+template <bool kRows, bool kBackward, bool kGrid, int kVec, typename Acc>
+__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kGrid>& meetings,
+                                      double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
+  const Tile& tile = turn.tile;
   __syncthreads();
+  if constexpr (kGrid) {
+    store_partials<!kBackward, kVec, Acc>(args, tile);
+    meetings.exchange_sums(args, turn);
+    if constexpr (kRows) {
+      finish_share<kBackward, Acc>(args, turn, meetings);
+    } else {
+      finish_groups<kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
+        return group_partial_totals(args, channel, lane);
+      });
+    }
+  } else {
+    if (args.cluster_size > 1) {
+      for_each_group(args, [&](int i, int lane, bool there, int) {
+        const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
+        double* to = shared_at<double>(args.layout.totals) + i;
+        if (!there || lane > 0) return;
+#pragma unroll
+        for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
+      });
+      cluster_arrive();
+      cluster_wait();
+    }
+    finish_groups<kBackward, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
+      return args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
+                                   : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+    });
+    // This thread reads no other block's memory any more: what it has read has been used.
+    if (args.cluster_size > 1) cluster_arrive();
+  }
+  __syncthreads();
+  const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     coefficients[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)] : coefficients[0];
@@ -266,7 +314,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     double first_input = 0;
     Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
     int count = 0, batches = 0;
-    data.load([&] { first_input = load_first_inputs<false, Acc>(args, turn.tile); },
+    data.load([&] { if (!(kGrid && kRows)) first_input = load_first_inputs<false, Acc>(args, turn.tile); },
               [&](const typename Data::Batch& batch) {
                 if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
                 add_moments(batch.pack[0], batch.items, pivot, s1, s2);
