@@ -327,7 +327,7 @@ def test_a_grid_takes_what_no_cluster_holds() -> None:
     """Rows of 56x56 and more have too many, whatever the slab, for 16 blocks."""
     h200, shape = DEVICES["h200"], (32, 256, 56, 56)
     q = plan(h200, shape, layout="channels_last", backward=1)
-    assert (q.family_chosen, q.held > 0.5) == (GRID, True), q.text.decode()
+    assert (q.family_chosen, q.held > 0.4) == (GRID, True), q.text.decode()
     # One slab after the other, by teams of which one half moves data while the other one meets.
     assert 2 <= q.num_teams < q.num_slabs
     assert plan(h200, shape, backward=1).family_chosen == CLUSTER

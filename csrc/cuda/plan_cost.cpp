@@ -19,7 +19,8 @@ constexpr double kL2Time = 0.6;     // of a byte from L2, with a byte from memor
 constexpr double kL2Share = 0.5;    // of L2 that still holds what was read a while ago
 
 constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
-constexpr double kGridUs = 5;       // the same through L2: a fence, an arrival, a look at it, all blocks' partial sums
+constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
+constexpr double kTripUs = 0.7;     // to L2
 constexpr double kGridHandicap = 1.1;
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
@@ -91,6 +92,14 @@ double blocks_time(Plan& plan, const DeviceInfo& device, double inputs, double s
          set_waves(plan, at_once, blocks > 1) * (stop + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
+// Of a grid, what its teams do in each turn besides: see finish_on_chip. A warp has four trips' partial sums on their way.
+double meeting_time(const Plan& plan) {
+  const int64_t splits = plan.num_splits, rounds = ceil_div(splits, 4 * kWarpSize);
+  if (plan.walk == Walk::kPlanes) return kMeetingUs + kTripUs * static_cast<double>(1 + rounds);
+  const int64_t shares = ceil_div(plan.slab_channels, splits * (plan.threads / kWarpSize));
+  return 2 * kMeetingUs + kTripUs * static_cast<double>(shares * (1 + rounds) + 1);
+}
+
 // Half of the teams move data while the other half meets, if there is enough of it.
 double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double stop) {
   const double teams = static_cast<double>(plan.num_teams), slabs = static_cast<double>(plan.num_slabs);
@@ -99,7 +108,7 @@ double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double sto
   const double sms = std::min(double(device.num_sms), static_cast<double>(plan.num_blocks));
   const double traffic = on_chip_traffic(plan, device, inputs, teams / slabs, plan.waves * teams / slabs * device.num_sms / sms,
                                          static_cast<double>(plan.threads * blocks));
-  stop += kGridUs;
+  stop += meeting_time(plan);
   if (plan.num_teams == 1) return traffic + plan.waves * stop;
   // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
   const double half_of_sms = blocks > 1 ? 1 : 0.5 * sms / device.num_sms;
