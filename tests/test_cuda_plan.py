@@ -301,7 +301,7 @@ def test_what_runs_where() -> None:
     half = torch.float16
     # One kernel beats two launches where a call is all launch.
     assert plan(h200, (8, 64, 8, 8), backward=1).family_chosen == RESIDENT
-    # A channel of 1.6 MB of x and dy needs a cluster; without one, and without a grid, it is streamed.
+    # A channel of 1.6 MB of x and dy needs a cluster or a grid; without either it is streamed.
     q = plan(h200, (32, 64, 112, 112), half, backward=1)
     assert (q.family_chosen, q.held) == (CLUSTER, 1)
     shape = (32, 64, 112, 112)

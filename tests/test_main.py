@@ -140,7 +140,7 @@ def test_explain_reads_the_forced_family(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_who_gets_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its launch waits for what other streams have running: not beside those that send gradients."""
+    """Its launch waits for what other streams do: not for those that send gradients."""
     x = torch.empty(32, 256, 56, 56, device="meta").contiguous(memory_format=torch.channels_last)
     for world, grid, chosen in (
         *(("", "", True), ("1", "", True), ("8", "", False)),
@@ -152,7 +152,7 @@ def test_who_gets_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         assert backward.startswith("grid ") == chosen, (world, grid)
         assert plans(bnext.explain(x, "h200", family="grid"))[1].startswith("grid ")
     monkeypatch.setenv("BNEXT_CUDA_GRID", "yes")
-    with pytest.raises(RuntimeError, match="^BNEXT_CUDA_GRID should be 0 or 1, not yes"):
+    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_GRID should be 0 or 1, not yes"):
         bnext.explain(x, "h200")
 
 

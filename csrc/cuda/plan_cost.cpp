@@ -106,8 +106,9 @@ double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double sto
   const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
   plan.waves = std::ceil(slabs / teams);
   const double sms = std::min(double(device.num_sms), static_cast<double>(plan.num_blocks));
-  const double traffic = on_chip_traffic(plan, device, inputs, teams / slabs, plan.waves * teams / slabs * device.num_sms / sms,
-                                         static_cast<double>(plan.threads * blocks));
+  const double traffic =
+      on_chip_traffic(plan, device, inputs, teams / slabs, plan.waves * teams / slabs * device.num_sms / sms,
+                      static_cast<double>(plan.threads * blocks));
   stop += meeting_time(plan);
   if (plan.num_teams == 1) return traffic + plan.waves * stop;
   // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
@@ -139,7 +140,7 @@ double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   if (!plan.on_chip) return streaming_time(plan, device, inputs);
   const double stop = reduction_time(plan) + plan.held_steps * kStepUs;
   return kLaunchUs * (1 + plan.count) + (plan.family == Family::kGrid ? grid_time(plan, device, inputs, stop)
-                                                                         : blocks_time(plan, device, inputs, stop));
+                                                                      : blocks_time(plan, device, inputs, stop));
 }
 
 }  // namespace bnext::cuda

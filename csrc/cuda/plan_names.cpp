@@ -83,8 +83,7 @@ Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  for (Family each : all_families())
-    known += (each == Family::kGrid ? " or " : ", ") + std::string(family_name(each));
+  for (Family each : all_families()) known += (each == Family::kGrid ? " or " : ", ") + std::string(family_name(each));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 

@@ -179,7 +179,8 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
         const int64_t turns = ceil_div(walk.num_slabs, most), teams = ceil_div(walk.num_slabs, turns);
         const int64_t blocks = limits.team != 0 ? limits.team : std::min(all / teams, walk.num_items);
         if (teams * blocks > all || blocks < 1) break;
-        consider_team(walk, {Family::kGrid, blocks, teams, grid_shared_bytes(device, per_sm)}, kMaxOnChipThreads / per_sm);
+        consider_team(walk, {Family::kGrid, blocks, teams, grid_shared_bytes(device, per_sm)},
+                      kMaxOnChipThreads / per_sm);
         if (turns == 1) break;
       }
     }

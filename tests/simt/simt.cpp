@@ -32,7 +32,7 @@ struct Fiber {
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   std::string arrived_at;
-  const unsigned* word = nullptr;           // that it waits for, to be `bits` under `mask`
+  const unsigned* word = nullptr;  // that it waits for, to be `bits` under `mask`
   unsigned bits = 0, mask = 0;
   bool depends = false;                     // it has waited for the kernels before
   std::vector<Copy> copies;                 // begun, and in no group yet

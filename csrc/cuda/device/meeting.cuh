@@ -50,7 +50,8 @@ __device__ inline void arrive_at(unsigned* word, int n, bool first BNEXT_AND_CAL
 #ifdef BNEXT_SIMT
   simt::arrive_at(word, amount, file, line);
 #else
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(amount) : "memory");
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)), "r"(amount)
+               : "memory");
 #endif
 }
 

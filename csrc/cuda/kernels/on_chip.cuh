@@ -314,13 +314,16 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     double first_input = 0;
     Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
     int count = 0, batches = 0;
-    data.load([&] { if (!(kGrid && kRows)) first_input = load_first_inputs<false, Acc>(args, turn.tile); },
-              [&](const typename Data::Batch& batch) {
-                if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-                add_moments(batch.pack[0], batch.items, pivot, s1, s2);
-                count += count_positions<kRows>(batch.items);
-                if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
-              });
+    data.load(
+        [&] {
+          if (!(kGrid && kRows)) first_input = load_first_inputs<false, Acc>(args, turn.tile);
+        },
+        [&](const typename Data::Batch& batch) {
+          if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+          add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+          count += count_positions<kRows>(batch.items);
+          if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
+        });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
     finish_on_chip<kRows, false, kGrid>(args, turn, meetings, first_input, coefficients);
