@@ -32,7 +32,7 @@ constexpr int kMaxThreads = 256;
 constexpr int kStreamingBlocksPerSm = 2;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
-// Of a grid, words at which a team's blocks meet; see on_chip.cuh.
+// Of a grid, words at which a team's blocks meet; see teams.cuh.
 constexpr int kWordsOfTeam = 3;
 constexpr int kWarpSize = 32;
 // What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
