@@ -29,8 +29,8 @@ def explain(
             a kind of device that need not be here (``python -m bnext --help`` lists them).
         family: plan with this family of kernels, or with each of them (``"all"``), and say why
             where one cannot run. Only passes that read their tensors twice have a choice; the
-            others are streamed. None is what a call would take: the best one, or the one that the
-            environment variable ``BNEXT_CUDA_FAMILY`` forces.
+            others are streamed. None is what a call would take: the best one, or what the
+            environment variables ``BNEXT_CUDA_FAMILY`` and ``BNEXT_CUDA_GRID`` say.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         training: in training or in evaluation mode.
 

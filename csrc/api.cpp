@@ -358,8 +358,8 @@ std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& d
                                    bool training) {
   check_input(input);
   const cuda::DeviceInfo info = device_named(device);
-  cuda::Limits limits;
-  limits.family = family.empty() ? cuda::forced_family() : cuda::family_named(family, "family");
+  cuda::Limits limits = cuda::limits_of_environment();
+  if (!family.empty()) limits.family = cuda::family_named(family, "family");
 
   // Nothing is read or written: of the addresses only the alignment counts, and outputs are aligned.
   const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), input.suggest_memory_format());

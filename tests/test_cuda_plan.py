@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
+import re
 from functools import cache
 from typing import NamedTuple
 
@@ -23,10 +24,10 @@ RESULTS = (
     *("finish_shared_bytes", "coefficient_offset", "workspace_bytes", "bytes_moved", "has_error"),
     *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
-    *("tensor_bytes", "batches_ahead"),
+    *("tensor_bytes", "batches_ahead", "num_teams"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
-REQUEST += ("family", "cumulative")
+REQUEST += ("family", "cumulative", "no_grid")
 
 
 KB = 1 << 10
@@ -41,6 +42,7 @@ class Device(NamedTuple):
     shared_bytes_opt_in: int
     shared_bytes_per_sm: int
     memory_gb_per_s: float
+    cooperative: int
     overlaps: int
     active_clusters: tuple[int, int, int, int]
 
@@ -67,6 +69,7 @@ class Query(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shared_bytes_per_block", "l2_bytes")),
         *((name, ctypes.c_int64) for name in ("shared_bytes_opt_in", "shared_bytes_per_sm")),
         ("active_clusters", ctypes.c_int64 * 4),
+        ("cooperative", ctypes.c_int64),
         ("overlaps", ctypes.c_int64),
         ("memory_gb_per_s", ctypes.c_double),
         *((name, ctypes.c_int64) for name in RESULTS),
@@ -136,7 +139,7 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-AUTO, STREAMING, RESIDENT, CLUSTER = range(4)
+AUTO, STREAMING, RESIDENT, CLUSTER, GRID = range(5)
 
 
 def check(q: Query, device: Device, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -166,17 +169,32 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     tensors = 1 + q.backward
     assert q.vec > 1, text
     assert q.threads in (64, 128, 256, 512), text
-    assert q.family_chosen == (RESIDENT if q.cluster == 1 else CLUSTER), text
-    if q.cluster > 1:
+    assert (q.cluster > 1) == (q.family_chosen == CLUSTER), text
+    assert (q.num_splits == 1) <= (q.family_chosen in (RESIDENT, GRID)), text
+    slabs = q.num_slabs if q.walk == 1 else channels
+    if q.family_chosen == GRID:
+        # All blocks run at once: an SM has memory and registers for its share of them.
+        per_sm = ceil_div(q.num_blocks, device.num_sms)
+        assert device.cooperative, text
+        assert 1 <= q.num_teams <= slabs, text
+        assert per_sm * q.threads <= 512, text
+        assert per_sm * (q.shared_bytes + KB) <= device.shared_bytes_per_sm, text
+        partials = ceil_div(24 * channels * q.num_splits, 16) * 16
+        coefficients = 4 * channels * q.acc_bytes if q.walk == 1 else 0
+        assert q.workspace_bytes == partials + coefficients + 12 * q.num_teams, text
+    else:
+        assert q.num_teams == slabs, text
+        assert q.workspace_bytes == 0, text
+    if q.family_chosen == CLUSTER:
+        assert q.num_splits == q.cluster, text
         assert device.arch >= 90, text
         assert device.active_clusters[(2, 4, 8, 16).index(q.cluster)] > 0, text
     # Every item is in exactly one block, and no thread has more steps than it takes.
-    assert q.chunk * q.cluster >= q.num_items >= q.cluster, text
+    assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
     at_once = q.block_rows if q.walk == 1 else q.threads
     assert at_once * (q.num_steps - 1) < q.chunk <= at_once * q.num_steps, text
-    assert q.num_blocks == q.cluster * (q.num_slabs if q.walk == 1 else channels), text
-    assert q.slab_channels * (q.num_blocks // q.cluster - 1) < channels, text
-    assert q.slab_channels * (q.num_blocks // q.cluster) >= channels, text
+    assert q.num_blocks == q.num_splits * q.num_teams, text
+    assert q.slab_channels * (slabs - 1) < channels <= q.slab_channels * slabs, text
     # What is held fits.
     slots = q.held_steps * tensors * q.threads * 16
     assert 0 < slots < q.shared_bytes <= device.shared_bytes_opt_in, text
@@ -192,7 +210,6 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     packs = q.wide_channels // q.vec if q.walk == 1 else channels
     again = (1 - q.held) * q.num_items * packs * 16 * tensors
     assert q.bytes_moved == pytest.approx((tensors + 1) * q.tensor_bytes + again, rel=1e-9), text
-    assert q.workspace_bytes == 0, text
 
 
 def check_streaming(
@@ -262,7 +279,7 @@ def test_forced_families(name: str) -> None:
         SHAPES, (torch.float32, torch.bfloat16), (0, 1), ("nchw", "channels_last")
     ):
         auto = plan(device, shape, dtype, layout, backward=backward)
-        for family in (RESIDENT, CLUSTER):
+        for family in (RESIDENT, CLUSTER, GRID):
             q = plan(device, shape, dtype, layout, backward=backward, family=family)
             assert q.family_chosen == family
             if q.has_error:
@@ -270,8 +287,12 @@ def test_forced_families(name: str) -> None:
                 continue
             ran.add(family)
             check(q, device, shape, dtype)
-            assert auto.microseconds <= q.microseconds
-    assert ran == {RESIDENT} | ({CLUSTER} if any(device.active_clusters) else set())
+            # A grid has to be a good deal better, and is not asked where a block has room for all.
+            if family == GRID and auto.family_chosen != RESIDENT:
+                assert auto.microseconds <= 1.1 * q.microseconds
+            elif family != GRID:
+                assert auto.microseconds <= q.microseconds
+    assert ran == {RESIDENT, GRID} | ({CLUSTER} if any(device.active_clusters) else set())
 
 
 def test_what_runs_where() -> None:
@@ -280,25 +301,47 @@ def test_what_runs_where() -> None:
     half = torch.float16
     # One kernel beats two launches where a call is all launch.
     assert plan(h200, (8, 64, 8, 8), backward=1).family_chosen == RESIDENT
-    # A channel of 1.6 MB of x and dy needs a cluster; without one it is streamed.
+    # A channel of 1.6 MB of x and dy needs a cluster or a grid; without either it is streamed.
     q = plan(h200, (32, 64, 112, 112), half, backward=1)
     assert (q.family_chosen, q.held) == (CLUSTER, 1)
-    assert plan(a100, (32, 64, 112, 112), half, backward=1).family_chosen == STREAMING
+    shape = (32, 64, 112, 112)
+    assert plan(a100, shape, half, backward=1, no_grid=1).family_chosen == STREAMING
     # 12.8 MB fit in no cluster, nor do 6.4 of x alone.
     for backward in (0, 1):
-        q = plan(h200, (256, 64, 112, 112), half, backward=backward)
+        q = plan(h200, (256, 64, 112, 112), half, backward=backward, no_grid=1)
         assert q.family_chosen == STREAMING or 0 < q.held < 1
     # No share of a channel that leaves a thread too much to sum.
     q = plan(h200, (256, 64, 112, 112), backward=1, family=RESIDENT)
     assert b"too many batches" in q.text
     # Six channels, whole, would leave most of the device idle.
     assert plan(h200, (20, 6, 64, 64), backward=1).cluster > 1
-    assert plan(a100, (20, 6, 256, 256), backward=1).family_chosen == STREAMING
+    assert plan(a100, (20, 6, 256, 256), backward=1, no_grid=1).family_chosen == STREAMING
     # Planes of 98 bytes, eight of them one run.
     q = plan(h200, (32, 512, 7, 7), half, backward=1)
     assert (q.run_length, q.slab_channels, q.held) == (49, 8, 1)
     assert plan(h200, (32, 512, 7, 7), half, backward=1, misaligned=1).run_length == 1
     assert plan(h200, (32, 512, 14, 14), torch.float32, backward=1).run_length == 1
+
+
+def test_a_grid_takes_what_no_cluster_holds() -> None:
+    """Rows of 56x56 and more have too many, whatever the slab, for 16 blocks."""
+    h200, shape = DEVICES["h200"], (32, 256, 56, 56)
+    q = plan(h200, shape, layout="channels_last", backward=1)
+    assert (q.family_chosen, q.held > 0.4) == (GRID, True), q.text.decode()
+    # One slab after the other, by teams of which one half moves data while the other one meets.
+    assert 2 <= q.num_teams < q.num_slabs
+    assert plan(h200, shape, backward=1).family_chosen == CLUSTER
+    # Not where it is not wanted, or cannot be.
+    for device, no_grid in ((h200, 1), (h200._replace(cooperative=0), 0)):
+        q = plan(device, shape, layout="channels_last", backward=1, no_grid=no_grid)
+        assert q.family_chosen in (STREAMING, CLUSTER)
+    q = plan(h200._replace(cooperative=0), shape, backward=1, family=GRID)
+    assert b"cannot run: the device has no cooperative launch" in q.text
+    # By name, whatever is wanted else.
+    assert plan(h200, shape, backward=1, family=GRID, no_grid=1).family_chosen == GRID
+    # What one block holds is not for all of them.
+    for name, size in itertools.product(DEVICES, ((8, 64, 8, 8), (32, 2048, 7, 7))):
+        assert plan(DEVICES[name], size, backward=1).family_chosen != GRID
 
 
 def test_only_second_passes_are_kept_on_chip() -> None:
@@ -308,7 +351,7 @@ def test_only_second_passes_are_kept_on_chip() -> None:
         {"backward": 1, "output": 0},
         {"backward": 0, "output": 0},
     ):
-        for family in (AUTO, RESIDENT, CLUSTER):
+        for family in (AUTO, RESIDENT, CLUSTER, GRID):
             q = plan(DEVICES["h200"], (8, 64, 8, 8), **request, family=family)
             assert q.family_chosen == STREAMING
 
@@ -319,6 +362,7 @@ def test_batches_are_counted_before_they_are_read() -> None:
         (STREAMING, (0, 0)),
         (RESIDENT, (0, 1)),
         (CLUSTER, (0, 1)),
+        (GRID, (0, 1)),
     ):
         for cumulative in (0, 1):
             q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
@@ -387,6 +431,9 @@ def test_text() -> None:
     assert " in clusters of " in text
     assert "all on chip" in text
     assert "moves 3 tensors, 38.54 MB, workspace 0 B" in text
+    shape = (32, 256, 56, 56)
+    text = plan(DEVICES["h200"], shape, **request, family=GRID).text.decode()
+    assert re.search(r": \d+ x \d+ in \d+ teams?, all on chip", text), text
     text = plan(DEVICES["h200"], (32, 64, 7, 7), **request).text.decode()
     assert "runs of channels of float16" in text
 

@@ -139,6 +139,23 @@ def test_explain_reads_the_forced_family(monkeypatch: pytest.MonkeyPatch) -> Non
         bnext.explain(x, "h200")
 
 
+def test_who_gets_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its launch waits for what other streams do: not for those that send gradients."""
+    x = torch.empty(32, 256, 56, 56, device="meta").contiguous(memory_format=torch.channels_last)
+    for world, grid, chosen in (
+        *(("", "", True), ("1", "", True), ("8", "", False)),
+        *(("8", "1", True), ("1", "0", False)),
+    ):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setenv("BNEXT_CUDA_GRID", grid)
+        backward = plans(bnext.explain(x, "h200"))[1]
+        assert backward.startswith("grid ") == chosen, (world, grid)
+        assert plans(bnext.explain(x, "h200", family="grid"))[1].startswith("grid ")
+    monkeypatch.setenv("BNEXT_CUDA_GRID", "yes")
+    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_GRID should be 0 or 1, not yes"):
+        bnext.explain(x, "h200")
+
+
 def test_explain_looks_at_strides_and_alignment() -> None:
     x = torch.zeros(2, 6, 8, 8)
     assert "planes of float32 in packs" in bnext.explain(x, "a100")

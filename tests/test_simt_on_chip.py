@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
+GRID = RESIDENT._replace(family="grid")
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
     "planes": ("nchw", (2, 3, 32, 32), 17000, 4300),
@@ -27,33 +28,45 @@ TIGHT = {
 # A way through the kernels each: layout, shape, machine.
 WAYS = {
     "planes": ("nchw", (4, 3, 16, 16), RESIDENT),
-    "planes, cluster": ("nchw", (4, 3, 16, 16), CLUSTER._replace(cluster=4)),
+    "planes, cluster": ("nchw", (4, 3, 16, 16), CLUSTER._replace(team=4)),
     "rows": ("channels_last", (3, 40, 9, 9), RESIDENT),
-    "rows, cluster": ("channels_last", (3, 40, 9, 9), CLUSTER._replace(cluster=2)),
-    "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(cluster=2)),
+    "rows, cluster": ("channels_last", (3, 40, 9, 9), CLUSTER._replace(team=2)),
+    "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(team=2)),
     "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
-    "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(cluster=4)),
+    "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(team=4)),
+    # some teams, and one, that have one slab after the other
+    "planes, grid": ("nchw", (4, 5, 8, 16), GRID._replace(team=2)),
+    "planes, one team": ("nchw", (4, 3, 16, 16), GRID._replace(team=4)),
+    "rows, grid": ("channels_last", (3, 80, 9, 9), GRID._replace(team=3)),
+    "folded, grid": ("channels_last", (4, 6, 8, 8), GRID._replace(team=2)),
+    "runs, grid": ("nchw", (12, 40, 7, 7), GRID._replace(team=2)),
 }
 # Ways on which some packs are read twice: two planes share them, or they have no slots.
 AGAIN = {
-    "skewed": ("nchw", (4, 5, 17, 15), CLUSTER._replace(cluster=2)),
-    "again": ("nchw", (4, 3, 32, 32), CLUSTER._replace(cluster=2, shared_bytes=10000)),
+    "skewed": ("nchw", (4, 5, 17, 15), CLUSTER._replace(team=2)),
+    "again": ("nchw", (4, 3, 32, 32), CLUSTER._replace(team=2, shared_bytes=10000)),
     "rows, again": ("channels_last", (4, 16, 16, 16), RESIDENT._replace(shared_bytes=14000)),
+    "again, grid": ("nchw", (4, 5, 32, 32), GRID._replace(team=2, shared_bytes=10000)),
+    "rows, again, grid": (
+        "channels_last",
+        (4, 48, 16, 16),
+        GRID._replace(team=2, shared_bytes=22000),
+    ),
 }
 EVERY_WAY = WAYS | AGAIN
 
 
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("family", ["resident", "cluster"])
+@pytest.mark.parametrize("family", ["resident", "cluster", "grid"])
 def test_shapes(family: str, layout: str, dtypes: str) -> None:
     affine, ran = list(cases.AFFINE), 0
     for number, shape in enumerate(SHAPES):
         mode = "no_stats" if number % 5 == 0 else "train"
         options = {"layout": layout, "grad_layout": layout, "seed": number}
         case = cases.make_case(shape, dtypes, affine[number % 4], mode, **options)
-        cluster = 0 if family == "resident" else 2 if shape[1] > 16 else 2 << number % 3
-        machine = RESIDENT._replace(family=family, cluster=cluster)
+        team = 0 if family == "resident" else 2 if shape[1] > 16 else 2 << number % 3
+        machine = RESIDENT._replace(family=family, team=team)
         try:
             both(case, f"{shape}", machine=machine, schedule=simt.Schedule(number))
         except simt.NoPlanError as error:
@@ -69,7 +82,7 @@ def test_shapes(family: str, layout: str, dtypes: str) -> None:
 def test_layouts(dtypes: str, layout: str) -> None:
     """In their own strides, and dy in other strides than x where one walk serves both."""
     for shape in ((3, 8, 7, 6), (2, 8, 5, 9)):
-        for machine in (RESIDENT, CLUSTER._replace(cluster=2)):
+        for machine in (RESIDENT, CLUSTER._replace(team=2), GRID._replace(team=2)):
             for grad_layout in (
                 layout,
                 "nchw" if "channels_last" not in layout else "channels_last",
@@ -105,7 +118,7 @@ def test_largest_cluster(layout: str) -> None:
     """16 blocks; in NCHW, the last two have nothing to read."""
     for dtypes in ("float32", "float16"):
         case = cases.make_case((17, 8, 4, 4), dtypes, layout=layout, grad_layout=layout)
-        both(case, "16 blocks", machine=CLUSTER._replace(cluster=16))
+        both(case, "16 blocks", machine=CLUSTER._replace(team=16))
 
 
 @pytest.mark.parametrize("walk", TIGHT)
@@ -113,7 +126,7 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
     layout, shape, shared_bytes, _ = TIGHT[walk]
     shares = set()
     for dtypes in ("float32", "float16"):
-        for family in ("resident", "cluster"):
+        for family in ("resident", "cluster", "grid"):
             case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
             for check in (check_forward, check_backward):
                 least = 1.0
@@ -121,7 +134,7 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
                 for share in (1, 0.8, 0.6, 0.4, 0.3):
                     machine = RESIDENT._replace(
                         family=family,
-                        cluster=2 if family == "cluster" else 0,
+                        team=2 if family != "resident" else 0,
                         shared_bytes=int(share * shared_bytes),
                     )
                     try:
@@ -139,7 +152,7 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
 
 def test_only_training_has_a_second_pass() -> None:
     """What streaming does in one pass is streamed, whichever family is asked for."""
-    for machine in (RESIDENT, CLUSTER):
+    for machine in (RESIDENT, CLUSTER, GRID):
         case = cases.make_case((2, 8, 8, 8), mode="eval")
         checks = (check_forward, check_backward)
         checked = [check(case, "eval", machine=machine) for check in checks]
@@ -205,6 +218,15 @@ def test_a_refused_launch_counts_nothing(way: str, momentum: float | None) -> No
     assert tracked == 2 + (momentum is None)
 
 
+def test_many_blocks_to_a_channel() -> None:
+    """More than a group of lanes reads at once, and the last of them has nothing to do."""
+    machine = GRID._replace(num_sms=40, team=40)
+    for layout, shape in (("nchw", (3, 1, 9, 20)), ("channels_last", (3, 16, 5, 13))):
+        case = cases.make_case(shape, "float64", layout=layout, grad_layout=layout)
+        for check in (check_forward, check_backward):
+            assert check(case, layout, machine=machine).call.num_splits == 40
+
+
 def far_cases(layout: str, shape: tuple[int, int, int, int]) -> Iterator[tuple[str, cases.Case]]:
     for spread in (1e2, 1e4):
         options = {"layout": layout, "grad_layout": layout, "spread": spread}
@@ -242,7 +264,7 @@ def test_offsets_beyond_32_bits(walk: str, dtypes: str) -> None:
     far = far_apart(case.input, walk == "rows")
     dense = torch.channels_last if walk == "rows" else torch.contiguous_format
     dy = case.grad_output.contiguous(memory_format=dense)
-    for machine in (RESIDENT, CLUSTER._replace(cluster=2)):
+    for machine in (RESIDENT, CLUSTER._replace(team=2), GRID._replace(team=2)):
         both(case._replace(input=far, grad_output=dy), walk, machine=machine)
 
 

@@ -21,14 +21,16 @@ FAULTS = (
     *("a load from a block that has ended", "threads are at different cluster barriers"),
     *("an asynchronous copy that nobody waits for", "", ""),
     *("a kernel before may not have ended", "", ""),
+    *("waits for ever at faults.cpp", "a store outside the outputs", ""),
 )
-SOMETIMES = FAULTS.index("a load from a block that has ended")  # in some orders only
+# In some orders only.
+SOMETIMES = (FAULTS.index("a load from a block that has ended"), len(FAULTS) - 2)
 
 
 @pytest.mark.parametrize("which", range(len(FAULTS)))
 def test_the_shim_notices(which: int) -> None:
     errors = [simt.fault(which, seed) for seed in range(12)]
-    if which == SOMETIMES:
+    if which in SOMETIMES:
         errors = [error for error in errors if error]
         assert errors
     for error in errors:
@@ -37,10 +39,13 @@ def test_the_shim_notices(which: int) -> None:
 
 
 CALLS = r"__syncthreads|cluster_arrive|cluster_wait|wait_async|wait_for_kernels"
-BARRIER = re.compile(rf"\s*(?:if \(.*\) )?({CALLS})\(.*\);")
+CALLS += r"|grid_arrive|grid_wait|arrive_at|await"
+BARRIER = re.compile(rf"\s*(?:if \(.*\) )?({CALLS})\(.*\);(?!  // for speed)")
+FOR_SPEED = re.compile(r".*;  // for speed")  # the result is the same without it
 WIDE = simt.Machine(threads=128, num_sms=40)
 RESIDENT = simt.Machine(threads=128, family="resident", batches=32)
-CLUSTER = RESIDENT._replace(threads=64, family="cluster", cluster=2)
+CLUSTER = RESIDENT._replace(threads=64, family="cluster", team=2)
+GRID = CLUSTER._replace(family="grid")
 # A few passes that reach every barrier: layout, shape, machine.
 RUNS = {
     "streaming": (
@@ -56,6 +61,8 @@ RUNS = {
         ("nchw", (4, 2, 32, 32), RESIDENT._replace(shared_bytes=18000)),  # in part
         ("nchw", (4, 2, 16, 16), CLUSTER),
         ("channels_last", (4, 16, 8, 8), CLUSTER),
+        ("nchw", (4, 7, 8, 8), GRID),
+        ("channels_last", (4, 96, 8, 8), GRID),
     ),
 }
 
@@ -82,16 +89,17 @@ def test_each_barrier_is_needed() -> None:
     for kind in RUNS:
         for seed in range(4):
             assert list(broken_runs(kind, simt.Schedule(seed))) == []
-    found = [barrier for barrier in simt.barriers() if ".cuh:" in barrier]
-    written = {
-        f"{path.name}:{number}": match[1]
+    lines = {
+        f"{path.name}:{number}": line
         for path in sorted((simt.ROOT / "csrc/cuda").glob("**/*.cuh"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if (match := BARRIER.match(line))
     }
+    written = {place: match[1] for place in lines if (match := BARRIER.match(lines[place]))}
+    found = [place for place in simt.barriers() if ".cuh:" in place]
+    found = [place for place in found if not FOR_SPEED.match(lines[place])]
     assert sorted(found) == sorted(written)  # the runs above reach all there are
     for barrier in found:
-        kind = "on chip" if barrier.startswith("on_chip") else "streaming"
+        kind = "on chip" if barrier.startswith(("on_chip", "teams")) else "streaming"
         assert needed(kind, barrier), f"nothing shows that the barrier at {barrier} is missing"
     # Half a barrier is an error by itself. Both halves at once, in the order of their writing:
     halves = [[b for b in written if written[b] == h] for h in ("cluster_arrive", "cluster_wait")]

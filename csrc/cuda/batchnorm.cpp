@@ -15,6 +15,7 @@
 
 #include "launch.h"
 #include "plan_names.h"
+#include "plan_on_chip.h"
 
 namespace bnext::cuda {
 namespace {
@@ -44,6 +45,10 @@ DeviceInfo ask_device(int device) {
   for (int i = 0; i < kNumClusterSizes; ++i) {
     info.active_clusters[i] = active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
   }
+  info.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
+  for (int blocks = 1; blocks <= kGridBlocksPerSm; ++blocks) {
+    info.cooperative = info.cooperative && active_blocks(blocks, grid_shared_bytes(info, blocks)) >= blocks;
+  }
   info.overlaps = can_overlap();
   return info;
 }
@@ -70,6 +75,7 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
     Request request;
     int device = -1;
     Family family = Family::kAuto;
+    bool grid = false;
     Plan plan;
   };
   thread_local std::array<Entry, 64> entries;
@@ -80,11 +86,13 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
           0x9e3779b97f4a7c15u;  // a multiplier that spreads bits: 2^64 / golden ratio
   }
   Entry& entry = entries[key >> 58];
-  if (entry.device != device.index() || entry.family != limits.family || !(entry.request == request)) {
+  if (entry.device != device.index() || entry.family != limits.family || entry.grid != limits.grid ||
+      !(entry.request == request)) {
     entry.plan = make_plan(request, device_info(device), limits);
     entry.request = request;
     entry.device = device.index();
     entry.family = limits.family;
+    entry.grid = limits.grid;
   }
   return entry.plan;
 }
@@ -95,16 +103,23 @@ void run(const Problem& problem, at::Device device) {
   // A first call asks the device, loads kernels and sets their attributes. While a thread captures a graph, CUDA refuses
   // such calls unless told that they are meant: none of them is work for a stream, so none is missing in the graph.
   const c10::cuda::CUDAStreamCaptureModeGuard first_call_may_be_captured(cudaStreamCaptureModeRelaxed);
-  Limits limits;
-  limits.family = forced_family();
-  const Plan& plan = find_plan(make_request(problem), device, limits);
-  TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
-  // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
-  const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
-  const cudaError_t error =
-      launch(problem, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream(device.index()));
-  TORCH_CHECK(error == cudaSuccess, "bnext could not launch its kernels on ", device, ": ", cudaGetErrorString(error),
-              "; the plan was: ", to_string(plan));
+  Limits limits = limits_of_environment();
+  for (;;) {
+    const Plan& plan = find_plan(make_request(problem), device, limits);
+    TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
+    // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
+    const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
+    const cudaError_t error =
+        launch(problem, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream(device.index()));
+    // A stream may have a part of the device, as in a green context, where not all of a grid runs at once.
+    if (error == cudaErrorCooperativeLaunchTooLarge && limits.family == Family::kAuto && limits.grid) {
+      limits.grid = false;
+      continue;
+    }
+    TORCH_CHECK(error == cudaSuccess, "bnext could not launch its kernels on ", device, ": ", cudaGetErrorString(error),
+                "; the plan was: ", to_string(plan));
+    return;
+  }
 }
 
 }  // namespace

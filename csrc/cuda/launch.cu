@@ -16,7 +16,7 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.layout = plan.layout;
   // Only where kernels count in an int: single elements may be more than that.
   for (int d = 1; d < 3 && plan.vec > 1; ++d) args.by_size[d] = make_divider(plan.size[d]);
-  args.by_tile = make_divider(plan.on_chip ? plan.cluster : rows ? plan.num_slabs : plan.num_splits);
+  args.by_tile = make_divider(rows && !plan.on_chip ? plan.num_slabs : plan.num_splits);
   args.by_packs = make_divider(plan.block_packs);
   args.by_batch = make_divider(int64_t{kUnroll} * (rows ? plan.block_rows : plan.threads));
   args.slab_channels = plan.slab_channels;
@@ -51,14 +51,20 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.num_channels = g.num_channels;
   args.wide_channels = plan.wide_channels;
   args.cluster_size = plan.cluster;
+  args.num_teams = static_cast<int>(plan.num_teams);
+  args.num_slabs = static_cast<int>(plan.num_slabs);
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
   args.batches_ahead = plan.batches_ahead;
   args.num_positions = static_cast<double>(g.num_positions());
   args.inverse_positions = 1 / args.num_positions;
   args.unbiased = args.num_positions / (args.num_positions - 1);
-  if (plan.reduce) args.partials = static_cast<double*>(workspace);
-  if (plan.finish && plan.apply) args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
+  const bool grid = plan.family == Family::kGrid;
+  if (plan.reduce || grid) args.partials = static_cast<double*>(workspace);
+  if (grid) args.meeting_words = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + plan.words_offset);
+  if ((plan.finish && plan.apply) || grid) {
+    args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
+  }
   return args;
 }
 
@@ -95,23 +101,24 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes) {
   return shape;
 }
 
-LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster) {
+LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes) {
   LaunchShape shape = launch_shape(blocks, threads, shared_bytes);
-  shape.cluster = static_cast<unsigned>(cluster);
   shape.carveout = kAllShared;
   return shape;
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole>
+template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  const LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
+  LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes);
+  shape.cluster = static_cast<unsigned>(plan.cluster);
+  shape.cooperative = kGrid;
   if (plan.count) {
     const cudaError_t error = launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
   }
   const bool backward = plan.pass == Pass::kBackward;
-  return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args)
-                  : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole>>(shape, stream, args);
+  return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole, kGrid>>(shape, stream, args)
+                  : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kGrid>>(shape, stream, args);
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
@@ -152,7 +159,8 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_family(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   if constexpr (kVec > 1) {
-    if (plan.on_chip) return run_on_chip<T, kVec, kRows, kWhole>(stages.apply, plan, stream);
+    if (plan.family == Family::kGrid) return run_on_chip<T, kVec, kRows, kWhole, true>(stages.apply, plan, stream);
+    if (plan.on_chip) return run_on_chip<T, kVec, kRows, kWhole, false>(stages.apply, plan, stream);
   }
   return run_stages<T, kVec, kRows, kWhole>(stages, plan, stream);
 }
@@ -248,8 +256,15 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
 // All on-chip kernels have the same launch bounds, and a block that fills an SM's memory may have as many threads as they
 // allow: one kernel, with that many, stands for all.
 int active_clusters(int cluster, int64_t shared_bytes) {
-  return count_clusters<&on_chip_backward_kernel<float, 4, false, true>>(
-      on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
+  LaunchShape shape = on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes);
+  shape.cluster = static_cast<unsigned>(cluster);
+  return count_clusters<&on_chip_backward_kernel<float, 4, false, true, false>>(shape);
+}
+
+// Or so many of their threads, in several blocks.
+int active_blocks(int blocks, int64_t shared_bytes) {
+  return count_blocks<&on_chip_backward_kernel<float, 4, false, true, true>>(
+      on_chip_shape(blocks, kMaxOnChipThreads / blocks, shared_bytes));
 }
 
 bool can_overlap() { return compiled_arch<&finish_kernel<float>>() >= kClusterArch; }

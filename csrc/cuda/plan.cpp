@@ -168,6 +168,9 @@ std::string stages_text(const Plan& plan) {
     std::string text = plan.count ? " count, then" : "";
     text += grid;
     if (plan.cluster > 1) text += " in clusters of " + std::to_string(plan.cluster);
+    if (plan.family == Family::kGrid) {
+      text += " in " + std::to_string(plan.num_teams) + (plan.num_teams == 1 ? " team" : " teams");
+    }
     text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
     return text + " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
@@ -262,8 +265,8 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   const bool reads_twice = streaming.reduce && streaming.apply;  // no stages at all where there is nothing to do
   if (limits.family == Family::kStreaming || !reads_twice) return streaming;
   const Plan on_chip = plan_on_chip(r, device, limits, streaming);
-  if (limits.family == Family::kResident || limits.family == Family::kCluster) return on_chip;
-  const bool better = on_chip.microseconds <= streaming.microseconds || !streaming.error.empty();
+  if (limits.family != Family::kAuto) return on_chip;
+  const bool better = compared_time(on_chip) <= streaming.microseconds || !streaming.error.empty();
   return on_chip.error.empty() && better ? on_chip : streaming;
 }
 
@@ -285,8 +288,8 @@ bool operator==(const Plan& a, const Plan& b) {
         std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads, p.finish_shared_bytes,
                  p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
     const auto on_chip =
-        std::tie(p.on_chip, p.count, p.cluster, p.num_steps, p.held_steps, p.run_length, p.slab_channels, p.whole_packs,
-                 p.held, p.layout.bytes, p.microseconds, p.waves, p.batches_ahead);
+        std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.words_offset, p.num_steps, p.held_steps, p.run_length,
+                 p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds, p.waves, p.batches_ahead);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
@@ -321,12 +324,14 @@ const char* family_name(Family family) {
       return "resident";
     case Family::kCluster:
       return "cluster";
+    case Family::kGrid:
+      return "grid";
   }
   return "?";
 }
 
 bool parse_family(const std::string& name, Family* family) {
-  for (int i = 0; i <= static_cast<int>(Family::kCluster); ++i) {
+  for (int i = 0; i <= static_cast<int>(Family::kGrid); ++i) {
     if (name != family_name(static_cast<Family>(i))) continue;
     *family = static_cast<Family>(i);
     return true;

@@ -26,13 +26,15 @@ struct DeviceInfo {
   int registers_per_sm = 64 << 10;
   // Of each of kClusterSizes, how many can run at once when each block needs an SM for itself; 0: none can.
   int active_clusters[kNumClusterSizes] = {66, 32, 16, 8};
-  bool overlaps = true;  // a kernel may begin before the one before it has ended
+  bool cooperative = true;  // a launch may ask for all blocks at once
+  bool overlaps = true;     // a kernel may begin before the one before it has ended
   double memory_gb_per_s = 4800;
 };
 
-// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, or in a cluster. They
-// are for passes that would else read their tensors twice; all others are for streaming, whatever the limits say.
-enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster };
+// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or in any
+// number of blocks. They are for passes that would else read their tensors twice; all others are for streaming, whatever the
+// limits say.
+enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -61,12 +63,13 @@ Request make_request(const BackwardProblem& problem);
 // Upper bounds that a caller may lower: tests run small blocks, benchmarks other families.
 struct Limits {
   Family family = Family::kAuto;
+  bool grid = true;   // kAuto may choose it: its launch waits until nothing else runs on the device
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
   int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
-  int cluster = 0;                          // blocks in a cluster: exactly this many, or 0 for any number
+  int team = 0;                             // blocks of a cluster or a grid that share a channel: so many, or 0 for any
 };
 
 struct Plan {
@@ -91,7 +94,10 @@ struct Plan {
   int64_t coefficient_offset = 0, workspace_bytes = 0;
   // On chip: one kernel for all, after a tiny one where batches have to be counted first.
   bool on_chip = false, count = false;
-  int cluster = 1;                    // blocks that share a channel; num_splits is the same
+  int cluster = 1;                    // blocks that see each other's memory
+  int64_t num_teams = 1;              // of num_splits blocks each, that have one slab after the other: in a grid, fewer
+                                      // than there are slabs
+  int64_t words_offset = 0;           // where they meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int batches_ahead = 0;
   double held = 0;  // share of the data that stays on chip

@@ -19,6 +19,9 @@ constexpr double kL2Time = 0.6;     // of a byte from L2, with a byte from memor
 constexpr double kL2Share = 0.5;    // of L2 that still holds what was read a while ago
 
 constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
+constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
+constexpr double kTripUs = 0.7;     // to L2
+constexpr double kGridHandicap = 1.1;
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
@@ -28,7 +31,6 @@ constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 // Registers of a thread, or a few more: what ptxas takes.
 constexpr int kRegisters = 80, kRegistersForHalves = 96;
 constexpr int kMaxBlocksPerSm = 32;
-constexpr int64_t kReservedSharedBytes = 1 << 10;  // of each block, by the driver
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
@@ -48,6 +50,74 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
   return (bytes - hits + kL2Time * hits) / memory_speed(device);
 }
 
+// A reduction for each wave of blocks. Where an SM has several, later waves have it while another block moves data.
+double set_waves(Plan& plan, double blocks_at_once, bool several) {
+  plan.waves = std::ceil(static_cast<double>(plan.num_blocks) / blocks_at_once);
+  return 1 + (plan.waves - 1) * (several ? kStaggered : 1);
+}
+
+double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
+
+double streaming_time(Plan& plan, const DeviceInfo& device, double inputs) {
+  const double bytes = static_cast<double>(plan.bytes_moved), again = plan.reduce && plan.apply ? inputs : 0;
+  const int launches = plan.reduce + plan.finish + plan.apply;
+  const int blocks = std::max(1, streaming_threads(device) / plan.threads);
+  const double stops = (plan.reduce ? reduction_time(plan) : 0) + (plan.apply ? kApplyUs : 0);
+  return launches * kLaunchUs + traffic_time(device, bytes, again, again) +
+         set_waves(plan, double(device.num_sms) * blocks, blocks > 1) * stops;
+}
+
+// All of memory's speed, if enough SMs ask; an SM that has more than others is waited for. at_once: the share of the tensors
+// that lies between two reads of a byte. sm_load: what the busiest SM has, with 1 as the mean over the device.
+double on_chip_traffic(const Plan& plan, const DeviceInfo& device, double inputs, double at_once, double sm_load,
+                       double sm_threads) {
+  const double bytes = static_cast<double>(plan.bytes_moved);
+  const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
+  const double shared = traffic_time(device, bytes, again, inputs * at_once);
+  const double of_sm = shared * sm_load * kBusyShare * std::max(1.0, kBusyThreads / sm_threads);
+  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
+                      plan.block_packs * kPackBytes < kLineBytes;
+  return std::max(shared, of_sm) * (narrow ? kNarrowRows : 1);
+}
+
+double blocks_time(Plan& plan, const DeviceInfo& device, double inputs, double stop) {
+  const int blocks = blocks_per_sm(plan, device);
+  const int sms = plan.cluster == 1 ? device.num_sms
+                                    : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
+  if (sms == 0) return HUGE_VAL;
+  const double num_blocks = static_cast<double>(plan.num_blocks), at_once = double(sms) * blocks;
+  const double on_sm = std::ceil(num_blocks / sms);  // blocks of the SM that has most
+  return on_chip_traffic(plan, device, inputs, std::min(1.0, at_once / num_blocks), on_sm / num_blocks * device.num_sms,
+                         plan.threads * std::min<double>(blocks, on_sm)) +
+         set_waves(plan, at_once, blocks > 1) * (stop + (plan.cluster > 1 ? kClusterUs : 0));
+}
+
+// Of a grid, what its teams do in each turn besides: see finish_on_chip. A warp has four trips' partial sums on their way.
+double meeting_time(const Plan& plan) {
+  const int64_t splits = plan.num_splits, rounds = ceil_div(splits, 4 * kWarpSize);
+  if (plan.walk == Walk::kPlanes) return kMeetingUs + kTripUs * static_cast<double>(1 + rounds);
+  const int64_t shares = ceil_div(plan.slab_channels, splits * (plan.threads / kWarpSize));
+  return 2 * kMeetingUs + kTripUs * static_cast<double>(shares * (1 + rounds) + 1);
+}
+
+// Half of the teams move data while the other half meets, if there is enough of it.
+double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double stop) {
+  const double teams = static_cast<double>(plan.num_teams), slabs = static_cast<double>(plan.num_slabs);
+  const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
+  plan.waves = std::ceil(slabs / teams);
+  const double sms = std::min(double(device.num_sms), static_cast<double>(plan.num_blocks));
+  const double traffic =
+      on_chip_traffic(plan, device, inputs, teams / slabs, plan.waves * teams / slabs * device.num_sms / sms,
+                      static_cast<double>(plan.threads * blocks));
+  stop += meeting_time(plan);
+  if (plan.num_teams == 1) return traffic + plan.waves * stop;
+  // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
+  const double half_of_sms = blocks > 1 ? 1 : 0.5 * sms / device.num_sms;
+  const double alone = traffic / plan.waves / 2 * std::max(1.0, kBusyShare / half_of_sms);
+  const double late = alone * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
+  return std::max(traffic + stop, late + plan.waves * (alone + stop));
+}
+
 }  // namespace
 
 int active_clusters(const DeviceInfo& device, int cluster) {
@@ -57,42 +127,20 @@ int active_clusters(const DeviceInfo& device, int cluster) {
   return 0;
 }
 
+double compared_time(const Plan& plan) {
+  return plan.microseconds * (plan.family == Family::kGrid ? kGridHandicap : 1);
+}
+
 double predict_floor(int64_t bytes, const DeviceInfo& device) {
   return kLaunchUs + traffic_time(device, static_cast<double>(bytes), 0, 0);
 }
 
 double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
-  const double bytes = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
-  const double reduction = plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs;
-  const double inputs = (r.pass == Pass::kForward ? 1 : 2) * one;
-  // A reduction for each wave of blocks. Where an SM has several, later waves have it while another block moves data.
-  auto set_waves = [&](int sms, int blocks) {
-    plan.waves = std::ceil(static_cast<double>(plan.num_blocks) / (double(sms) * blocks));
-    return 1 + (plan.waves - 1) * (blocks > 1 ? kStaggered : 1);
-  };
-  if (!plan.on_chip) {
-    const int launches = plan.reduce + plan.finish + plan.apply;
-    const double again = plan.reduce && plan.apply ? inputs : 0;
-    const double of_waves = set_waves(device.num_sms, std::max(1, streaming_threads(device) / plan.threads));
-    const double stops = (plan.reduce ? reduction : 0) + (plan.apply ? kApplyUs : 0);
-    return launches * kLaunchUs + traffic_time(device, bytes, again, again) + of_waves * stops;
-  }
-  const int blocks = blocks_per_sm(plan, device);
-  const int sms = plan.cluster == 1 ? device.num_sms
-                                    : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
-  if (sms == 0) return HUGE_VAL;
-  const double num_blocks = static_cast<double>(plan.num_blocks), at_once = std::min(num_blocks, double(sms) * blocks);
-  const double again = bytes - (plan.tensors_read + plan.tensors_written) * one;
-  // All of memory's speed, if enough SMs ask; an SM that has more blocks than others is waited for. Between two reads of a
-  // byte lies all that blocks at once read.
-  const double shared = traffic_time(device, bytes, again, inputs * at_once / num_blocks);
-  const double on_sm = std::ceil(num_blocks / sms);  // blocks of the SM that has most
-  const double threads = plan.threads * std::min<double>(blocks, on_sm), idle = std::max(1.0, kBusyThreads / threads);
-  const double of_sm = shared * on_sm / num_blocks * device.num_sms * kBusyShare * idle;
-  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
-                      plan.block_packs * kPackBytes < kLineBytes;
-  return kLaunchUs * (1 + plan.count) + std::max(shared, of_sm) * (narrow ? kNarrowRows : 1) +
-         set_waves(sms, blocks) * (reduction + plan.held_steps * kStepUs + (plan.cluster > 1 ? kClusterUs : 0));
+  const double inputs = (r.pass == Pass::kForward ? 1 : 2) * static_cast<double>(plan.tensor_bytes);
+  if (!plan.on_chip) return streaming_time(plan, device, inputs);
+  const double stop = reduction_time(plan) + plan.held_steps * kStepUs;
+  return kLaunchUs * (1 + plan.count) + (plan.family == Family::kGrid ? grid_time(plan, device, inputs, stop)
+                                                                      : blocks_time(plan, device, inputs, stop));
 }
 
 }  // namespace bnext::cuda

@@ -9,6 +9,10 @@ namespace bnext::cuda {
 // Of these clusters, how many run at once; 0 for one block, which is none.
 int active_clusters(const DeviceInfo& device, int cluster);
 
+// What plans are compared by: predicted microseconds, and more for a grid, because its launch waits for what other streams
+// have running.
+double compared_time(const Plan& plan);
+
 // Predicted microseconds. Leaves the waves that it counts in the plan.
 double predict_time(Plan& plan, const Request& request, const DeviceInfo& device);
 

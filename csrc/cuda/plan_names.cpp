@@ -10,6 +10,11 @@ namespace {
 
 constexpr int64_t kKiB = 1 << 10, kMiB = 1 << 20;
 
+std::string variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
 // Shared memory by architecture (CUDA programming guide, "Compute capabilities"); the rest by product.
 NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, double memory_gb_per_s,
                    std::initializer_list<int> active_clusters = {0, 0, 0, 0}) {
@@ -56,6 +61,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
       {"shared_bytes_opt_in", info.shared_bytes_opt_in},
       {"shared_bytes_per_sm", info.shared_bytes_per_sm},
       {"registers_per_sm", info.registers_per_sm},
+      {"cooperative", info.cooperative},
       {"overlaps", info.overlaps},
       {"memory_gb_per_s", info.memory_gb_per_s},
   };
@@ -67,7 +73,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
 
 std::vector<Family> all_families() {
   std::vector<Family> families;
-  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(Family::kCluster); ++i) {
+  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(Family::kGrid); ++i) {
     families.push_back(static_cast<Family>(i));
   }
   return families;
@@ -77,14 +83,19 @@ Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  for (Family each : all_families())
-    known += (each == Family::kCluster ? " or " : ", ") + std::string(family_name(each));
+  for (Family each : all_families()) known += (each == Family::kGrid ? " or " : ", ") + std::string(family_name(each));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 
-Family forced_family() {
-  const char* name = std::getenv("BNEXT_CUDA_FAMILY");
-  return name == nullptr || *name == '\0' ? Family::kAuto : family_named(name, "BNEXT_CUDA_FAMILY");
+Limits limits_of_environment() {
+  Limits limits;
+  const std::string family = variable("BNEXT_CUDA_FAMILY"), grid = variable("BNEXT_CUDA_GRID");
+  if (!family.empty()) limits.family = family_named(family, "BNEXT_CUDA_FAMILY");
+  if (!grid.empty() && grid != "0" && grid != "1")
+    throw std::runtime_error("BNEXT_CUDA_GRID should be 0 or 1, not " + grid);
+  // One of several processes will have kernels beside its own, that send gradients.
+  limits.grid = grid.empty() ? std::atoi(variable("WORLD_SIZE").c_str()) <= 1 : grid == "1";
+  return limits;
 }
 
 }  // namespace bnext::cuda

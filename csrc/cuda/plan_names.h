@@ -1,4 +1,4 @@
-// What people may say of a plan by name: kinds of device, families, and the family that BNEXT_CUDA_FAMILY forces.
+// What people may say of a plan by name: kinds of device, families, and what environment variables ask for.
 // Plain C++, in every build: a machine without a GPU can show what another one would run.
 #pragma once
 
@@ -24,10 +24,12 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
 // Every family that can be forced, in the order of plan.h: not kAuto.
 std::vector<Family> all_families();
 
-// What BNEXT_CUDA_FAMILY names, read at every call; kAuto where it is not set. For tests and measurements.
-// Throws std::runtime_error when no family has that name.
-Family forced_family();
-// The same for any text; `source` is what the error calls it.
+// Throws std::runtime_error when no family has that name; `source` is what the error calls it.
 Family family_named(const std::string& name, const std::string& source);
+
+// Read at every call. BNEXT_CUDA_FAMILY names the family that all take, for tests and measurements. BNEXT_CUDA_GRID, 0 or 1,
+// says whether kAuto may choose grid; without it, it may where WORLD_SIZE does not say that there are several processes.
+// Throws std::runtime_error when they say anything else.
+Limits limits_of_environment();
 
 }  // namespace bnext::cuda

@@ -46,12 +46,11 @@ bool take_rows(const Geometry& g, int64_t row_bytes, Plan& plan) {
 }
 
 // Steps of plan.threads threads, and how many of them stay on chip.
-void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan& plan) {
+void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
   const int64_t at_once = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : plan.threads;
   plan.block_rows = plan.walk == Walk::kRows ? static_cast<int>(at_once) : 1;
   plan.num_steps = static_cast<int>(ceil_div(plan.chunk, at_once));
   const int64_t slot = int64_t{num_tensors} * plan.threads * kPackBytes;
-  const int64_t shared_bytes = std::min(limits.shared_bytes, device.shared_bytes_opt_in);
   const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
   plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
   plan.layout = make_layout(plan, plan.held_steps * slot);
@@ -61,27 +60,42 @@ void hold(const DeviceInfo& device, const Limits& limits, int num_tensors, Plan&
   set_step(plan, at_once);
 }
 
-// Adds up f(items of a block) over the blocks that share a channel.
+// Adds up f(items of a block) over the blocks that share a channel: the last ones may have fewer, or none.
 template <typename F>
 int64_t sum_of_blocks(const Plan& plan, F f) {
-  int64_t sum = 0;
-  for (int64_t split = 0; split < plan.num_splits; ++split) {
-    sum += f(std::clamp<int64_t>(plan.num_items - split * plan.chunk, 0, plan.chunk));
-  }
-  return sum;
+  const int64_t full = plan.num_items / plan.chunk, rest = plan.num_items % plan.chunk;
+  return full * f(plan.chunk) + (rest > 0 ? f(rest) : 0);
 }
 
-// Finishes a plan whose walk and slab are chosen, for clusters of `cluster` blocks of `threads`.
-void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, int cluster, int threads,
-                 Plan& plan) {
+// Teams that a grid may have at once.
+constexpr int kTeams[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64};
+
+// Blocks that share a slab, and what each of them may have.
+struct Team {
+  Family family = Family::kResident;
+  int64_t blocks = 1, at_once = 0;  // at_once: of a grid, how many teams there are
+  int64_t shared_bytes = 0;
+  int threads = 0;
+};
+
+// Finishes a plan whose walk and slab are chosen.
+void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, const Team& team, Plan& plan) {
   const int num_tensors = r.pass == Pass::kForward ? 1 : 2;
-  plan.family = cluster > 1 ? Family::kCluster : Family::kResident;
-  plan.cluster = cluster;
-  plan.num_splits = cluster;
-  plan.chunk = ceil_div(plan.num_items, cluster);
-  plan.num_blocks = plan.num_slabs * cluster;
-  plan.threads = threads;
-  hold(device, limits, num_tensors, plan);
+  const bool grid = team.family == Family::kGrid;
+  plan.family = team.family;
+  plan.cluster = team.family == Family::kCluster ? static_cast<int>(team.blocks) : 1;
+  plan.num_splits = team.blocks;
+  plan.num_teams = grid ? team.at_once : plan.num_slabs;
+  plan.chunk = ceil_div(plan.num_items, team.blocks);
+  plan.num_blocks = plan.num_teams * team.blocks;
+  plan.threads = team.threads;
+  hold(std::min(limits.shared_bytes, team.shared_bytes), num_tensors, plan);
+  if (grid) {
+    plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);
+    plan.words_offset = plan.coefficient_offset;
+    if (plan.walk == Walk::kRows) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+    plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
+  }
   // What comes first in each block has to go again.
   const int lost = (on_chip_batches(plan.num_steps) - on_chip_batches(plan.held_steps)) * kOnChipBatch;
   const int64_t lost_items = int64_t{lost} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
@@ -90,12 +104,14 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
   plan.microseconds = predict_time(plan, r, device);
-  if (plan.num_blocks > kMaxBlocks) {
+  if (plan.num_blocks > kMaxBlocks || plan.num_slabs > kMaxBlocks) {
     plan.error = "it needs more than 2^31 - 1 blocks";
-  } else if (cluster > 1 && active_clusters(device, cluster) == 0) {
-    plan.error = "the device runs no clusters of " + std::to_string(cluster) + " such blocks";
-  } else if (plan.num_items < cluster) {
-    plan.error = "a channel has less to read than a cluster has blocks";
+  } else if (plan.cluster > 1 && active_clusters(device, plan.cluster) == 0) {
+    plan.error = "the device runs no clusters of " + std::to_string(plan.cluster) + " such blocks";
+  } else if (grid && !device.cooperative) {
+    plan.error = "the device has no cooperative launch";
+  } else if (plan.num_items < team.blocks) {
+    plan.error = "a channel has less to read than so many blocks";
   } else if (plan.batches_ahead < 1) {
     plan.error = "next to nothing of it fits on chip";
   } else if (plan.num_steps > limits.batches * kOnChipBatch) {
@@ -124,30 +140,57 @@ Plan begin_on_chip(const Request& r, const Plan& streaming) {
 
 }  // namespace
 
+int64_t grid_shared_bytes(const DeviceInfo& device, int blocks_per_sm) {
+  return std::min(device.shared_bytes_opt_in, device.shared_bytes_per_sm / blocks_per_sm - kReservedSharedBytes);
+}
+
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
   Plan base = begin_on_chip(r, streaming);
-  base.family = limits.family == Family::kCluster ? Family::kCluster : Family::kResident;
-  if (!base.error.empty()) return base;
+  base.family = limits.family == Family::kAuto ? Family::kResident : limits.family;
   base.count = r.pass == Pass::kForward && r.cumulative;
+  if (!base.error.empty()) return base;
   Plan best;
   best.error = "rows are too wide for a block";
-  auto consider_blocks = [&](const Plan& walk, int cluster) {
-    if (limits.family == (cluster == 1 ? Family::kCluster : Family::kResident)) return;
-    if (limits.cluster != 0 && limits.cluster != cluster) return;
+  // With as many threads as the model likes best, but not more than `most`, where rows fit.
+  auto consider_team = [&](const Plan& walk, Team team, int most) {
+    if (limits.family != Family::kAuto && limits.family != team.family) return;
+    if (limits.team != 0 && limits.team != team.blocks) return;
     int fewest = kMinThreads;
     while (fewest < walk.block_packs) fewest *= 2;
-    for (int threads = fewest; threads <= std::max(fewest, std::min(limits.threads, kMaxOnChipThreads)); threads *= 2) {
+    for (team.threads = fewest; team.threads <= std::max(fewest, std::min(limits.threads, most)); team.threads *= 2) {
+      if (team.threads > most) return;
       Plan plan = walk;
-      finish_plan(r, device, limits, cluster, threads, plan);
+      finish_plan(r, device, limits, team, plan);
       const bool first_legal = plan.error.empty() && !best.error.empty();
       const bool same_kind = plan.error.empty() == best.error.empty();
-      if (first_legal || (same_kind && (!best.on_chip || plan.microseconds < best.microseconds))) best = plan;
+      if (first_legal || (same_kind && (!best.on_chip || compared_time(plan) < compared_time(best)))) best = plan;
       if (plan.num_steps <= kOnChipBatch) break;  // one batch: more threads would have nothing to do
     }
   };
+  auto consider_grids = [&](const Plan& walk) {
+    const int64_t bytes = walk.num_items * walk.block_packs * walk.tensors_read * kPackBytes;
+    // Not where a batch is counted before: a grid may be refused room when it is launched.
+    const bool useful = limits.grid && device.cooperative && bytes > device.shared_bytes_opt_in && !base.count;
+    if (limits.family == Family::kAuto && !useful) return;
+    for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) {
+      const int64_t all = int64_t{per_sm} * device.num_sms;
+      for (int64_t most : kTeams) {
+        // Fewer teams where they take as many turns.
+        const int64_t turns = ceil_div(walk.num_slabs, most), teams = ceil_div(walk.num_slabs, turns);
+        const int64_t blocks = limits.team != 0 ? limits.team : std::min(all / teams, walk.num_items);
+        if (teams * blocks > all || blocks < 1) break;
+        consider_team(walk, {Family::kGrid, blocks, teams, grid_shared_bytes(device, per_sm)},
+                      kMaxOnChipThreads / per_sm);
+        if (turns == 1) break;
+      }
+    }
+  };
   auto consider = [&](const Plan& walk) {
-    consider_blocks(walk, 1);
-    for (int cluster : kClusterSizes) consider_blocks(walk, cluster);
+    consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in}, kMaxOnChipThreads);
+    for (int cluster : kClusterSizes) {
+      consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in}, kMaxOnChipThreads);
+    }
+    consider_grids(walk);
   };
   Plan walk = base;
   if (take_runs(r, walk)) {

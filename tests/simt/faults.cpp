@@ -85,6 +85,36 @@ void store_after_waiting(Memory memory) {
   store_without_waiting(memory);
 }
 
+unsigned word = 0;
+float number = 0;
+
+void waits_for_ever(Memory) {
+  if (threadIdx.x == 0 && blockIdx.x > 0) simt::await(&word, 9, 9, __FILE__, __LINE__);
+  __syncthreads();
+  if (threadIdx.x == 0) simt::arrive_at(&word, 1, __FILE__, __LINE__);
+}
+
+void read_after(void (*leave)()) {
+  if (threadIdx.x != 0) return;
+  if (blockIdx.x == 0) return leave();
+  simt::await(&word, 1, 1, __FILE__, __LINE__);
+  if (number != 1) simt::check_store(nullptr, 4);
+}
+
+void arrives_before_leaving(Memory) {
+  read_after([] {
+    simt::arrive_at(&word, 1, __FILE__, __LINE__);
+    number = 1;
+  });
+}
+
+void leaves_before_arriving(Memory) {
+  read_after([] {
+    number = 1;
+    simt::arrive_at(&word, 1, __FILE__, __LINE__);
+  });
+}
+
 void nothing_wrong(Memory memory) {
   auto* shared = reinterpret_cast<float*>(simt::shared_memory());
   shared[threadIdx.x] = *static_cast<const float*>(simt::check_load(memory.loads + threadIdx.x, 4));
@@ -118,8 +148,13 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
                           {nothing_wrong, 1, 1},
                           {store_without_waiting, 1, 1, true},
                           {store_after_waiting, 1, 1, true},
-                          {store_without_waiting, 1, 1}};
+                          {store_without_waiting, 1, 1},
+                          {waits_for_ever, 3, 3},
+                          {arrives_before_leaving, 2, 2},
+                          {leaves_before_arriving, 2, 2}};
   const Fault& fault = faults[which];
+  word = 0;
+  number = 0;
   alignas(16) float loads[64] = {}, stores[64] = {};
   simt::begin({static_cast<uint64_t>(seed), ""});
   simt::allow_load(loads, sizeof loads);

@@ -90,9 +90,9 @@ VECTORS = (
     *("dweight", "dbias", "dmean", "dvar"),
     *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
-FAMILIES = ("auto", "streaming", "resident", "cluster")  # the order of Family
+FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
-LIMITS += ("family", "cluster", "shared_bytes")
+LIMITS += ("family", "team", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels")
 
@@ -125,7 +125,7 @@ class Machine(NamedTuple):
     batches: int = 2
     fused_splits: int = 64
     family: str = "streaming"
-    cluster: int = 0
+    team: int = 0
     shared_bytes: int = 1 << 30
 
 

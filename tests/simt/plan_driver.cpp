@@ -13,16 +13,17 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative;
+  int64_t family, cumulative, no_grid;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
-  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes], overlaps;
+  int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
+  int64_t cooperative, overlaps;
   double memory_gb_per_s;
   // results
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams;
   double held, microseconds;
   char text[512];
 };
@@ -70,10 +71,12 @@ void plan_run(Query* q) {
   device.shared_bytes_opt_in = q->shared_bytes_opt_in;
   device.shared_bytes_per_sm = q->shared_bytes_per_sm;
   for (int i = 0; i < kNumClusterSizes; ++i) device.active_clusters[i] = static_cast<int>(q->active_clusters[i]);
+  device.cooperative = q->cooperative != 0;
   device.overlaps = q->overlaps != 0;
   device.memory_gb_per_s = q->memory_gb_per_s;
   Limits limits;
   limits.family = static_cast<Family>(q->family);
+  limits.grid = q->no_grid == 0;
   const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
   q->vec = p.vec;
@@ -117,6 +120,7 @@ void plan_run(Query* q) {
   q->shared_bytes = p.layout.bytes;
   q->tensor_bytes = p.tensor_bytes;
   q->batches_ahead = p.batches_ahead;
+  q->num_teams = p.num_teams;
   q->held = p.held;
   q->microseconds = p.microseconds;
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());

@@ -14,7 +14,7 @@ constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxCluster = 16;
 constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;
 
-enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kDone };
+enum class State : uint8_t { kReady, kAtBarrier, kAtClusterBarrier, kAtShuffle, kAtWord, kDone };
 
 struct Copy {
   void* to;
@@ -32,6 +32,8 @@ struct Fiber {
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   std::string arrived_at;
+  const unsigned* word = nullptr;  // that it waits for, to be `bits` under `mask`
+  unsigned bits = 0, mask = 0;
   bool depends = false;                     // it has waited for the kernels before
   std::vector<Copy> copies;                 // begun, and in no group yet
   std::deque<std::vector<Copy>> in_flight;  // groups
@@ -47,7 +49,7 @@ struct Range {
 struct Machine {
   Session session;
   std::mt19937_64 random;
-  std::deque<Fiber> fibers;  // of all blocks of a cluster
+  std::deque<Fiber> fibers;  // of all blocks of a cluster, or of a cooperative launch
   // Of each fiber, side by side: they are looked at whenever another one runs.
   std::vector<State> states;
   std::vector<uint32_t> priorities;
@@ -187,7 +189,13 @@ void start_fiber(Fiber& fiber) {
   setcontext(&fiber.context);
 }
 
+// Who waits for other blocks holds up those of its own.
 void report_deadlock() {
+  for (m.fiber = 0; m.fiber < num_fibers() && m.states[m.fiber] != State::kAtWord;) ++m.fiber;
+  if (m.fiber < num_fibers()) {
+    m.error = "waits for ever at " + place(current().file, current().line) + where();
+    return;
+  }
   for (m.fiber = 0; m.states[m.fiber] == State::kDone;) ++m.fiber;
   const Fiber& fiber = current();
   m.error = m.states[m.fiber] == State::kAtBarrier || m.states[m.fiber] == State::kAtClusterBarrier
@@ -216,7 +224,9 @@ void run_cluster(unsigned first_block) {
     ready.clear();
     bool all_done = true;
     for (unsigned i = 0; i < num_fibers(); ++i) {
-      const State state = m.states[i];
+      State& state = m.states[i];
+      const Fiber& waits = m.fibers[i];
+      if (state == State::kAtWord && (*waits.word & waits.mask) == waits.bits) state = State::kReady;
       if (state == State::kReady) ready.push_back(i);
       all_done = all_done && state == State::kDone;
     }
@@ -294,6 +304,25 @@ const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other
   return m.shared[rank_of_other].data() + offset;
 }
 
+// Others may run at once, before this thread does anything more.
+void arrive_at(unsigned* word, unsigned amount, const char* file, int line) {
+  if (skipped(file, line)) return;
+  *word += amount;
+  yield();
+}
+
+void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line) {
+  if (skipped(file, line)) return;
+  Fiber& fiber = current();
+  m.states[m.fiber] = State::kAtWord;
+  fiber.word = word;
+  fiber.bits = bits;
+  fiber.mask = mask;
+  fiber.file = file;
+  fiber.line = line;
+  yield();
+}
+
 void wait_for_kernels(const char* file, int line) {
   if (!skipped(file, line)) current().depends = true;
 }
@@ -362,8 +391,8 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_byt
     m.error = "refused";
     return;
   }
-  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 || cluster > kMaxCluster ||
-      grid % cluster != 0) {
+  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 ||
+      (cluster > kMaxCluster && cluster != grid) || grid % cluster != 0) {
     m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
               std::to_string(cluster) + " cannot run";
     return;

@@ -3,11 +3,11 @@
 //
 // It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned pack;
 // a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size, or that
-// of a block that has ended; an asynchronous copy that nobody waits for; a store, or a look at what a kernel before has left,
-// in a kernel that may run at the same time and has not waited.
+// of a block that has ended; an asynchronous copy that nobody waits for; a wait for other blocks that nothing will end; a store,
+// or a look at what a kernel before has left, in a kernel that may run at the same time and has not waited.
 // Shared memory starts as NaN; asynchronous copies arrive when they are waited for, no sooner, and leave NaN until then: a
 // value read too early shows in the result, and so does a missing barrier, since some seeds run the reader first. The blocks
-// of a cluster run at the same time, others one by one, and kernels one after the other.
+// of a cluster, and of a cooperative launch, run at the same time, others one by one, and kernels one after the other.
 #pragma once
 
 #include <cstddef>
@@ -47,11 +47,15 @@ Index grid_size();
 void barrier(const char* file, int line);
 unsigned char* shared_memory();
 
-// Both halves of the barrier of a cluster.
+// Both halves of the barrier of a cluster, or of all blocks of a cooperative launch.
 void cluster_arrive(const char* file, int line);
 void cluster_wait(const char* file, int line);
 // What lies at `own`'s place in the shared memory of another block of the cluster.
 const void* cluster_memory(const void* own, size_t bytes, unsigned rank);
+
+// Adds to a word in global memory; waits until its bits under a mask are those of `bits`.
+void arrive_at(unsigned* word, unsigned amount, const char* file, int line);
+void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line);
 
 // The kernels before have ended: what they have left may be looked at, and what they read may be overwritten.
 void wait_for_kernels(const char* file, int line);

@@ -49,25 +49,30 @@ __device__ inline unsigned char* shared_memory() {
 // to change it.
 constexpr int kAllShared = 100, kSomeShared = 28;
 
-// Blocks of `cluster` neighbours run together and see each other's shared memory. A kernel that overlaps the one before it
-// may begin before that has ended: see overlap.cuh.
+// Blocks of `cluster` neighbours run together and see each other's shared memory. Cooperative: all blocks run at once, or
+// the launch is an error. A kernel that overlaps the one before it may begin before that has ended: see overlap.cuh.
 struct LaunchShape {
   unsigned blocks = 0, threads = 0, cluster = 1;
   size_t shared_bytes = 0;
-  bool overlaps = false;
+  bool cooperative = false, overlaps = false;
   int carveout = kSomeShared;
 };
 
 #ifdef BNEXT_SIMT
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.shared_bytes, shape.overlaps, stream, args);
+  simt::launch(kKernel, shape.blocks, shape.threads, shape.cooperative ? shape.blocks : shape.cluster,
+               shape.shared_bytes, shape.overlaps, stream, args);
   return cudaGetLastError();
 }
 
 // What the shim can run is up to those who ask for plans.
 template <auto kKernel>
 int count_clusters(const LaunchShape&) {
+  return 1;
+}
+template <auto kKernel>
+int count_blocks(const LaunchShape&) {
   return 1;
 }
 template <auto kKernel>
@@ -106,12 +111,15 @@ cudaError_t set_attributes(int carveout) {
   return error;
 }
 
-// No kernel is both.
+// No kernel is two of these.
 inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t stream, cudaLaunchAttribute& attribute) {
   attribute = {};
   if (shape.overlaps) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else if (shape.cooperative) {
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   } else {
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = shape.cluster;
@@ -123,7 +131,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = shape.overlaps || shape.cluster > 1 ? 1 : 0;
+  config.numAttrs = shape.overlaps || shape.cooperative || shape.cluster > 1 ? 1 : 0;
   return config;
 }
 
@@ -156,6 +164,18 @@ int count_clusters(const LaunchShape& shape) {
   if (compiled_arch<kKernel>() < kClusterArch) return 0;
   cudaError_t error = set_attributes<kKernel>(shape.carveout);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
+  return keep_to_ourselves(error) == cudaSuccess ? count : 0;
+}
+
+// Blocks of this shape that an SM of the current device has room for; 0 if it cannot run any.
+template <auto kKernel>
+int count_blocks(const LaunchShape& shape) {
+  int count = 0;
+  cudaError_t error = set_attributes<kKernel>(shape.carveout);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, static_cast<int>(shape.threads),
+                                                          shape.shared_bytes);
+  }
   return keep_to_ourselves(error) == cudaSuccess ? count : 0;
 }
 #endif

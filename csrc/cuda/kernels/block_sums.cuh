@@ -281,8 +281,8 @@ template <bool kMoments, int kVec, typename Acc>
 __device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
   for_each_group(args, [&](int i, int lane, bool there, int) {
     const ChannelTotals totals = add_parts<kMoments, kVec, Acc>(args, i, lane);
-    const int64_t channel = tile_channel(args, tile, i), stride = args.wide_channels * args.num_splits;
-    if (!there || lane > 0 || channel >= args.wide_channels) return;
+    const int64_t channel = tile_channel(args, tile, i), stride = args.tile_channels * args.num_splits;
+    if (!there || lane > 0 || channel >= args.tile_channels) return;
     double* to = args.partials + channel * args.num_splits + tile.split;
     for (int k = 0; k < kNumSums; ++k) to[k * stride] = totals.value[k];
   });

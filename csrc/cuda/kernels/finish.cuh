@@ -110,7 +110,7 @@ __device__ inline void store_outputs(const KernelArgs& args, int64_t channel, in
 
 // ---- from partial sums -------------------------------------------------------------------------------------------
 
-// This thread's share of the partial sums of channel c, of which `sharers` threads take the splits in turns: of wide
+// This thread's share of the partial sums of channel c, of which `sharers` threads take the splits in turns: of tile
 // channels c, c + num_channels, and so on. A few at once: each is a trip to L2. Statistics are around the mean of the first
 // block, which all have to know.
 struct PartialSums {
@@ -120,12 +120,12 @@ struct PartialSums {
 __device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, int sharer, int sharers) {
   const bool backward = args.backward;
   constexpr int kReads = 4;
-  const int64_t stride = args.wide_channels * args.num_splits;
+  const int64_t stride = args.tile_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
   const int splits = static_cast<int>(args.num_splits);
   const double first_mean = backward ? 0 : load_left(of_channel + stride);
   PartialSums sums = {is_finite(first_mean) ? first_mean : 0, {0, 0, 0}};
-  for (int64_t wide = c; wide < args.wide_channels; wide += args.num_channels) {
+  for (int64_t column = c; column < args.tile_channels; column += args.num_channels) {
 #pragma unroll 1
     for (int first = sharer; first < splits; first += kReads * sharers) {
       double part[kNumSums][kReads];
@@ -153,6 +153,20 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, in
 __device__ inline ChannelTotals partial_totals(const KernelArgs& args, const PartialSums& sums) {
   const double *v = sums.value, inverse = args.inverse_positions;
   return args.backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
+}
+
+// All of them, for a warp, or for a group of lanes.
+__device__ inline ChannelTotals warp_partial_totals(const KernelArgs& args, int64_t channel) {
+  PartialSums sums = add_partials(args, channel, threadIdx.x % kWarpSize, kWarpSize);
+#pragma unroll
+  for (double& value : sums.value) value = warp_sum(value);
+  return partial_totals(args, sums);
+}
+
+__device__ inline ChannelTotals group_partial_totals(const KernelArgs& args, int64_t channel, int lane) {
+  PartialSums sums = add_partials(args, channel, lane, args.group_lanes);
+  group_sum(args, sums.value);
+  return partial_totals(args, sums);
 }
 
 // The coefficients of a channel, for a group of lanes that has its totals. `write`: it stores the results.

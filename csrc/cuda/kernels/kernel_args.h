@@ -32,6 +32,8 @@ constexpr int kMaxThreads = 256;
 constexpr int kStreamingBlocksPerSm = 2;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
+// Of a grid, words at which a team's blocks meet; see teams.cuh.
+constexpr int kWordsOfTeam = 3;
 constexpr int kWarpSize = 32;
 // What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
 constexpr int kRoles = 8;
@@ -107,13 +109,16 @@ struct KernelArgs {
   int lane_parts, lane_columns;  // group_lanes as so many times channel_columns, and the rest
   Divider by_columns;            // of lanes, by channel_columns
 
-  // On chip only. Blocks of a cluster share a channel or a slab; num_splits is their number.
+  // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. In a grid a team has one slab
+  // after the other, those that are num_teams apart.
   int cluster_size;
+  int num_teams, num_slabs;
   int num_steps, held_steps;  // items of a thread, and how many of them have slots
   int batches_ahead;          // that a thread has asked for ahead of the one that it works on
 
-  double* partials;    // [kNumSums][wide_channels][num_splits]
-  void* coefficients;  // [num_channels] of Coefficients<Acc>
+  unsigned* meeting_words;  // of a grid: [kWordsOfTeam][num_teams]
+  double* partials;         // [kNumSums][tile_channels][num_splits]
+  void* coefficients;       // [num_channels] of Coefficients<Acc>
   Source source;
   bool backward, training, cumulative;
   double num_positions, inverse_positions, unbiased;  // m, 1 / m, m / (m - 1)

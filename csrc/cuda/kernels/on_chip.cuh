@@ -1,13 +1,15 @@
-// The on-chip families: training passes that read their tensors once. A block (family resident) or a cluster of blocks
-// (family cluster) has a channel, a slab of channels, or a run of them. Each thread keeps the packs that it reads in
-// shared memory, in slots that no other thread looks at, until the sums of all blocks are there. Where there are too few
-// slots, what was read first makes room for what comes later, and is read again when the rest has been mapped.
+// The on-chip families: training passes that read their tensors once. A team has a channel, a slab of channels, or a run of
+// them: one block (family resident), a cluster of blocks (family cluster), or any number of blocks that tell each other
+// through memory what they have found (family grid). Each thread keeps the packs that it reads in shared memory, in slots
+// that no other thread looks at, until the sums of all blocks are there. Where there are too few slots, what was read first
+// makes room for what comes later, and is read again when the rest has been mapped.
 #pragma once
 
 #include "../device/cluster.cuh"
 #include "elementwise.cuh"
 #include "finish.cuh"
 #include "slots.cuh"
+#include "teams.cuh"
 
 namespace bnext::cuda {
 
@@ -115,36 +117,85 @@ __device__ inline ChannelTotals add_blocks(const KernelArgs& args, int channel, 
   return group_totals<kMoments>(args, moments, sum);
 }
 
-// From what the block's parts have left to the coefficients of this thread's lanes. The first block stores the results.
-template <bool kRows, bool kBackward, int kVec, typename Acc>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, double first_input,
-                                      Coefficients<Acc> (&coefficients)[kVec]) {
+// Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors, lane) for
+// a group of lanes. The first block of the team stores the results.
+template <bool kBackward, typename Acc, typename F>
+__device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  __syncthreads();
-  if (args.cluster_size > 1) {
-    for_each_group(args, [&](int i, int lane, bool there, int) {
-      const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
-      double* to = shared_at<double>(args.layout.totals) + i;
-      if (!there || lane > 0) return;
-#pragma unroll
-      for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
-    });
-    cluster_arrive();
-    cluster_wait();
-  }
   for_each_group(args, [&](int i, int lane, bool there, int round) {
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
-    const ChannelTotals totals =
-        args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane) : add_parts<!kBackward, kVec, Acc>(args, i, lane);
     const int64_t channel = tile_channel(args, tile, i);
     there = there && channel < args.num_channels;
+    const ChannelTotals totals = totals_of(i, there ? channel : 0, lane);
     const Coefficients<Acc> found =
         finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);
     if (there && lane == 0) shared[i] = found;
   });
-  // This thread reads no other block's memory any more: what it has read has been used.
-  if (args.cluster_size > 1) cluster_arrive();
+}
+
+// In a grid, the slab's channels are shared out among the warps of all its blocks: if every block added up the sums of all,
+// that would be more to read than the slab. Then all blocks take the coefficients from the workspace.
+template <bool kBackward, typename Acc>
+__device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
+  auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
+  const int blocks = static_cast<int>(args.num_splits);
+#pragma unroll 1
+  for (int i = static_cast<int>(turn.tile.split) + warp * blocks; i < args.slab_channels; i += num_warps * blocks) {
+    const int64_t channel = tile_channel(args, turn.tile, i);
+    if (channel < args.num_channels) {
+      const double input = load_input(args, channel, lane);
+      const ChannelTotals totals = warp_partial_totals(args, channel);
+      const auto found = finish_group<Acc>(args, kBackward, channel, lane, totals, input, true);
+      if (lane == 0) left[channel] = found;
+    }
+    if (lane == 0) meetings.leave_coefficients(args, turn, i);
+  }
+  meetings.await_coefficients(args, turn);
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) {
+    const int64_t channel = tile_channel(args, turn.tile, i);
+    if (channel < args.num_channels) shared[i] = load_left(left + channel);
+  }
+}
+
+// From what the block's parts have left to the coefficients of this thread's lanes.
+template <bool kRows, bool kBackward, bool kGrid, int kVec, typename Acc>
+__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kGrid>& meetings,
+                                      double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
+  const Tile& tile = turn.tile;
   __syncthreads();
+  if constexpr (kGrid) {
+    store_partials<!kBackward, kVec, Acc>(args, tile);
+    meetings.exchange_sums(args, turn);
+    if constexpr (kRows) {
+      finish_share<kBackward, Acc>(args, turn, meetings);
+    } else {
+      finish_groups<kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
+        return group_partial_totals(args, channel, lane);
+      });
+    }
+  } else {
+    if (args.cluster_size > 1) {
+      for_each_group(args, [&](int i, int lane, bool there, int) {
+        const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
+        double* to = shared_at<double>(args.layout.totals) + i;
+        if (!there || lane > 0) return;
+#pragma unroll
+        for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
+      });
+      cluster_arrive();
+      cluster_wait();
+    }
+    finish_groups<kBackward, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
+      return args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
+                                   : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+    });
+    // This thread reads no other block's memory any more: what it has read has been used.
+    if (args.cluster_size > 1) cluster_arrive();
+  }
+  __syncthreads();
+  const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     coefficients[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)] : coefficients[0];
@@ -153,83 +204,92 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Tile& tile, 
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
-__device__ inline Tile on_chip_tile(const KernelArgs& args) {
-  const unsigned column = args.by_tile.divide(blockIdx.x);
-  return {column, blockIdx.x - column * args.by_tile.divisor};
-}
-
 // A block's memory must not go while others of the cluster may read it.
 __device__ inline void leave_cluster(const KernelArgs& args) {
   if (args.cluster_size > 1) cluster_wait();
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole>
+template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
-  const Tile tile = on_chip_tile(args);
-  const Data data(args, tile);
+  Turn turn(args);
   count_batch(args, false);
+  const TeamMeetings<kGrid> meetings(args, turn);
 
-  double first_input = 0;
-  Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
-  int count = 0, batches = 0;
-  data.load([&] { first_input = load_first_inputs<false, Acc>(args, tile); },
-            [&](const typename Data::Batch& batch) {
-              if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-              add_moments(batch.pack[0], batch.items, pivot, s1, s2);
-              count += count_positions<kRows>(batch.items);
-              if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
-            });
-  leave_moments<kRows>(args, pivot, s1, s2, count);
-  Coefficients<Acc> coefficients[kVec];
-  finish_on_chip<kRows, false>(args, tile, first_input, coefficients);
+#pragma unroll 1
+  do {
+    const Data data(args, turn.tile);
+    double first_input = 0;
+    Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
+    int count = 0, batches = 0;
+    data.load(
+        [&] {
+          if (!(kGrid && kRows)) first_input = load_first_inputs<false, Acc>(args, turn.tile);
+        },
+        [&](const typename Data::Batch& batch) {
+          if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+          add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+          count += count_positions<kRows>(batch.items);
+          if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
+        });
+    leave_moments<kRows>(args, pivot, s1, s2, count);
+    Coefficients<Acc> coefficients[kVec];
+    finish_on_chip<kRows, false, kGrid>(args, turn, meetings, first_input, coefficients);
 
-  data.revisit([&](const typename Data::Batch& batch) {
+    data.revisit([&](const typename Data::Batch& batch) {
 #pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      const Pack<T, kVec>& x = batch.pack[0][u];
-      store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
-    }
-  });
-  leave_cluster(args);
+      for (int u = 0; u < kOnChipBatch; ++u) {
+        const Pack<T, kVec>& x = batch.pack[0][u];
+        store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
+      }
+    });
+  } while (kGrid && turn.next(args));
+  if (!kGrid) leave_cluster(args);
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole>
+template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
-  const Tile tile = on_chip_tile(args);
-  const Data data(args, tile);
+  Turn turn(args);
+  const TeamMeetings<kGrid> meetings(args, turn);
 
-  double first_input = 0;
-  Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
-  data.load(
-      [&] {
-        first_input = load_first_inputs<true, Acc>(args, tile);
-        __syncthreads();
-        const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+#pragma unroll 1
+  do {
+    const Data data(args, turn.tile);
+    double first_input = 0;
+    Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
+    data.load(
+        [&] {
+          if (kGrid && turn.number > 0) __syncthreads();  // all threads have taken what was there
+          first_input = load_first_inputs<true, Acc>(args, turn.tile);
+          __syncthreads();
+          const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) {
-          mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
-        }
-      },
-      [&](const typename Data::Batch& batch) { add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum); });
-  leave_sums<kRows>(args, sum);
-  Coefficients<Acc> coefficients[kVec];
-  finish_on_chip<kRows, true>(args, tile, first_input, coefficients);
+          for (int v = 0; v < kVec; ++v) {
+            mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
+          }
+        },
+        [&](const typename Data::Batch& batch) {
+          add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);
+        });
+    leave_sums<kRows>(args, sum);
+    Coefficients<Acc> coefficients[kVec];
+    finish_on_chip<kRows, true, kGrid>(args, turn, meetings, first_input, coefficients);
 
-  data.revisit([&](const typename Data::Batch& batch) {
+    data.revisit([&](const typename Data::Batch& batch) {
 #pragma unroll
-    for (int u = 0; u < kOnChipBatch; ++u) {
-      store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
-    }
-  });
-  leave_cluster(args);
+      for (int u = 0; u < kOnChipBatch; ++u) {
+        store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
+      }
+    });
+  } while (kGrid && turn.next(args));
+  if (!kGrid) leave_cluster(args);
 }
 
 }  // namespace bnext::cuda

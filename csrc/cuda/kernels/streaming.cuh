@@ -136,9 +136,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
       const double input = load_input(args, channel, lane);
       wait_for_kernels();
-      PartialSums sums = add_partials(args, channel, lane, args.group_lanes);
-      group_sum(args, sums.value);
-      const ChannelTotals totals = partial_totals(args, sums);
+      const ChannelTotals totals = group_partial_totals(args, channel, lane);
       const auto coefficients = finish_group<Acc>(args, args.backward, channel, lane, totals, input, writes);
       if (there && lane == 0) shared[i] = coefficients;
     });

@@ -1,0 +1,96 @@
+// Teams of blocks that share a channel or a slab: which tile is a block's, and where the teams of a grid meet.
+#pragma once
+
+#include <type_traits>
+
+#include "../device/meeting.cuh"
+#include "walk.cuh"
+
+namespace bnext::cuda {
+
+// What a block has to do: a part of its team's tile, or in a grid of one tile after the other.
+struct Turn {
+  Tile tile;
+  int team, number = 0;
+
+  __device__ explicit Turn(const KernelArgs& args) {
+    const unsigned of_block = args.by_tile.divide(blockIdx.x);
+    tile = {of_block, blockIdx.x - of_block * args.by_tile.divisor};
+    team = static_cast<int>(of_block);
+  }
+  // False after the last one.
+  __device__ bool next(const KernelArgs& args) {
+    tile.column += args.num_teams;
+    ++number;
+    return tile.column < args.num_slabs;
+  }
+  // Of a word that the team meets at once in each turn: see meeting.cuh.
+  __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }
+};
+
+// Where the teams of a grid meet. The first half of them, the early ones, begin at once. Each of the others waits until an
+// early one has read its first tile, and is out of step with it ever after: one half moves data while the other one meets.
+class Meetings {
+ public:
+  // Clears the words that blocks meet at, for all who have waited for that.
+  __device__ Meetings(const KernelArgs& args, const Turn& turn) {
+    const bool late = is_late(args, turn);
+    if (threadIdx.x == 0 && turn.tile.split == 0) {
+      for (int kind : {kSums, kStagger, kCoefficients}) *word(args, kind, turn.team) = 0;
+    }
+    grid_arrive(cleared_);
+    if (!late) return;
+    grid_wait(cleared_);
+    if (threadIdx.x == 0) {
+      arrive_at(word(args, kStagger, turn.team), two_teams(args), turn.tile.split == 0);
+      await(word(args, kStagger, turn.team), 1);  // for speed
+    }
+    __syncthreads();  // for speed
+  }
+
+  // Until all blocks of the team have left their sums of this turn.
+  __device__ void exchange_sums(const KernelArgs& args, const Turn& turn) const {
+    const bool early = !is_late(args, turn);
+    if (turn.number == 0 && early) grid_wait(cleared_);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      arrive_at(word(args, kSums, turn.team), static_cast<int>(args.num_splits), turn.tile.split == 0);
+      const int late_team = turn.team + early_teams(args);
+      const bool is_awaited = turn.number == 0 && early && late_team < args.num_teams;
+      if (is_awaited) arrive_at(word(args, kStagger, late_team), two_teams(args), false);
+      await(word(args, kSums, turn.team), turn.next_bit());
+    }
+    __syncthreads();
+  }
+
+  // The thread has left the coefficients of the block's channel i.
+  __device__ void leave_coefficients(const KernelArgs& args, const Turn& turn, int i) const {
+    arrive_at(word(args, kCoefficients, turn.team), args.slab_channels, i == 0);
+  }
+  // Until all are there.
+  __device__ void await_coefficients(const KernelArgs& args, const Turn& turn) const {
+    if (threadIdx.x == 0) await(word(args, kCoefficients, turn.team), turn.next_bit());
+    __syncthreads();
+  }
+
+ private:
+  enum Kind : int { kSums, kStagger, kCoefficients };
+
+  __device__ static int early_teams(const KernelArgs& args) { return (args.num_teams + 1) / 2; }
+  __device__ static bool is_late(const KernelArgs& args, const Turn& turn) { return turn.team >= early_teams(args); }
+  __device__ static int two_teams(const KernelArgs& args) { return 2 * static_cast<int>(args.num_splits); }
+  __device__ static unsigned* word(const KernelArgs& args, int kind, int team) {
+    return args.meeting_words + kind * args.num_teams + team;
+  }
+
+  GridToken cleared_;
+};
+
+// Other families have none.
+struct NoMeetings {
+  __device__ NoMeetings(const KernelArgs&, const Turn&) {}
+};
+template <bool kGrid>
+using TeamMeetings = std::conditional_t<kGrid, Meetings, NoMeetings>;
+
+}  // namespace bnext::cuda
