@@ -63,6 +63,7 @@ RUNS = {
         ("channels_last", (4, 16, 8, 8), CLUSTER),
         ("nchw", (4, 7, 8, 8), GRID),
         ("channels_last", (4, 96, 8, 8), GRID),
+        ("channels_last", (4, 96, 8, 8), GRID._replace(fused_splits=1)),
     ),
 }
 

@@ -53,6 +53,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.cluster_size = plan.cluster;
   args.num_teams = static_cast<int>(plan.num_teams);
   args.num_slabs = static_cast<int>(plan.num_slabs);
+  args.shares_out = plan.shares_out;
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
   args.batches_ahead = plan.batches_ahead;

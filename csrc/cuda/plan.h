@@ -67,7 +67,7 @@ struct Limits {
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
-  int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
+  int fused_splits = 64;  // blocks of a channel up to which each block may add up the partial sums by itself
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
   int team = 0;                             // blocks of a cluster or a grid that share a channel: so many, or 0 for any
 };
@@ -97,6 +97,7 @@ struct Plan {
   int cluster = 1;                    // blocks that see each other's memory
   int64_t num_teams = 1;              // of num_splits blocks each, that have one slab after the other: in a grid, fewer
                                       // than there are slabs
+  bool shares_out = false;            // as in KernelArgs
   int64_t words_offset = 0;           // where they meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int batches_ahead = 0;

@@ -60,6 +60,14 @@ void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
   set_step(plan, at_once);
 }
 
+// Whether a grid's blocks share out a slab's channels. Planes have one, which each block does for itself.
+void share_out(const DeviceInfo& device, const Limits& limits, Plan& plan) {
+  if (plan.walk == Walk::kPlanes) return;
+  const double each_all = meeting_time(plan, device);
+  plan.shares_out = true;
+  plan.shares_out = plan.num_splits > limits.fused_splits || meeting_time(plan, device) < each_all;
+}
+
 // Adds up f(items of a block) over the blocks that share a channel: the last ones may have fewer, or none.
 template <typename F>
 int64_t sum_of_blocks(const Plan& plan, F f) {
@@ -93,7 +101,8 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   if (grid) {
     plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);
     plan.words_offset = plan.coefficient_offset;
-    if (plan.walk == Walk::kRows) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+    share_out(device, limits, plan);
+    if (plan.shares_out) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
     plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
   }
   // What comes first in each block has to go again.

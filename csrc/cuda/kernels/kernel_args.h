@@ -113,6 +113,7 @@ struct KernelArgs {
   // after the other, those that are num_teams apart.
   int cluster_size;
   int num_teams, num_slabs;
+  bool shares_out;            // a grid's blocks finish a slab's channels between them, and not each of them all
   int num_steps, held_steps;  // items of a thread, and how many of them have slots
   int batches_ahead;          // that a thread has asked for ahead of the one that it works on
 
