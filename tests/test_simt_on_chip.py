@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
 GRID = RESIDENT._replace(family="grid")
-SHARED_OUT = GRID._replace(fused_splits=1)  # each warp finishes some of a slab's channels
+SHARED_OUT = GRID._replace(share_out=1)  # each warp finishes some of a slab's channels
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
     "planes": ("nchw", (2, 3, 32, 32), 17000, 4300),
@@ -40,6 +40,7 @@ WAYS = {
     "planes, one team": ("nchw", (4, 3, 16, 16), GRID._replace(team=4)),
     "rows, grid": ("channels_last", (3, 80, 9, 9), GRID._replace(team=3)),
     "rows, shared out": ("channels_last", (3, 80, 9, 9), SHARED_OUT._replace(team=3)),
+    "rows, teams of one": ("channels_last", (3, 80, 9, 9), GRID._replace(team=1)),
     "folded, grid": ("channels_last", (4, 6, 8, 8), GRID._replace(team=2)),
     "folded, shared out": ("channels_last", (4, 6, 8, 8), SHARED_OUT._replace(team=4)),
     "runs, grid": ("nchw", (12, 40, 7, 7), GRID._replace(team=2)),
@@ -69,8 +70,7 @@ def test_shapes(family: str, layout: str, dtypes: str) -> None:
         options = {"layout": layout, "grad_layout": layout, "seed": number}
         case = cases.make_case(shape, dtypes, affine[number % 4], mode, **options)
         team = 0 if family == "resident" else 2 if shape[1] > 16 else 2 << number % 3
-        fused_splits = (1, 64)[number % 2]  # of a grid: whether it shares out channels
-        machine = RESIDENT._replace(family=family, team=team, fused_splits=fused_splits)
+        machine = RESIDENT._replace(family=family, team=team, share_out=number % 2)
         try:
             both(case, f"{shape}", machine=machine, schedule=simt.Schedule(number))
         except simt.NoPlanError as error:

@@ -63,7 +63,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   const bool grid = plan.family == Family::kGrid;
   if (plan.reduce || grid) args.partials = static_cast<double*>(workspace);
   if (grid) args.meeting_words = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + plan.words_offset);
-  if ((plan.finish && plan.apply) || grid) {
+  if ((plan.finish && plan.apply) || plan.shares_out) {
     args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
   }
   return args;

@@ -23,7 +23,7 @@ constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a 
 constexpr double kTripUs = 0.7;     // to L2
 // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
 constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
-constexpr double kGridHandicap = 1.1;
+constexpr double kGridHandicap = 1.1;  // its launch waits for what other streams have running
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
@@ -99,14 +99,14 @@ double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double sto
   const double teams = static_cast<double>(plan.num_teams), slabs = static_cast<double>(plan.num_slabs);
   const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
   plan.waves = std::ceil(slabs / teams);
-  const double sms = std::min(double(device.num_sms), static_cast<double>(plan.num_blocks));
-  const double traffic =
-      on_chip_traffic(plan, device, inputs, teams / slabs, plan.waves * teams / slabs * device.num_sms / sms,
-                      static_cast<double>(plan.threads * blocks));
+  const double on_sm = plan.waves * teams / slabs * static_cast<double>(blocks);  // of the SM that has most
+  const double traffic = on_chip_traffic(plan, device, inputs, teams / slabs,
+                                         on_sm / static_cast<double>(plan.num_blocks) * device.num_sms,
+                                         static_cast<double>(plan.threads * blocks));
   stop += meeting_time(plan, device);
   if (plan.num_teams == 1) return traffic + plan.waves * stop;
   // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
-  const double half_of_sms = blocks > 1 ? 1 : 0.5 * sms / device.num_sms;
+  const double half_of_sms = blocks > 1 ? 1 : 0.5 * static_cast<double>(plan.num_blocks) / device.num_sms;
   const double alone = traffic / plan.waves / 2 * std::max(1.0, kBusyShare / half_of_sms);
   const double late = alone * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
   return std::max(traffic + stop, late + plan.waves * (alone + stop));

@@ -65,7 +65,7 @@ void share_out(const DeviceInfo& device, const Limits& limits, Plan& plan) {
   if (plan.walk == Walk::kPlanes) return;
   const double each_all = meeting_time(plan, device);
   plan.shares_out = true;
-  plan.shares_out = plan.num_splits > limits.fused_splits || meeting_time(plan, device) < each_all;
+  plan.shares_out = limits.share_out || meeting_time(plan, device) < each_all;
 }
 
 // Adds up f(items of a block) over the blocks that share a channel: the last ones may have fewer, or none.
@@ -76,6 +76,7 @@ int64_t sum_of_blocks(const Plan& plan, F f) {
 }
 
 // Teams that a grid may have at once.
+static_assert(kMaxOnChipThreads / kGridBlocksPerSm >= kMaxThreads, "the widest rows fit");
 constexpr int kTeams[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64};
 
 // Blocks that share a slab, and what each of them may have.
@@ -120,7 +121,7 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   } else if (grid && !device.cooperative) {
     plan.error = "the device has no cooperative launch";
   } else if (plan.num_items < team.blocks) {
-    plan.error = "a channel has less to read than so many blocks";
+    plan.error = "a channel has less to read than a team has blocks";
   } else if (plan.batches_ahead < 1) {
     plan.error = "next to nothing of it fits on chip";
   } else if (plan.num_steps > limits.batches * kOnChipBatch) {
@@ -167,7 +168,6 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     int fewest = kMinThreads;
     while (fewest < walk.block_packs) fewest *= 2;
     for (team.threads = fewest; team.threads <= std::max(fewest, std::min(limits.threads, most)); team.threads *= 2) {
-      if (team.threads > most) return;
       Plan plan = walk;
       finish_plan(r, device, limits, team, plan);
       const bool first_legal = plan.error.empty() && !best.error.empty();
@@ -177,10 +177,8 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     }
   };
   auto consider_grids = [&](const Plan& walk) {
-    const int64_t bytes = walk.num_items * walk.block_packs * walk.tensors_read * kPackBytes;
-    // Not where a batch is counted before: a grid may be refused room when it is launched.
-    const bool useful = limits.grid && device.cooperative && bytes > device.shared_bytes_opt_in && !base.count;
-    if (limits.family == Family::kAuto && !useful) return;
+    // A grid may be refused room when it is launched, so a batch must not have been counted before.
+    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative || base.count)) return;
     for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) {
       const int64_t all = int64_t{per_sm} * device.num_sms;
       for (int64_t most : kTeams) {

@@ -91,7 +91,7 @@ struct KernelArgs {
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
   int block_packs, block_rows;
   Divider by_size[3];   // of items that threads count in an int, by size[d]; [0] is not used
-  Divider by_tile;      // of blocks: by num_slabs (rows) or num_splits (planes), on chip by cluster_size
+  Divider by_tile;      // of blocks: by num_slabs (streaming, rows) or num_splits
   Divider by_packs;     // of threads, by block_packs
   Divider by_batch;     // of a block's items, by those of kUnroll steps
   Divider by_channels;  // of wide channels, by num_channels
