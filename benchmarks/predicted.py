@@ -1,7 +1,8 @@
 """The prediction tables of docs/kernels.md, from the model of csrc/cuda/plan_*.cpp.
 
-python -m benchmarks.predicted [device]. Needs no GPU. `time` is over the floor's: one kernel that
-moves what any implementation must move.
+python -m benchmarks.predicted [device [results.json]]. Needs no GPU. `time` is over the floor's:
+one kernel that moves what any implementation must move. With results of such a device: how long
+the best peer took there, over bnext's predicted time.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ from __future__ import annotations
 import itertools
 import statistics
 import sys
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.shapes import DTYPES, LAYOUTS, SUITES, Shape
+from benchmarks import results
+from benchmarks.shapes import DTYPES, LAYOUTS, SUITES, Shape, is_peer
 from bnext._extension import _C
 
 IN_TABLE = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
@@ -37,7 +41,38 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def main(device: str) -> None:
+def against_peers(device: str, path: Path) -> None:
+    """ResNet-50, cold: geometric mean and worst shape, for each pass, dtype and layout, and all."""
+    best: dict[tuple[str, str, str], dict[Shape, float]] = defaultdict(dict)
+    for row in results.load(path)[1]:
+        timed = row["ms"] and not row["note"] and row["cache"] == "cold"
+        if timed and is_peer(row["provider"]) and row["suite"] == "resnet50":
+            times = best[row["direction"], row["dtype"], row["layout"]]
+            shape = Shape(*(row[k] for k in "NCHW"))
+            times[shape] = min(1e3 * row["ms"], times.get(shape, float("inf")))
+    rows, means = [], defaultdict(list)
+    for direction, dtype, layout in itertools.product(("forward", "backward"), DTYPES, LAYOUTS):
+        case = (direction, dtype, layout)
+        ratios = {
+            shape: us / plan(device, shape, case, "auto")["microseconds"]
+            for shape, us in best[case].items()
+        }
+        if not ratios:
+            continue
+        means[direction].append(statistics.geometric_mean(ratios.values()))
+        worst = min(ratios, key=lambda shape: ratios[shape])
+        row = [*case, str(len(ratios)), f"{means[direction][-1]:.2f}"]
+        rows.append([*row, f"{ratios[worst]:.2f} ({', '.join(map(str, worst[:4]))})"])
+    ratio = "best peer, measured ÷ bnext, predicted"
+    print_table(["pass", "dtype", "layout", "shapes", ratio, "worst"], rows)
+    for direction, found in means.items():
+        print(f"{direction}: {statistics.geometric_mean(found):.2f}, geometric mean of these rows")
+
+
+def main(device: str, path: str = "") -> None:
+    if path:
+        against_peers(device, Path(path))
+        return
     for dtype, direction in itertools.product(("float32", "float16"), ("forward", "backward")):
         rows = []
         for shape in SHAPES:
@@ -69,4 +104,4 @@ def main(device: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2] or ["h200"])
+    main(*sys.argv[1:3] or ["h200"])

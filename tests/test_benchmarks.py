@@ -26,7 +26,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import providers, report, results, runner, shapes, training_steps  # noqa: E402
+from benchmarks import (  # noqa: E402
+    predicted,
+    providers,
+    report,
+    results,
+    runner,
+    shapes,
+    training_steps,
+)
 from benchmarks.checks import Reference, Tensors, make_tensors  # noqa: E402
 
 SMALL = shapes.Shape(2, 5, 8, 9)
@@ -312,6 +320,31 @@ def test_summary_adds_up() -> None:
     # 53 layers of 6 ms; 49 of 2 ms and 4 of 4 ms; the floor 53 of 1 ms.
     assert "all 53 layers of ResNet-50, batch 32: add 53.0 ms, bnext 114 ms" in text
     assert "native 318 ms" in text
+
+
+def test_predictions_against_what_peers_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best peer counts, and neither the floor nor bnext nor what has a note."""
+    rows = []
+    for number, shape in enumerate(shapes.SUITES["resnet50"][:3]):
+        one = shapes.Case("resnet50", shape, "float16", "channels_last", "backward")
+        us = predicted.plan("h100", shape, ("backward", "float16", "channels_last"), "auto")
+        best = (2 if number == 1 else 4) * 1e-6 * us["microseconds"]
+        for name, seconds in {
+            **{"add": best / 9, "bnext": best / 9, "bnext-grid": best / 9},
+            **{"native": 2 * best, "cudnn": best, "inductor": best / 9},
+        }.items():
+            row = results.new_row(one, name)
+            results.fill_times(row, [seconds] * 3, [best / 9] * 3, [best / 9] * 3)
+            row.note = "wrong: dx is off" if name == "inductor" else None
+            rows.append(row)
+    path = tmp_path / "h100.json"
+    results.save(path, {"device": "cuda"}, rows)
+    predicted.main("h100", str(path))
+    shape = ", ".join(map(str, shapes.SUITES["resnet50"][1][:4]))
+    line = f"| backward | float16 | channels_last | 3 | 3.17 | 2.00 ({shape}) |"
+    assert line in capsys.readouterr().out
 
 
 def test_suites_are_the_ones_documented() -> None:

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
 GRID = RESIDENT._replace(family="grid")
+SHARED_OUT = GRID._replace(share_out=1)  # each warp finishes some of a slab's channels
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
     "planes": ("nchw", (2, 3, 32, 32), 17000, 4300),
@@ -38,7 +39,10 @@ WAYS = {
     "planes, grid": ("nchw", (4, 5, 8, 16), GRID._replace(team=2)),
     "planes, one team": ("nchw", (4, 3, 16, 16), GRID._replace(team=4)),
     "rows, grid": ("channels_last", (3, 80, 9, 9), GRID._replace(team=3)),
+    "rows, shared out": ("channels_last", (3, 80, 9, 9), SHARED_OUT._replace(team=3)),
+    "rows, teams of one": ("channels_last", (3, 80, 9, 9), GRID._replace(team=1)),
     "folded, grid": ("channels_last", (4, 6, 8, 8), GRID._replace(team=2)),
+    "folded, shared out": ("channels_last", (4, 6, 8, 8), SHARED_OUT._replace(team=4)),
     "runs, grid": ("nchw", (12, 40, 7, 7), GRID._replace(team=2)),
 }
 # Ways on which some packs are read twice: two planes share them, or they have no slots.
@@ -50,7 +54,7 @@ AGAIN = {
     "rows, again, grid": (
         "channels_last",
         (4, 48, 16, 16),
-        GRID._replace(team=2, shared_bytes=22000),
+        SHARED_OUT._replace(team=2, shared_bytes=22000),
     ),
 }
 EVERY_WAY = WAYS | AGAIN
@@ -66,7 +70,7 @@ def test_shapes(family: str, layout: str, dtypes: str) -> None:
         options = {"layout": layout, "grad_layout": layout, "seed": number}
         case = cases.make_case(shape, dtypes, affine[number % 4], mode, **options)
         team = 0 if family == "resident" else 2 if shape[1] > 16 else 2 << number % 3
-        machine = RESIDENT._replace(family=family, team=team)
+        machine = RESIDENT._replace(family=family, team=team, share_out=number % 2)
         try:
             both(case, f"{shape}", machine=machine, schedule=simt.Schedule(number))
         except simt.NoPlanError as error:
@@ -220,10 +224,14 @@ def test_a_refused_launch_counts_nothing(way: str, momentum: float | None) -> No
 
 def test_many_blocks_to_a_channel() -> None:
     """More than a group of lanes reads at once, and the last of them has nothing to do."""
-    machine = GRID._replace(num_sms=40, team=40)
-    for layout, shape in (("nchw", (3, 1, 9, 20)), ("channels_last", (3, 16, 5, 13))):
+    for layout, shape, grid in (
+        ("nchw", (3, 1, 9, 20), GRID),
+        ("channels_last", (3, 16, 5, 13), GRID),
+        ("channels_last", (3, 16, 5, 13), SHARED_OUT),
+    ):
         case = cases.make_case(shape, "float64", layout=layout, grad_layout=layout)
         for check in (check_forward, check_backward):
+            machine = grid._replace(num_sms=40, team=40)
             assert check(case, layout, machine=machine).call.num_splits == 40
 
 

@@ -81,7 +81,8 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
   thread_local std::array<Entry, 64> entries;
   const Geometry& g = request.geometry;
   uint64_t key = 0;
-  for (int64_t part : {g.num_channels, g.size[0], g.size[1], g.size[2], static_cast<int64_t>(request.pass)}) {
+  for (int64_t part : {g.num_channels, g.size[0], g.size[1], g.size[2], static_cast<int64_t>(request.pass),
+                       static_cast<int64_t>(limits.grid)}) {
     key = (key ^ static_cast<uint64_t>(part)) *
           0x9e3779b97f4a7c15u;  // a multiplier that spreads bits: 2^64 / golden ratio
   }

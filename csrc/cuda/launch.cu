@@ -53,6 +53,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.cluster_size = plan.cluster;
   args.num_teams = static_cast<int>(plan.num_teams);
   args.num_slabs = static_cast<int>(plan.num_slabs);
+  args.shares_out = plan.shares_out;
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
   args.batches_ahead = plan.batches_ahead;
@@ -62,7 +63,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   const bool grid = plan.family == Family::kGrid;
   if (plan.reduce || grid) args.partials = static_cast<double*>(workspace);
   if (grid) args.meeting_words = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + plan.words_offset);
-  if ((plan.finish && plan.apply) || grid) {
+  if ((plan.finish && plan.apply) || plan.shares_out) {
     args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
   }
   return args;

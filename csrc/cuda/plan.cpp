@@ -287,9 +287,9 @@ bool operator==(const Plan& a, const Plan& b) {
     const auto stages =
         std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads, p.finish_shared_bytes,
                  p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip =
-        std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.words_offset, p.num_steps, p.held_steps, p.run_length,
-                 p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds, p.waves, p.batches_ahead);
+    const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.shares_out, p.words_offset, p.num_steps,
+                                  p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held, p.layout.bytes,
+                                  p.microseconds, p.waves, p.batches_ahead);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);

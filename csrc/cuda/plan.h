@@ -63,11 +63,12 @@ Request make_request(const BackwardProblem& problem);
 // Upper bounds that a caller may lower: tests run small blocks, benchmarks other families.
 struct Limits {
   Family family = Family::kAuto;
-  bool grid = true;   // kAuto may choose it: its launch waits until nothing else runs on the device
+  bool grid = true;   // kAuto may choose it: its launch waits until the device has room for all of it
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
-  int fused_splits = 64;  // blocks of a channel up to which each apply block adds up the partial sums by itself
+  int fused_splits = 64;   // blocks of a channel up to which each apply block adds up the partial sums by itself
+  bool share_out = false;  // a grid's blocks share out a slab's channels, also where it would be faster not to
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
   int team = 0;                             // blocks of a cluster or a grid that share a channel: so many, or 0 for any
 };
@@ -95,9 +96,9 @@ struct Plan {
   // On chip: one kernel for all, after a tiny one where batches have to be counted first.
   bool on_chip = false, count = false;
   int cluster = 1;                    // blocks that see each other's memory
-  int64_t num_teams = 1;              // of num_splits blocks each, that have one slab after the other: in a grid, fewer
-                                      // than there are slabs
-  int64_t words_offset = 0;           // where they meet, in the workspace
+  int64_t num_teams = 1;              // of num_splits blocks each. In a grid there may be fewer of them than slabs
+  bool shares_out = false;            // as in KernelArgs
+  int64_t words_offset = 0;           // of the words at which teams meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int batches_ahead = 0;
   double held = 0;  // share of the data that stays on chip

@@ -21,7 +21,9 @@ constexpr double kL2Share = 0.5;    // of L2 that still holds what was read a wh
 constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
 constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
 constexpr double kTripUs = 0.7;     // to L2
-constexpr double kGridHandicap = 1.1;
+// Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
+constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
+constexpr double kGridHandicap = 1.1;  // its launch waits for what other streams have running
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
@@ -92,27 +94,19 @@ double blocks_time(Plan& plan, const DeviceInfo& device, double inputs, double s
          set_waves(plan, at_once, blocks > 1) * (stop + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
-// Of a grid, what its teams do in each turn besides: see finish_on_chip. A warp has four trips' partial sums on their way.
-double meeting_time(const Plan& plan) {
-  const int64_t splits = plan.num_splits, rounds = ceil_div(splits, 4 * kWarpSize);
-  if (plan.walk == Walk::kPlanes) return kMeetingUs + kTripUs * static_cast<double>(1 + rounds);
-  const int64_t shares = ceil_div(plan.slab_channels, splits * (plan.threads / kWarpSize));
-  return 2 * kMeetingUs + kTripUs * static_cast<double>(shares * (1 + rounds) + 1);
-}
-
 // Half of the teams move data while the other half meets, if there is enough of it.
 double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double stop) {
   const double teams = static_cast<double>(plan.num_teams), slabs = static_cast<double>(plan.num_slabs);
   const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
   plan.waves = std::ceil(slabs / teams);
-  const double sms = std::min(double(device.num_sms), static_cast<double>(plan.num_blocks));
-  const double traffic =
-      on_chip_traffic(plan, device, inputs, teams / slabs, plan.waves * teams / slabs * device.num_sms / sms,
-                      static_cast<double>(plan.threads * blocks));
-  stop += meeting_time(plan);
+  const double on_sm = plan.waves * teams / slabs * static_cast<double>(blocks);  // of the SM that has most
+  const double traffic = on_chip_traffic(plan, device, inputs, teams / slabs,
+                                         on_sm / static_cast<double>(plan.num_blocks) * device.num_sms,
+                                         static_cast<double>(plan.threads * blocks));
+  stop += meeting_time(plan, device);
   if (plan.num_teams == 1) return traffic + plan.waves * stop;
   // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
-  const double half_of_sms = blocks > 1 ? 1 : 0.5 * sms / device.num_sms;
+  const double half_of_sms = blocks > 1 ? 1 : 0.5 * static_cast<double>(plan.num_blocks) / device.num_sms;
   const double alone = traffic / plan.waves / 2 * std::max(1.0, kBusyShare / half_of_sms);
   const double late = alone * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
   return std::max(traffic + stop, late + plan.waves * (alone + stop));
@@ -125,6 +119,20 @@ int active_clusters(const DeviceInfo& device, int cluster) {
     if (kClusterSizes[i] == cluster) return device.active_clusters[i];
   }
   return 0;
+}
+
+// See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add up.
+double meeting_time(const Plan& plan, const DeviceInfo& device) {
+  const int64_t splits = plan.num_splits, channels = plan.slab_channels, reads = 4;
+  if (plan.shares_out) {
+    const int64_t shares = ceil_div(channels, splits * (plan.threads / kWarpSize));
+    return 2 * kMeetingUs + kTripUs * static_cast<double>(shares * (1 + ceil_div(splits, reads * kWarpSize)) + 1);
+  }
+  const int64_t lanes = count_group_lanes(plan.threads, static_cast<int>(channels));
+  const int64_t trips = ceil_div(channels * lanes, plan.threads) * (1 + ceil_div(splits, reads * lanes));
+  const double partials = static_cast<double>(channels * splits * ceil_div(plan.num_blocks, device.num_sms));
+  const bool fast = device.arch == 80 || device.arch == 90 || device.arch == 100;
+  return kMeetingUs + kTripUs * static_cast<double>(trips) + partials * (fast ? kPartialUs : kSlowPartialUs);
 }
 
 double compared_time(const Plan& plan) {

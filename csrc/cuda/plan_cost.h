@@ -9,8 +9,10 @@ namespace bnext::cuda {
 // Of these clusters, how many run at once; 0 for one block, which is none.
 int active_clusters(const DeviceInfo& device, int cluster);
 
-// What plans are compared by: predicted microseconds, and more for a grid, because its launch waits for what other streams
-// have running.
+// Microseconds in which a grid's team tells its blocks what they have found, in each turn: by plan.shares_out.
+double meeting_time(const Plan& plan, const DeviceInfo& device);
+
+// What plans are compared by: predicted microseconds, with a handicap for grids.
 double compared_time(const Plan& plan);
 
 // Predicted microseconds. Leaves the waves that it counts in the plan.

@@ -60,6 +60,14 @@ void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
   set_step(plan, at_once);
 }
 
+// Whether a grid's blocks share out a slab's channels. Planes have one, which each block does for itself.
+void share_out(const DeviceInfo& device, const Limits& limits, Plan& plan) {
+  if (plan.walk == Walk::kPlanes) return;
+  const double each_all = meeting_time(plan, device);
+  plan.shares_out = true;
+  plan.shares_out = limits.share_out || meeting_time(plan, device) < each_all;
+}
+
 // Adds up f(items of a block) over the blocks that share a channel: the last ones may have fewer, or none.
 template <typename F>
 int64_t sum_of_blocks(const Plan& plan, F f) {
@@ -68,6 +76,7 @@ int64_t sum_of_blocks(const Plan& plan, F f) {
 }
 
 // Teams that a grid may have at once.
+static_assert(kMaxOnChipThreads / kGridBlocksPerSm >= kMaxThreads, "the widest rows fit");
 constexpr int kTeams[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64};
 
 // Blocks that share a slab, and what each of them may have.
@@ -93,7 +102,8 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   if (grid) {
     plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);
     plan.words_offset = plan.coefficient_offset;
-    if (plan.walk == Walk::kRows) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+    share_out(device, limits, plan);
+    if (plan.shares_out) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
     plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
   }
   // What comes first in each block has to go again.
@@ -111,7 +121,7 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   } else if (grid && !device.cooperative) {
     plan.error = "the device has no cooperative launch";
   } else if (plan.num_items < team.blocks) {
-    plan.error = "a channel has less to read than so many blocks";
+    plan.error = "a channel has less to read than a team has blocks";
   } else if (plan.batches_ahead < 1) {
     plan.error = "next to nothing of it fits on chip";
   } else if (plan.num_steps > limits.batches * kOnChipBatch) {
@@ -158,7 +168,6 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     int fewest = kMinThreads;
     while (fewest < walk.block_packs) fewest *= 2;
     for (team.threads = fewest; team.threads <= std::max(fewest, std::min(limits.threads, most)); team.threads *= 2) {
-      if (team.threads > most) return;
       Plan plan = walk;
       finish_plan(r, device, limits, team, plan);
       const bool first_legal = plan.error.empty() && !best.error.empty();
@@ -168,10 +177,8 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     }
   };
   auto consider_grids = [&](const Plan& walk) {
-    const int64_t bytes = walk.num_items * walk.block_packs * walk.tensors_read * kPackBytes;
-    // Not where a batch is counted before: a grid may be refused room when it is launched.
-    const bool useful = limits.grid && device.cooperative && bytes > device.shared_bytes_opt_in && !base.count;
-    if (limits.family == Family::kAuto && !useful) return;
+    // A grid may be refused room when it is launched, so a batch must not have been counted before.
+    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative || base.count)) return;
     for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) {
       const int64_t all = int64_t{per_sm} * device.num_sms;
       for (int64_t most : kTeams) {

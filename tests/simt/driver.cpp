@@ -35,7 +35,7 @@ struct Call {
   Vector stats_mean, stats_var, grad_mean, grad_var;
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
-  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, shared_bytes;
+  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, share_out, shared_bytes;
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
@@ -81,6 +81,7 @@ void run(Call& call, const Problem& problem) {
   limits.fused_splits = static_cast<int>(call.fused_splits);
   limits.family = static_cast<cuda::Family>(call.family);
   limits.team = static_cast<int>(call.team);
+  limits.share_out = call.share_out != 0;
   limits.shared_bytes = call.shared_bytes;
   const cuda::Plan plan = cuda::make_plan(cuda::make_request(problem), device, limits);
   std::snprintf(call.plan, sizeof call.plan, "%s", cuda::to_string(plan).c_str());

@@ -129,7 +129,7 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
   struct Fault {
     void (*kernel)(Memory);
     unsigned grid, cluster;
-    bool overlaps = false;
+    bool overlaps = false, cooperative = false;
   };
   const Fault faults[] = {{skipped_barrier, 2, 1},
                           {two_barriers, 2, 1},
@@ -149,9 +149,10 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
                           {store_without_waiting, 1, 1, true},
                           {store_after_waiting, 1, 1, true},
                           {store_without_waiting, 1, 1},
-                          {waits_for_ever, 3, 3},
-                          {arrives_before_leaving, 2, 2},
-                          {leaves_before_arriving, 2, 2}};
+                          {waits_for_ever, 3, 1, false, true},
+                          {arrives_before_leaving, 2, 1, false, true},
+                          {leaves_before_arriving, 2, 1, false, true},
+                          {ended_block, 2, 1, false, true}};
   const Fault& fault = faults[which];
   word = 0;
   number = 0;
@@ -159,6 +160,7 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
   simt::begin({static_cast<uint64_t>(seed), ""});
   simt::allow_load(loads, sizeof loads);
   simt::allow_store(stores, sizeof stores);
-  simt::launch(fault.kernel, fault.grid, 64, fault.cluster, 256, fault.overlaps, nullptr, Memory{loads, stores});
+  simt::launch(fault.kernel, fault.grid, 64, fault.cluster, fault.cooperative, 256, fault.overlaps, nullptr,
+               Memory{loads, stores});
   std::snprintf(error, error_bytes, "%s", simt::error().c_str());
 }

@@ -92,7 +92,7 @@ VECTORS = (
 )
 FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
-LIMITS += ("family", "team", "shared_bytes")
+LIMITS += ("family", "team", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels")
 
@@ -126,6 +126,7 @@ class Machine(NamedTuple):
     fused_splits: int = 64
     family: str = "streaming"
     team: int = 0
+    share_out: int = 0
     shared_bytes: int = 1 << 30
 
 

@@ -23,7 +23,7 @@ struct Query {
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, shares_out;
   double held, microseconds;
   char text[512];
 };
@@ -121,6 +121,7 @@ void plan_run(Query* q) {
   q->tensor_bytes = p.tensor_bytes;
   q->batches_ahead = p.batches_ahead;
   q->num_teams = p.num_teams;
+  q->shares_out = p.shares_out;
   q->held = p.held;
   q->microseconds = p.microseconds;
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());

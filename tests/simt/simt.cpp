@@ -54,9 +54,10 @@ struct Machine {
   std::vector<State> states;
   std::vector<uint32_t> priorities;
   jmp_buf scheduler;
+  // cluster: blocks that run at the same time, also in a cooperative launch.
   unsigned fiber = 0, first_block = 0, num_threads = 0, cluster = 1, num_blocks = 0;
   const std::function<void()>* kernel = nullptr;
-  bool overlaps = false;
+  bool cooperative = false, overlaps = false;
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
   int64_t bytes_loaded = 0, bytes_stored = 0;
@@ -91,7 +92,8 @@ void yield() {
 void fiber_main() {
   for (;;) {
     (*m.kernel)();
-    if (current().arrived) fail("a thread ends without waiting at the cluster's barrier");
+    const bool waits = current().arrived || current().passed != current().waited;
+    if (waits) fail("a thread ends without waiting at the cluster's barrier");
     if (!current().copies.empty()) fail("an asynchronous copy that nobody waits for");
     for (const auto& group : current().in_flight) {
       if (!group.empty()) fail("an asynchronous copy that nobody waits for");
@@ -299,7 +301,7 @@ const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other
   const auto& mine = m.shared[rank()];
   const size_t offset = static_cast<const unsigned char*>(own) - mine.data();
   if (offset + bytes > mine.size() - kGuardBytes) fail("a load outside the block's shared memory");
-  if (rank_of_other >= m.cluster) fail("a load from a block that is not in the cluster");
+  if (rank_of_other >= m.cluster || m.cooperative) fail("a load from a block that is not in the cluster");
   if (has_ended(rank_of_other)) fail("a load from a block that has ended");
   return m.shared[rank_of_other].data() + offset;
 }
@@ -384,15 +386,15 @@ void* check_store(void* to, size_t bytes) {
   return to;
 }
 
-void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, bool overlaps,
+void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative, size_t shared_bytes, bool overlaps,
               const std::function<void()>& kernel) {
   if (!m.error.empty()) return;
   if (++m.launches == m.session.refused_launch) {
     m.error = "refused";
     return;
   }
-  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 ||
-      (cluster > kMaxCluster && cluster != grid) || grid % cluster != 0) {
+  if (grid == 0 || block == 0 || block > kMaxThreads || block % kWarp != 0 || cluster == 0 || cluster > kMaxCluster ||
+      grid % cluster != 0 || (cooperative && cluster > 1)) {
     m.error = "a grid of " + std::to_string(grid) + " x " + std::to_string(block) + " in clusters of " +
               std::to_string(cluster) + " cannot run";
     return;
@@ -400,17 +402,18 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_byt
   m.kernel = &kernel;
   m.num_blocks = grid;
   m.num_threads = block;
-  m.cluster = cluster;
+  m.cluster = cooperative ? grid : cluster;
+  m.cooperative = cooperative;
   m.overlaps = overlaps;
   if (m.fibers.size() < num_fibers()) m.fibers.resize(num_fibers());
   m.states.assign(m.fibers.size(), State::kDone);
   m.priorities.resize(m.fibers.size());
-  m.shared.assign(cluster, std::vector<unsigned char>(shared_bytes + kGuardBytes, kGuard));
-  std::vector<unsigned> order(grid / cluster);
+  m.shared.assign(m.cluster, std::vector<unsigned char>(shared_bytes + kGuardBytes, kGuard));
+  std::vector<unsigned> order(grid / m.cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), m.random);
   for (unsigned i : order) {
-    run_cluster(i * cluster);
+    run_cluster(i * m.cluster);
     if (m.error.empty()) continue;
     for (Fiber& fiber : m.fibers) fiber.started = false;
     return;

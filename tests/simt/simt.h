@@ -83,13 +83,13 @@ T shuffle(unsigned mask, T value, unsigned from, int line) {
 const void* check_load(const void* from, size_t bytes);
 void* check_store(void* to, size_t bytes);
 
-void run_grid(unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, bool overlaps,
+void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative, size_t shared_bytes, bool overlaps,
               const std::function<void()>& kernel);
 
 template <typename Args>
-void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluster, size_t shared_bytes, bool overlaps,
-            cudaStream_t, const Args& args) {
-  run_grid(grid, block, cluster, shared_bytes, overlaps, [=] { kernel(args); });
+void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluster, bool cooperative,
+            size_t shared_bytes, bool overlaps, cudaStream_t, const Args& args) {
+  run_grid(grid, block, cluster, cooperative, shared_bytes, overlaps, [=] { kernel(args); });
 }
 
 // ---- for the driver ----------------------------------------------------------------------------------------------

@@ -8,6 +8,10 @@
 #include <cooperative_groups.h>
 
 #include <utility>
+
+#if CUDART_VERSION < 12040
+#error "bnext needs CUDA 12.4 or later: older ones have no grid barrier in two halves"
+#endif
 #endif
 
 namespace bnext::cuda {
@@ -37,7 +41,7 @@ __device__ inline void grid_wait([[maybe_unused]] GridToken token BNEXT_AND_CALL
 #endif
 }
 
-// ---- some of them: for one thread of each block -------------------------------------------------------------------
+// ---- some of them: for single threads -----------------------------------------------------------------------------
 
 // Such a barrier is a word that is zero before the first use. Of n that arrive, one adds 2^31 - (n - 1) and the others 1: when
 // all have come, the upper bit has changed and the others are zero again, ready for the next time. The bit that the word begins

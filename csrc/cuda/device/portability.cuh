@@ -61,8 +61,8 @@ struct LaunchShape {
 #ifdef BNEXT_SIMT
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  simt::launch(kKernel, shape.blocks, shape.threads, shape.cooperative ? shape.blocks : shape.cluster,
-               shape.shared_bytes, shape.overlaps, stream, args);
+  simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.cooperative, shape.shared_bytes,
+               shape.overlaps, stream, args);
   return cudaGetLastError();
 }
 

@@ -155,7 +155,7 @@ __device__ inline ChannelTotals partial_totals(const KernelArgs& args, const Par
   return args.backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
 }
 
-// All of them, for a warp, or for a group of lanes.
+// A channel's totals from all its partial sums, for a warp, or for a group of lanes.
 __device__ inline ChannelTotals warp_partial_totals(const KernelArgs& args, int64_t channel) {
   PartialSums sums = add_partials(args, channel, threadIdx.x % kWarpSize, kWarpSize);
 #pragma unroll

@@ -91,7 +91,7 @@ struct KernelArgs {
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
   int block_packs, block_rows;
   Divider by_size[3];   // of items that threads count in an int, by size[d]; [0] is not used
-  Divider by_tile;      // of blocks: by num_slabs (rows) or num_splits (planes), on chip by cluster_size
+  Divider by_tile;      // of blocks: by num_slabs (streaming, rows) or num_splits
   Divider by_packs;     // of threads, by block_packs
   Divider by_batch;     // of a block's items, by those of kUnroll steps
   Divider by_channels;  // of wide channels, by num_channels
@@ -113,6 +113,7 @@ struct KernelArgs {
   // after the other, those that are num_teams apart.
   int cluster_size;
   int num_teams, num_slabs;
+  bool shares_out;            // a grid's blocks finish a slab's channels between them, and not each of them all
   int num_steps, held_steps;  // items of a thread, and how many of them have slots
   int batches_ahead;          // that a thread has asked for ahead of the one that it works on
 

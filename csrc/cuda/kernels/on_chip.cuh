@@ -133,8 +133,8 @@ __device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, d
   });
 }
 
-// In a grid, the slab's channels are shared out among the warps of all its blocks: if every block added up the sums of all,
-// that would be more to read than the slab. Then all blocks take the coefficients from the workspace.
+// The same where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of many
+// channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
 template <bool kBackward, typename Acc>
 __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
   auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
@@ -168,7 +168,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
   if constexpr (kGrid) {
     store_partials<!kBackward, kVec, Acc>(args, tile);
     meetings.exchange_sums(args, turn);
-    if constexpr (kRows) {
+    if (kRows && args.shares_out) {
       finish_share<kBackward, Acc>(args, turn, meetings);
     } else {
       finish_groups<kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
@@ -225,16 +225,13 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     double first_input = 0;
     Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
     int count = 0, batches = 0;
-    data.load(
-        [&] {
-          if (!(kGrid && kRows)) first_input = load_first_inputs<false, Acc>(args, turn.tile);
-        },
-        [&](const typename Data::Batch& batch) {
-          if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-          add_moments(batch.pack[0], batch.items, pivot, s1, s2);
-          count += count_positions<kRows>(batch.items);
-          if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
-        });
+    data.load([&] { first_input = load_first_inputs<false, Acc>(args, turn.tile); },
+              [&](const typename Data::Batch& batch) {
+                if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+                add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+                count += count_positions<kRows>(batch.items);
+                if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
+              });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
     finish_on_chip<kRows, false, kGrid>(args, turn, meetings, first_input, coefficients);

@@ -24,7 +24,7 @@ struct Turn {
     ++number;
     return tile.column < args.num_slabs;
   }
-  // Of a word that the team meets at once in each turn: see meeting.cuh.
+  // The upper bit after this turn, of a word at which the team meets in each: see meeting.cuh.
   __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }
 };
 
@@ -41,11 +41,8 @@ class Meetings {
     grid_arrive(cleared_);
     if (!late) return;
     grid_wait(cleared_);
-    if (threadIdx.x == 0) {
-      arrive_at(word(args, kStagger, turn.team), two_teams(args), turn.tile.split == 0);
-      await(word(args, kStagger, turn.team), 1);  // for speed
-    }
-    __syncthreads();  // for speed
+    if (threadIdx.x == 0) await(word(args, kStagger, turn.team), 1);  // for speed
+    __syncthreads();                                                  // for speed
   }
 
   // Until all blocks of the team have left their sums of this turn.
@@ -54,10 +51,10 @@ class Meetings {
     if (turn.number == 0 && early) grid_wait(cleared_);
     __syncthreads();
     if (threadIdx.x == 0) {
-      arrive_at(word(args, kSums, turn.team), static_cast<int>(args.num_splits), turn.tile.split == 0);
-      const int late_team = turn.team + early_teams(args);
-      const bool is_awaited = turn.number == 0 && early && late_team < args.num_teams;
-      if (is_awaited) arrive_at(word(args, kStagger, late_team), two_teams(args), false);
+      const int blocks = static_cast<int>(args.num_splits), late_team = turn.team + early_teams(args);
+      const bool first = turn.tile.split == 0, is_awaited = turn.number == 0 && early && late_team < args.num_teams;
+      arrive_at(word(args, kSums, turn.team), blocks, first);
+      if (is_awaited) arrive_at(word(args, kStagger, late_team), blocks, first);
       await(word(args, kSums, turn.team), turn.next_bit());
     }
     __syncthreads();
@@ -78,7 +75,6 @@ class Meetings {
 
   __device__ static int early_teams(const KernelArgs& args) { return (args.num_teams + 1) / 2; }
   __device__ static bool is_late(const KernelArgs& args, const Turn& turn) { return turn.team >= early_teams(args); }
-  __device__ static int two_teams(const KernelArgs& args) { return 2 * static_cast<int>(args.num_splits); }
   __device__ static unsigned* word(const KernelArgs& args, int kind, int team) {
     return args.meeting_words + kind * args.num_teams + team;
   }
