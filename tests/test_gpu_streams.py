@@ -219,6 +219,18 @@ def test_streams_side_by_side(family: str, gpu: str) -> None:
             assert_same_bits(got, want, f"{family} round {number}")
 
 
+def test_beside_a_long_kernel(family: str, gpu: str) -> None:
+    """Whether a launch finds room beside it or waits: the results are the same."""
+    all_cases = made(gpu, family)
+    alone = [everything(case) for case in all_cases]
+    side = torch.cuda.Stream()
+    for case, want in zip(all_cases, alone, strict=True):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(LONG // 20)
+        assert_same_bits(everything(case), want, f"{family} {tuple(case.input.shape)}")
+
+
 def test_host_threads(family: str, gpu: str) -> None:
     """Calls from several threads, each on a stream of its own, or all on the default one."""
     all_cases = made(gpu, family)
