@@ -69,13 +69,12 @@ double streaming_time(Plan& plan, const DeviceInfo& device, double inputs) {
          set_waves(plan, double(device.num_sms) * blocks, blocks > 1) * stops;
 }
 
-// All of memory's speed, if enough SMs ask; an SM that has more than others is waited for. at_once: the share of the tensors
-// that lies between two reads of a byte. sm_load: what the busiest SM has, with 1 as the mean over the device.
-double on_chip_traffic(const Plan& plan, const DeviceInfo& device, double inputs, double at_once, double sm_load,
-                       double sm_threads) {
+// All of memory's speed, if enough SMs ask; an SM that has more than others is waited for. `between`: bytes that pass through
+// L2 between two reads of one. sm_load: what the busiest SM has, with 1 as the mean over the device.
+double on_chip_traffic(const Plan& plan, const DeviceInfo& device, double between, double sm_load, double sm_threads) {
   const double bytes = static_cast<double>(plan.bytes_moved);
   const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
-  const double shared = traffic_time(device, bytes, again, inputs * at_once);
+  const double shared = traffic_time(device, bytes, again, between);
   const double of_sm = shared * sm_load * kBusyShare * std::max(1.0, kBusyThreads / sm_threads);
   const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
                       plan.block_packs * kPackBytes < kLineBytes;
@@ -89,8 +88,8 @@ double blocks_time(Plan& plan, const DeviceInfo& device, double inputs, double s
   if (sms == 0) return HUGE_VAL;
   const double num_blocks = static_cast<double>(plan.num_blocks), at_once = double(sms) * blocks;
   const double on_sm = std::ceil(num_blocks / sms);  // blocks of the SM that has most
-  return on_chip_traffic(plan, device, inputs, std::min(1.0, at_once / num_blocks), on_sm / num_blocks * device.num_sms,
-                         plan.threads * std::min<double>(blocks, on_sm)) +
+  return on_chip_traffic(plan, device, inputs * std::min(1.0, at_once / num_blocks),
+                         on_sm / num_blocks * device.num_sms, plan.threads * std::min<double>(blocks, on_sm)) +
          set_waves(plan, at_once, blocks > 1) * (stop + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
@@ -100,9 +99,12 @@ double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double sto
   const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
   plan.waves = std::ceil(slabs / teams);
   const double on_sm = plan.waves * teams / slabs * static_cast<double>(blocks);  // of the SM that has most
-  const double traffic = on_chip_traffic(plan, device, inputs, teams / slabs,
-                                         on_sm / static_cast<double>(plan.num_blocks) * device.num_sms,
-                                         static_cast<double>(plan.threads * blocks));
+  // Of an SM's two blocks, one meets while the other one moves data. So a late team's output passes through L2 as well while
+  // an early one's inputs should stay there.
+  const double all = inputs + static_cast<double>(plan.tensor_bytes);
+  const double traffic =
+      on_chip_traffic(plan, device, all * teams / slabs, on_sm / static_cast<double>(plan.num_blocks) * device.num_sms,
+                      static_cast<double>(plan.threads * (plan.num_teams > 1 ? 1 : blocks)));
   stop += meeting_time(plan, device);
   if (plan.num_teams == 1) return traffic + plan.waves * stop;
   // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
