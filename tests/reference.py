@@ -29,8 +29,8 @@ ELEMENT_STEPS = 8
 SUM_STEPS = 2e-6 / 2.0**-24
 # What dx inherits of that. A thread that adds up n of m terms of random signs in float32 makes
 # roundings of 0.4 u of its running sum, as standard errors; all threads together are off by 0.35 u
-# sqrt(n / m) of the terms' magnitudes. No kernel has fewer than 8 threads for a channel: n = m / 8,
-# and four standard errors. It shows where dy and both sums are nearly zero.
+# sqrt(n / m) of the terms' magnitudes. For n = m / 8, as in rows of 8 threads, 0.5 is four standard
+# errors. It shows where dy and both sums are nearly zero.
 SUM_NOISE = 0.5
 # The variance may be off by 1e-5 of itself in float32 for |mean| up to 1e4 standard deviations.
 VARIANCE_STEPS = 1e-5 / 2.0**-24

@@ -102,16 +102,16 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes) {
   return shape;
 }
 
-LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes) {
+LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster = 1) {
   LaunchShape shape = launch_shape(blocks, threads, shared_bytes);
+  shape.cluster = static_cast<unsigned>(cluster);
   shape.carveout = kAllShared;
   return shape;
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
-  LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes);
-  shape.cluster = static_cast<unsigned>(plan.cluster);
+  LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
   shape.cooperative = kGrid;
   if (plan.count) {
     const cudaError_t error = launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
@@ -257,9 +257,8 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
 // All on-chip kernels have the same launch bounds, and a block that fills an SM's memory may have as many threads as they
 // allow: one kernel, with that many, stands for all.
 int active_clusters(int cluster, int64_t shared_bytes) {
-  LaunchShape shape = on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes);
-  shape.cluster = static_cast<unsigned>(cluster);
-  return count_clusters<&on_chip_backward_kernel<float, 4, false, true, false>>(shape);
+  return count_clusters<&on_chip_backward_kernel<float, 4, false, true, false>>(
+      on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
 }
 
 // Or so many of their threads, in several blocks.

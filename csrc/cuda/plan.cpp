@@ -331,7 +331,7 @@ const char* family_name(Family family) {
 }
 
 bool parse_family(const std::string& name, Family* family) {
-  for (int i = 0; i <= static_cast<int>(Family::kGrid); ++i) {
+  for (int i = 0; i <= static_cast<int>(kLastFamily); ++i) {
     if (name != family_name(static_cast<Family>(i))) continue;
     *family = static_cast<Family>(i);
     return true;

@@ -35,6 +35,7 @@ struct DeviceInfo {
 // number of blocks. They are for passes that would else read their tensors twice; all others are for streaming, whatever the
 // limits say.
 enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
+constexpr Family kLastFamily = Family::kGrid;
 
 enum class Pass : uint8_t { kForward, kBackward };
 

@@ -125,7 +125,7 @@ int active_clusters(const DeviceInfo& device, int cluster) {
 
 // See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add up.
 double meeting_time(const Plan& plan, const DeviceInfo& device) {
-  const int64_t splits = plan.num_splits, channels = plan.slab_channels, reads = 4;
+  const int64_t splits = plan.num_splits, channels = plan.slab_channels, reads = kPartialsAtOnce;
   if (plan.shares_out) {
     const int64_t shares = ceil_div(channels, splits * (plan.threads / kWarpSize));
     return 2 * kMeetingUs + kTripUs * static_cast<double>(shares * (1 + ceil_div(splits, reads * kWarpSize)) + 1);

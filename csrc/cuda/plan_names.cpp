@@ -73,7 +73,7 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
 
 std::vector<Family> all_families() {
   std::vector<Family> families;
-  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(Family::kGrid); ++i) {
+  for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(kLastFamily); ++i) {
     families.push_back(static_cast<Family>(i));
   }
   return families;
@@ -83,7 +83,7 @@ Family family_named(const std::string& name, const std::string& source) {
   Family family;
   if (parse_family(name, &family)) return family;
   std::string known = family_name(Family::kAuto);
-  for (Family each : all_families()) known += (each == Family::kGrid ? " or " : ", ") + std::string(family_name(each));
+  for (Family each : all_families()) known += (each == kLastFamily ? " or " : ", ") + std::string(family_name(each));
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 

@@ -75,8 +75,9 @@ int64_t sum_of_blocks(const Plan& plan, F f) {
   return full * f(plan.chunk) + (rest > 0 ? f(rest) : 0);
 }
 
-// Teams that a grid may have at once.
 static_assert(kMaxOnChipThreads / kGridBlocksPerSm >= kMaxThreads, "the widest rows fit");
+
+// Teams that a grid may have at once.
 constexpr int kTeams[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64};
 
 // Blocks that share a slab, and what each of them may have.

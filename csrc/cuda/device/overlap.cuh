@@ -26,7 +26,8 @@ __device__ inline void wait_for_kernels(BNEXT_CALLER) {
 #endif
 }
 
-// What the kernel before, or another block of this one, has left, for a thread that has waited for it. From L2: L1 may have what was there before.
+// What the kernel before, or another block of this one, has left, for a thread that has waited for it. From L2: L1 may have
+// what was there before.
 template <typename T>
 __device__ inline T load_left(const T* from) {
 #ifdef BNEXT_SIMT

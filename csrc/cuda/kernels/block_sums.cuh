@@ -221,11 +221,11 @@ __device__ inline void for_each_group(const KernelArgs& args, F f) {
   }
 }
 
-// All lanes of a group get the sums.
+// All of so many neighbouring lanes get the sums.
 template <int kNumbers>
-__device__ inline void group_sum(const KernelArgs& args, double (&value)[kNumbers]) {
+__device__ inline void group_sum(int lanes, double (&value)[kNumbers]) {
 #pragma unroll 1
-  for (int distance = args.group_lanes / 2; distance > 0; distance /= 2) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
     for (int k = 0; k < kNumbers; ++k) value[k] += __shfl_xor_sync(kFullWarp, value[k], distance);
   }
@@ -236,7 +236,7 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
                                              const double (&sum)[kNumSums]) {
   double all[kNumSums] = {kMoments ? moments.count : sum[0], kMoments ? moments.sum : sum[1],
                           kMoments ? moments.squares : sum[2]};
-  group_sum(args, all);
+  group_sum(args.group_lanes, all);
   if (!kMoments) return {{all[0], all[1], all[2]}};
   const Moments merged = {moments.point, all[0], all[1], all[2]};
   const double count = all[0] > 0 ? all[0] : 1;

@@ -119,7 +119,7 @@ struct PartialSums {
 
 __device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, int sharer, int sharers) {
   const bool backward = args.backward;
-  constexpr int kReads = 4;
+  constexpr int kReads = kPartialsAtOnce;
   const int64_t stride = args.tile_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
   const int splits = static_cast<int>(args.num_splits);
@@ -155,17 +155,10 @@ __device__ inline ChannelTotals partial_totals(const KernelArgs& args, const Par
   return args.backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
 }
 
-// A channel's totals from all its partial sums, for a warp, or for a group of lanes.
-__device__ inline ChannelTotals warp_partial_totals(const KernelArgs& args, int64_t channel) {
-  PartialSums sums = add_partials(args, channel, threadIdx.x % kWarpSize, kWarpSize);
-#pragma unroll
-  for (double& value : sums.value) value = warp_sum(value);
-  return partial_totals(args, sums);
-}
-
-__device__ inline ChannelTotals group_partial_totals(const KernelArgs& args, int64_t channel, int lane) {
-  PartialSums sums = add_partials(args, channel, lane, args.group_lanes);
-  group_sum(args, sums.value);
+// A channel's totals from all its partial sums, for lane `lane` of so many neighbouring ones.
+__device__ inline ChannelTotals group_partial_totals(const KernelArgs& args, int64_t channel, int lane, int lanes) {
+  PartialSums sums = add_partials(args, channel, lane, lanes);
+  group_sum(lanes, sums.value);
   return partial_totals(args, sums);
 }
 

@@ -32,6 +32,8 @@ constexpr int kMaxThreads = 256;
 constexpr int kStreamingBlocksPerSm = 2;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
+// Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
+constexpr int kPartialsAtOnce = 4;
 // Of a grid, words at which a team's blocks meet; see teams.cuh.
 constexpr int kWordsOfTeam = 3;
 constexpr int kWarpSize = 32;

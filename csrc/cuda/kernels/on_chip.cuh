@@ -145,7 +145,7 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, co
     const int64_t channel = tile_channel(args, turn.tile, i);
     if (channel < args.num_channels) {
       const double input = load_input(args, channel, lane);
-      const ChannelTotals totals = warp_partial_totals(args, channel);
+      const ChannelTotals totals = group_partial_totals(args, channel, lane, kWarpSize);
       const auto found = finish_group<Acc>(args, kBackward, channel, lane, totals, input, true);
       if (lane == 0) left[channel] = found;
     }
@@ -172,7 +172,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
       finish_share<kBackward, Acc>(args, turn, meetings);
     } else {
       finish_groups<kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
-        return group_partial_totals(args, channel, lane);
+        return group_partial_totals(args, channel, lane, args.group_lanes);
       });
     }
   } else {

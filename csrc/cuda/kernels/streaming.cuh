@@ -136,7 +136,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
       const double input = load_input(args, channel, lane);
       wait_for_kernels();
-      const ChannelTotals totals = group_partial_totals(args, channel, lane);
+      const ChannelTotals totals = group_partial_totals(args, channel, lane, args.group_lanes);
       const auto coefficients = finish_group<Acc>(args, args.backward, channel, lane, totals, input, writes);
       if (there && lane == 0) shared[i] = coefficients;
     });
