@@ -200,12 +200,13 @@ def forced_families(rows: Sequence[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
-def wave_costs(rows: Iterable[dict[str, Any]], gbps: float) -> str:
+def stop_costs(rows: Iterable[dict[str, Any]], gbps: float) -> str:
     """What is left of bnext's times without the floor's, and without bytes that the floor does not
-    move, over the waves of blocks: the R of docs/kernels.md, for csrc/cuda/plan_cost.cpp."""
+    move: that is what blocks stop for. Beside it the same of the times that plans were chosen by,
+    for csrc/cuda/plan_cost.cpp."""
     from bnext._extension import _C
 
-    found: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    found: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         own, _, family = row["provider"].partition("-")
         timed = row.get("ms") and row.get("floor_ms") and row["cache"] == "cold"
@@ -215,17 +216,22 @@ def wave_costs(rows: Iterable[dict[str, Any]], gbps: float) -> str:
         x = x.contiguous(memory_format=LAYOUTS[row["layout"]])
         plans = _C.cuda_plans(x, PLAN_FOR, family, True)
         plan = next(p for p in plans if p["pass"] == row["direction"])
-        more = plan["bytes_moved"] - plan["bytes_min"]
-        rest = 1e3 * (row["ms"] - row["floor_ms"]) - more / (1e3 * gbps)
+        more = (plan["bytes_moved"] - plan["bytes_min"]) / (1e3 * gbps)
+        measured = 1e3 * (row["ms"] - row["floor_ms"]) - more
+        predicted = plan["microseconds"] - plan["microseconds_min"] - more
         kept = "–" if plan["family"] == "streaming" else "in part" if more else "all"
         dtype = "halves" if x.element_size() == 2 else row["dtype"]
         key = (plan["family"], plan["walk"], kept, row["direction"], dtype)
-        found[key].append(rest / plan["waves"])
-    lines = [
-        (*key, len(r), f"{statistics.median(r):.1f}", f"{min(r):.1f} to {max(r):.1f}")
-        for key, r in sorted(found.items())
-    ]
-    head = ("family", "walk", "on chip", "pass", "dtype", "cases", "µs a wave", "range")
+        found[key].append((measured, predicted))
+    lines = []
+    for key, costs in sorted(found.items()):
+        measured, predicted = (
+            (f"{statistics.median(c):.1f}", f"{min(c):.1f} to {max(c):.1f}")
+            for c in zip(*costs, strict=True)
+        )
+        lines.append((*key, len(costs), *measured, *predicted))
+    head = ("family", "walk", "on chip", "pass", "dtype", "cases")
+    head += ("µs", "range", "by the model", "range")
     return "Time that no byte explains:\n\n" + table(head, lines) if lines else ""
 
 
@@ -273,7 +279,7 @@ def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageR
         sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
         try:
             sections += ["## Families", families(rows), forced_families(rows)]
-            sections.append(wave_costs(rows, gbps) if gbps else "")
+            sections.append(stop_costs(rows, gbps) if gbps else "")
         except (ImportError, RuntimeError) as error:
             sections.append(f"not known: {str(error).splitlines()[0]}")
         sections += ["## Kernels", peer_kernels(rows)]

@@ -162,8 +162,7 @@ py::list py_cuda_plans(py::handle input, const std::string& device, const std::s
   for (const PlanReport& r : cuda_plans(Arguments{"explain"}.tensor(input, "input"), device, family, training)) {
     reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "text"_a = r.text,
                             "error"_a = r.error, "bytes_moved"_a = r.bytes_moved, "bytes_min"_a = r.bytes_min,
-                            "microseconds"_a = r.microseconds, "microseconds_min"_a = r.microseconds_min,
-                            "waves"_a = r.waves));
+                            "microseconds"_a = r.microseconds, "microseconds_min"_a = r.microseconds_min));
   }
   return reports;
 }

@@ -15,7 +15,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import checks, gpu_check, gpu_summary, probe_device, providers, results, shapes  # noqa: E402  # noqa: E402
+from benchmarks import checks, gpu_check, gpu_summary, probe_device, providers, results, shapes  # noqa: E402
+from bnext._extension import _C  # noqa: E402
 
 DEVICE = {"name": "Stand-in 1", "arch": "9.0", "torch": "2.0"}
 
@@ -260,18 +261,22 @@ def test_a_forced_family_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> No
     assert os.environ["BNEXT_CUDA_FAMILY"] == "auto"
 
 
-def test_wave_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Streaming moves 2 T = 51.4 MB more than the floor, at 4000 GB/s: 12.8 of 200 us."""
     monkeypatch.setattr(gpu_summary, "PLAN_FOR", "h200")
     rows = [row("bnext-streaming", 1.0, floor_ms=0.8, cache="cold")]
-    (line,) = gpu_summary.wave_costs(rows, 4000.0).splitlines()[4:]
+    (line,) = gpu_summary.stop_costs(rows, 4000.0).splitlines()[4:]
     head = "| streaming | planes | – | backward | float32 | 1 |"
-    assert line == f"{head} 187.2 | 187.2 to 187.2 |"
-    # What stays on chip moves no more, and has waves.
+    assert line.startswith(f"{head} 187.2 | 187.2 to 187.2 |")
+    # What stays on chip moves no more. Of what the model predicts, its floor is no part.
     rows = [row("bnext-resident", 1.0, 28, floor_ms=0.8, cache="cold", C=512)]
-    (line,) = gpu_summary.wave_costs(rows, 4000.0).splitlines()[4:]
-    assert line.startswith("| resident | planes | all | backward | float32 | 1 | 50.0 |")
-    assert gpu_summary.wave_costs([row("cudnn", 1.0, floor_ms=0.8, cache="cold")], 4000.0) == ""
+    (line,) = gpu_summary.stop_costs(rows, 4000.0).splitlines()[4:]
+    head = "| resident | planes | all | backward | float32 | 1 | 200.0 | 200.0 to 200.0 |"
+    x = torch.empty(32, 512, 28, 28, device="meta")
+    plan = _C.cuda_plans(x, "h200", "resident", True)[1]
+    stops = f"{plan['microseconds'] - plan['microseconds_min']:.1f}"
+    assert line == f"{head} {stops} | {stops} to {stops} |"
+    assert gpu_summary.stop_costs([row("cudnn", 1.0, floor_ms=0.8, cache="cold")], 4000.0) == ""
 
 
 JUNIT = """<testsuites><testsuite name="pytest" tests="4">

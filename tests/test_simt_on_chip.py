@@ -132,7 +132,8 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
     for dtypes in ("float32", "float16"):
         for family in ("resident", "cluster", "grid"):
             case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
-            for check in (check_forward, check_backward):
+            tensor_bytes = case.input.numel() * case.input.element_size()
+            for tensors, check in ((2, check_forward), (3, check_backward)):
                 least = 1.0
                 # From all on chip to nothing: every plan on the way there is right.
                 for share in (1, 0.8, 0.6, 0.4, 0.3):
@@ -151,7 +152,28 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
                     shares.add(call.held)
                     if walk != "skewed":
                         assert call.bytes_loaded + call.bytes_stored == call.planned_bytes
+                        # L2 should keep what is read again, and nothing else.
+                        assert call.bytes_kept == call.planned_bytes - tensors * tensor_bytes
     assert min(shares) < 0.8, shares
+
+
+@pytest.mark.parametrize(
+    ("layout", "machine"),
+    [
+        ("nchw", RESIDENT),
+        ("channels_last", RESIDENT),
+        ("nchw", CLUSTER._replace(team=2)),
+        ("nchw", GRID._replace(team=2)),
+    ],
+)
+def test_half_of_the_blocks_begin_late(layout: str, machine: simt.Machine) -> None:
+    """Where there are more channels than run at once; and nobody waits where there are not."""
+    for channels in (2, 1024):
+        case = cases.make_case((2, channels, 4, 4), layout=layout, grad_layout=layout)
+        for check in (check_forward, check_backward):
+            call = check(case, layout, machine=machine).call
+            assert call.late_threads == call.planned_late_threads
+            assert (call.late_threads > 0) == (channels > 2)
 
 
 def test_only_training_has_a_second_pass() -> None:

@@ -35,6 +35,8 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.lane_columns = args.group_lanes % args.channel_columns;
 }
 
+constexpr double kClocksPerMicrosecond = 1700;  // of SMs since Turing: 1400 to 2600
+
 // What both passes have in common.
 KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   KernelArgs args{};
@@ -57,6 +59,9 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
   args.batches_ahead = plan.batches_ahead;
+  args.late_from = static_cast<unsigned>(plan.late_from);
+  args.num_late = static_cast<unsigned>(plan.num_late);
+  args.late_clocks = static_cast<int>(plan.late_us * kClocksPerMicrosecond);
   args.num_positions = static_cast<double>(g.num_positions());
   args.inverse_positions = 1 / args.num_positions;
   args.unbiased = args.num_positions / (args.num_positions - 1);

@@ -173,7 +173,9 @@ std::string stages_text(const Plan& plan) {
     }
     text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
-    return text + " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
+    text += " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
+    if (plan.num_late > 0) text += ", half of the first ones " + format("%.2g", plan.late_us) + " us late";
+    return text;
   }
   std::string text;
   const char* separator = "";
@@ -289,7 +291,7 @@ bool operator==(const Plan& a, const Plan& b) {
                  p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
     const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.shares_out, p.words_offset, p.num_steps,
                                   p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held, p.layout.bytes,
-                                  p.microseconds, p.waves, p.batches_ahead);
+                                  p.microseconds, p.batches_ahead, p.late_from, p.num_late, p.late_us);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);

@@ -102,12 +102,13 @@ struct Plan {
   int64_t words_offset = 0;           // of the words at which teams meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int batches_ahead = 0;
+  int64_t late_from = 0, num_late = 0;  // blocks that begin late_us after the others
+  double late_us = 0;
   double held = 0;  // share of the data that stays on chip
   SharedLayout layout;
   int tensors_read = 0, tensors_written = 0;  // whole activations, each as often as it is moved
   int64_t tensor_bytes = 0, bytes_moved = 0;
-  // By the model of plan_cost.cpp; and the waves of blocks that it counts.
-  double microseconds = 0, waves = 1;
+  double microseconds = 0;  // by the model of plan_cost.cpp
   // Not empty: the pass cannot run, and why.
   std::string error;
 };

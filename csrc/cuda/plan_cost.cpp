@@ -52,12 +52,6 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
   return (bytes - hits + kL2Time * hits) / memory_speed(device);
 }
 
-// A reduction for each wave of blocks. Where an SM has several, later waves have it while another block moves data.
-double set_waves(Plan& plan, double blocks_at_once, bool several) {
-  plan.waves = std::ceil(static_cast<double>(plan.num_blocks) / blocks_at_once);
-  return 1 + (plan.waves - 1) * (several ? kStaggered : 1);
-}
-
 double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
 
 double streaming_time(Plan& plan, const DeviceInfo& device, double inputs) {
@@ -65,53 +59,59 @@ double streaming_time(Plan& plan, const DeviceInfo& device, double inputs) {
   const int launches = plan.reduce + plan.finish + plan.apply;
   const int blocks = std::max(1, streaming_threads(device) / plan.threads);
   const double stops = (plan.reduce ? reduction_time(plan) : 0) + (plan.apply ? kApplyUs : 0);
+  const auto waves = static_cast<double>(ceil_div(plan.num_blocks, int64_t{device.num_sms} * blocks));
   return launches * kLaunchUs + traffic_time(device, bytes, again, again) +
-         set_waves(plan, double(device.num_sms) * blocks, blocks > 1) * stops;
+         (1 + (waves - 1) * (blocks > 1 ? kStaggered : 1)) * stops;
 }
 
-// All of memory's speed, if enough SMs ask; an SM that has more than others is waited for. `between`: bytes that pass through
-// L2 between two reads of one. sm_load: what the busiest SM has, with 1 as the mean over the device.
-double on_chip_traffic(const Plan& plan, const DeviceInfo& device, double between, double sm_load, double sm_threads) {
+// All of memory's speed, if enough SMs ask; an SM that has more than others is waited for. at_once: share of the blocks that run
+// at once; what those read again is all that L2 has to keep. sm_load: what the busiest SM has, with 1 as the mean over the device.
+double on_chip_traffic(const Plan& plan, const DeviceInfo& device, double at_once, double sm_load, double sm_threads) {
   const double bytes = static_cast<double>(plan.bytes_moved);
   const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
-  const double shared = traffic_time(device, bytes, again, between);
+  const double shared = traffic_time(device, bytes, again, again * at_once);
   const double of_sm = shared * sm_load * kBusyShare * std::max(1.0, kBusyThreads / sm_threads);
   const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
                       plan.block_packs * kPackBytes < kLineBytes;
   return std::max(shared, of_sm) * (narrow ? kNarrowRows : 1);
 }
 
-double blocks_time(Plan& plan, const DeviceInfo& device, double inputs, double stop) {
+// Of the blocks of an SM; or where it has one, of the SMs.
+Half half_of(int64_t blocks_per_sm, double sms, double sm_threads, double turns) {
+  return blocks_per_sm > 1 ? Half{sms, sm_threads / 2, turns} : Half{sms / 2, sm_threads, turns};
+}
+
+double blocks_time(Plan& plan, const DeviceInfo& device, double stop) {
   const int blocks = blocks_per_sm(plan, device);
   const int sms = plan.cluster == 1 ? device.num_sms
                                     : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
   if (sms == 0) return HUGE_VAL;
-  const double num_blocks = static_cast<double>(plan.num_blocks), at_once = double(sms) * blocks;
-  const double on_sm = std::ceil(num_blocks / sms);  // blocks of the SM that has most
-  return on_chip_traffic(plan, device, inputs * std::min(1.0, at_once / num_blocks),
-                         on_sm / num_blocks * device.num_sms, plan.threads * std::min<double>(blocks, on_sm)) +
-         set_waves(plan, at_once, blocks > 1) * (stop + (plan.cluster > 1 ? kClusterUs : 0));
+  const int64_t at_once = int64_t{sms} * blocks, on_sm = ceil_div(plan.num_blocks, sms);  // of the SM that has most
+  const double turns = static_cast<double>(plan.num_blocks) / static_cast<double>(at_once);
+  const double sm_threads = static_cast<double>(plan.threads * std::min<int64_t>(blocks, on_sm));
+  const double sm_load = static_cast<double>(on_sm) / static_cast<double>(plan.num_blocks) * device.num_sms;
+  const double traffic = on_chip_traffic(plan, device, std::min(1.0, 1 / turns), sm_load, sm_threads);
+  if (plan.cluster > 1) stop += kClusterUs;
+  if (turns <= 1 || at_once == plan.cluster) return traffic + std::ceil(turns) * stop;
+  plan.late_from = round_up(at_once / 2, plan.cluster);
+  plan.num_late = at_once - plan.late_from;
+  const double share = static_cast<double>(sms) / device.num_sms;
+  return overlapped_time(plan, half_of(blocks, share, sm_threads, turns), traffic, stop);
 }
 
-// Half of the teams move data while the other half meets, if there is enough of it.
-double grid_time(Plan& plan, const DeviceInfo& device, double inputs, double stop) {
+double grid_time(Plan& plan, const DeviceInfo& device, double stop) {
   const double teams = static_cast<double>(plan.num_teams), slabs = static_cast<double>(plan.num_slabs);
   const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
-  plan.waves = std::ceil(slabs / teams);
-  const double on_sm = plan.waves * teams / slabs * static_cast<double>(blocks);  // of the SM that has most
-  // Of an SM's two blocks, one meets while the other one moves data. So a late team's output passes through L2 as well while
-  // an early one's inputs should stay there.
-  const double all = inputs + static_cast<double>(plan.tensor_bytes);
-  const double traffic =
-      on_chip_traffic(plan, device, all * teams / slabs, on_sm / static_cast<double>(plan.num_blocks) * device.num_sms,
-                      static_cast<double>(plan.threads * (plan.num_teams > 1 ? 1 : blocks)));
+  const double turns = std::ceil(slabs / teams), all_blocks = static_cast<double>(plan.num_blocks);
+  const double sm_load = turns * teams / slabs * static_cast<double>(blocks) / all_blocks * device.num_sms;
+  const double sm_threads = static_cast<double>(plan.threads * blocks);
+  const double traffic = on_chip_traffic(plan, device, teams / slabs, sm_load, sm_threads);
   stop += meeting_time(plan, device);
-  if (plan.num_teams == 1) return traffic + plan.waves * stop;
-  // Either there is always something to move until the last meeting; or a half has nothing to wait for but its own meetings.
-  const double half_of_sms = blocks > 1 ? 1 : 0.5 * static_cast<double>(plan.num_blocks) / device.num_sms;
-  const double alone = traffic / plan.waves / 2 * std::max(1.0, kBusyShare / half_of_sms);
-  const double late = alone * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
-  return std::max(traffic + stop, late + plan.waves * (alone + stop));
+  if (plan.num_teams == 1 || turns == 1) return traffic + turns * stop;
+  plan.late_from = ceil_div(plan.num_teams, 2) * plan.num_splits;
+  plan.num_late = plan.num_blocks - plan.late_from;
+  const double share = std::min(1.0, all_blocks / device.num_sms);
+  return overlapped_time(plan, half_of(blocks, share, sm_threads, turns), traffic, stop);
 }
 
 }  // namespace
@@ -121,6 +121,15 @@ int active_clusters(const DeviceInfo& device, int cluster) {
     if (kClusterSizes[i] == cluster) return device.active_clusters[i];
   }
   return 0;
+}
+
+double overlapped_time(Plan& plan, const Half& half, double traffic, double stop) {
+  constexpr double kCorner = 6;
+  const double slower = kBusyShare / half.sms * std::max(1.0, kBusyThreads / half.threads);
+  const double moves = traffic / 2 * std::max(1.0, slower);
+  const double reads = moves / half.turns * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
+  plan.late_us = std::min(stop, reads);
+  return std::pow(std::pow(traffic, kCorner) + std::pow(moves + half.turns * stop, kCorner), 1 / kCorner) + stop;
 }
 
 // See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add up.
@@ -148,9 +157,11 @@ double predict_floor(int64_t bytes, const DeviceInfo& device) {
 double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   const double inputs = (r.pass == Pass::kForward ? 1 : 2) * static_cast<double>(plan.tensor_bytes);
   if (!plan.on_chip) return streaming_time(plan, device, inputs);
+  plan.late_from = plan.num_late = 0;
+  plan.late_us = 0;
   const double stop = reduction_time(plan) + plan.held_steps * kStepUs;
-  return kLaunchUs * (1 + plan.count) + (plan.family == Family::kGrid ? grid_time(plan, device, inputs, stop)
-                                                                      : blocks_time(plan, device, inputs, stop));
+  return kLaunchUs * (1 + plan.count) +
+         (plan.family == Family::kGrid ? grid_time(plan, device, stop) : blocks_time(plan, device, stop));
 }
 
 }  // namespace bnext::cuda

@@ -40,6 +40,7 @@ struct Call {
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
+  int64_t bytes_kept, late_threads, planned_late_threads;
   double held;
   char plan[512], error[256];
 };
@@ -100,6 +101,9 @@ void run(Call& call, const Problem& problem) {
   std::snprintf(call.error, sizeof call.error, "%s", message);
   call.bytes_loaded = simt::bytes_loaded();
   call.bytes_stored = simt::bytes_stored();
+  call.bytes_kept = simt::bytes_kept();
+  call.late_threads = simt::late_threads();
+  call.planned_late_threads = plan.num_late * plan.threads;
   call.planned_bytes = plan.bytes_moved;
   call.fused = plan.fused;
   call.vec = plan.vec;

@@ -94,7 +94,8 @@ FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of 
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "team", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
-RESULTS += ("num_splits", "run_length", "slab_channels")
+RESULTS += ("num_splits", "run_length", "slab_channels", "bytes_kept")
+RESULTS += ("late_threads", "planned_late_threads")
 
 
 class Call(ctypes.Structure):

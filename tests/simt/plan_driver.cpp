@@ -3,6 +3,7 @@
 
 #include "cuda/kernels/kernel_args.h"
 #include "cuda/plan.h"
+#include "cuda/plan_cost.h"
 #include "layout.h"
 
 namespace {
@@ -23,8 +24,8 @@ struct Query {
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, shares_out;
-  double held, microseconds;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, shares_out, late_from, num_late;
+  double held, microseconds, late_us;
   char text[512];
 };
 
@@ -122,9 +123,22 @@ void plan_run(Query* q) {
   q->batches_ahead = p.batches_ahead;
   q->num_teams = p.num_teams;
   q->shares_out = p.shares_out;
+  q->late_from = p.late_from;
+  q->num_late = p.num_late;
+  q->late_us = p.late_us;
   q->held = p.held;
   q->microseconds = p.microseconds;
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
+}
+
+// Of backward on chip: late_us is where the second half of the blocks begins.
+double plan_overlapped_time(double sms, double threads, double turns, double traffic, double stop, double* late_us) {
+  Plan plan;
+  plan.tensors_read = 2;
+  plan.tensors_written = 1;
+  const double time = overlapped_time(plan, {sms, threads, turns}, traffic, stop);
+  *late_us = plan.late_us;
+  return time;
 }
 
 int64_t plan_divide(int64_t n, int64_t divisor) { return make_divider(divisor).divide(static_cast<uint32_t>(n)); }

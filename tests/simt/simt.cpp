@@ -60,7 +60,7 @@ struct Machine {
   bool cooperative = false, overlaps = false;
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
-  int64_t bytes_loaded = 0, bytes_stored = 0;
+  int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, late_threads = 0;
   int launches = 0;
   std::string error;
   std::vector<std::string> barriers;
@@ -333,7 +333,8 @@ void check_dependency() {
   if (!current().depends) fail("a kernel before may not have ended");
 }
 
-void copy_async(void* to, const void* from, size_t bytes) {
+void copy_async(void* to, const void* from, size_t bytes, bool keeps) {
+  if (keeps) m.bytes_kept += static_cast<int64_t>(bytes);
   std::memset(to, kPoison, bytes);
   current().copies.push_back({to, from, bytes});
 }
@@ -350,6 +351,8 @@ void wait_async(int groups, const char* file, int line) {
     for (const Copy& copy : in_flight.front()) std::memcpy(copy.to, copy.from, copy.bytes);
   }
 }
+
+void count_late_thread() { ++m.late_threads; }
 
 uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line) {
   if (mask != 0xffffffffu) fail("a shuffle without all lanes");
@@ -425,7 +428,7 @@ void begin(const Session& session) {
   m.random.seed(session.seed);
   m.loads.clear();
   m.stores.clear();
-  m.bytes_loaded = m.bytes_stored = 0;
+  m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.late_threads = 0;
   m.launches = 0;
   m.error.clear();
 }
@@ -444,6 +447,8 @@ void allow_store(const void* data, size_t bytes) {
 const std::string& error() { return m.error; }
 int64_t bytes_loaded() { return m.bytes_loaded; }
 int64_t bytes_stored() { return m.bytes_stored; }
+int64_t bytes_kept() { return m.bytes_kept; }
+int64_t late_threads() { return m.late_threads; }
 const std::vector<std::string>& barriers() { return m.barriers; }
 
 }  // namespace simt

@@ -62,10 +62,14 @@ void wait_for_kernels(const char* file, int line);
 // Ends the launch with an error in a kernel that overlaps others, and a thread that has not waited for them.
 void check_dependency();
 
-void copy_async(void* to, const void* from, size_t bytes);
+// keeps: the cache should, for it will be read again.
+void copy_async(void* to, const void* from, size_t bytes, bool keeps = false);
 void commit_async();
 // Until all groups of this thread but the last `groups` have arrived.
 void wait_async(int groups, const char* file, int line);
+
+// The thread begins late.
+void count_late_thread();
 
 // Leaves `bits` for the other lanes, waits for all of them, returns what lane `from` has left.
 uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line);
@@ -110,6 +114,8 @@ void allow_store(const void* data, size_t bytes);
 const std::string& error();
 int64_t bytes_loaded();
 int64_t bytes_stored();
+int64_t bytes_kept();
+int64_t late_threads();
 // Barriers and waits that some thread has reached since the library was loaded, each as "file.cuh:line".
 const std::vector<std::string>& barriers();
 

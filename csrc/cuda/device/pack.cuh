@@ -13,8 +13,7 @@ struct alignas(sizeof(T) * kVec) Pack {
   T value[kVec];
 };
 
-// How long a line should stay in L2. What the apply pass reads or writes is not read again by this call, and should not
-// push out what the reduce pass has left there for the blocks that come later.
+// How long a line should stay in L2. What a call does not read again should not push out what it will.
 enum class Cache : uint8_t { kKeep, kLastUse };
 
 template <typename T>

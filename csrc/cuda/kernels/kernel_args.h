@@ -35,7 +35,7 @@ constexpr int kMaxOnChipThreads = 512;
 // Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
 constexpr int kPartialsAtOnce = 4;
 // Of a grid, words at which a team's blocks meet; see teams.cuh.
-constexpr int kWordsOfTeam = 3;
+constexpr int kWordsOfTeam = 2;
 constexpr int kWarpSize = 32;
 // What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
 constexpr int kRoles = 8;
@@ -115,9 +115,11 @@ struct KernelArgs {
   // after the other, those that are num_teams apart.
   int cluster_size;
   int num_teams, num_slabs;
-  bool shares_out;            // a grid's blocks finish a slab's channels between them, and not each of them all
-  int num_steps, held_steps;  // items of a thread, and how many of them have slots
-  int batches_ahead;          // that a thread has asked for ahead of the one that it works on
+  bool shares_out;               // a grid's blocks finish a slab's channels between them, and not each of them all
+  int num_steps, held_steps;     // items of a thread, and how many of them have slots
+  int batches_ahead;             // that a thread has asked for ahead of the one that it works on
+  unsigned late_from, num_late;  // blocks that begin late
+  int late_clocks;               // of the SM
 
   unsigned* meeting_words;  // of a grid: [kWordsOfTeam][num_teams]
   double* partials;         // [kNumSums][tile_channels][num_splits]

@@ -30,11 +30,11 @@ class OnChip {
   // Calls use(batch) for each batch as it arrives. begin() comes before them, when the first copies are on their way.
   template <typename Begin, typename F>
   __device__ void load(Begin begin, F use) const {
-    const int ahead = args_.batches_ahead;
+    const int ahead = args_.batches_ahead, again = batches_ - held_;  // that many lose their places
     typename Data::Steps loading(args_, tile_), arrived = loading;
     int to = 0, from = 0;
     for (int b = -ahead; b < batches_; ++b) {
-      if (b + ahead < batches_) slots_.copy(loading, to);
+      if (b + ahead < batches_) slots_.copy(loading, to, b + ahead < again ? Cache::kKeep : Cache::kLastUse);
       commit_async();  // also an empty group: they are counted
       if (++to == held_) to = 0;
       if (b == -1) begin();
@@ -48,7 +48,7 @@ class OnChip {
   // The same batches again, the last one first.
   template <typename F>
   __device__ void revisit(F use) const {
-    const int again = batches_ - held_;  // that many have lost their places
+    const int again = batches_ - held_;  // that many have lost theirs
     typename Data::Steps steps(args_, tile_, batches_ * kOnChipBatch - 1), loading = steps;
     if (again > 0) loading = typename Data::Steps(args_, tile_, again * kOnChipBatch - 1);
     int place = (batches_ - 1) % held_;
@@ -218,6 +218,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
   Turn turn(args);
   count_batch(args, false);
   const TeamMeetings<kGrid> meetings(args, turn);
+  begin_late(args);
 
 #pragma unroll 1
   do {
@@ -255,6 +256,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Turn turn(args);
   const TeamMeetings<kGrid> meetings(args, turn);
+  begin_late(args);
 
 #pragma unroll 1
   do {

@@ -27,7 +27,7 @@ class Slots {
 
   // Asks for the next steps of a thread, or for those before them, as batch number `place` of its slots.
   template <bool kBackwards = false>
-  __device__ void copy(Steps& steps, int place) const {
+  __device__ void copy(Steps& steps, int place, Cache cache = Cache::kLastUse) const {
 #pragma unroll
     for (int i = 0; i < kOnChipBatch; ++i) {
       const int u = kBackwards ? kOnChipBatch - 1 - i : i;
@@ -37,7 +37,7 @@ class Slots {
       for (int t = 0; t < kTensors; ++t) {
         const SharedAddress to = slot(place * kOnChipBatch + u, t);
         if (kWhole || is_aligned(item.at[1 + t])) {
-          copy_async(to, item.at[1 + t]);
+          copy_async(to, item.at[1 + t], cache);
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../device/delay.cuh"
 #include "../device/meeting.cuh"
 #include "walk.cuh"
 
@@ -28,34 +29,31 @@ struct Turn {
   __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }
 };
 
-// Where the teams of a grid meet. The first half of them, the early ones, begin at once. Each of the others waits until an
-// early one has read its first tile, and is out of step with it ever after: one half moves data while the other one meets.
+// Half of the blocks that run at once begin late, and are out of step with the others ever after: one half moves data while the
+// other one adds up.
+__device__ inline void begin_late(const KernelArgs& args) {
+  if (blockIdx.x - args.late_from < args.num_late) wait_clocks(args.late_clocks);
+}
+
+// Where the teams of a grid meet.
 class Meetings {
  public:
   // Clears the words that blocks meet at, for all who have waited for that.
   __device__ Meetings(const KernelArgs& args, const Turn& turn) {
-    const bool late = is_late(args, turn);
     if (threadIdx.x == 0 && turn.tile.split == 0) {
-      for (int kind : {kSums, kStagger, kCoefficients}) *word(args, kind, turn.team) = 0;
+      for (int kind : {kSums, kCoefficients}) *word(args, kind, turn.team) = 0;
     }
     grid_arrive(cleared_);
-    if (!late) return;
-    grid_wait(cleared_);
-    if (threadIdx.x == 0) await(word(args, kStagger, turn.team), 1);  // for speed
-    __syncthreads();                                                  // for speed
   }
 
   // Until all blocks of the team have left their sums of this turn.
   __device__ void exchange_sums(const KernelArgs& args, const Turn& turn) const {
-    const bool early = !is_late(args, turn);
-    if (turn.number == 0 && early) grid_wait(cleared_);
+    if (turn.number == 0) grid_wait(cleared_);
     __syncthreads();
     if (threadIdx.x == 0) {
-      const int blocks = static_cast<int>(args.num_splits), late_team = turn.team + early_teams(args);
-      const bool first = turn.tile.split == 0, is_awaited = turn.number == 0 && early && late_team < args.num_teams;
-      arrive_at(word(args, kSums, turn.team), blocks, first);
-      if (is_awaited) arrive_at(word(args, kStagger, late_team), blocks, first);
-      await(word(args, kSums, turn.team), turn.next_bit());
+      unsigned* sums = word(args, kSums, turn.team);
+      arrive_at(sums, static_cast<int>(args.num_splits), turn.tile.split == 0);
+      await(sums, turn.next_bit());
     }
     __syncthreads();
   }
@@ -71,10 +69,8 @@ class Meetings {
   }
 
  private:
-  enum Kind : int { kSums, kStagger, kCoefficients };
+  enum Kind : int { kSums, kCoefficients };
 
-  __device__ static int early_teams(const KernelArgs& args) { return (args.num_teams + 1) / 2; }
-  __device__ static bool is_late(const KernelArgs& args, const Turn& turn) { return turn.team >= early_teams(args); }
   __device__ static unsigned* word(const KernelArgs& args, int kind, int team) {
     return args.meeting_words + kind * args.num_teams + team;
   }
