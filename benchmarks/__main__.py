@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import shapes
-from benchmarks.providers import FORCED, PROVIDERS
+from benchmarks.providers import PROVIDERS, VARIANTS
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,9 +43,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "for the suite tiny. See providers.py")  # fmt: skip
     add("--cache", nargs="+", choices=("cold", "warm"), default=["cold"], help="default: cold, "
         "where the shape is not too small for it")  # fmt: skip
-    names = (*PROVIDERS, "families")
+    names = (*PROVIDERS, "variants")
     add("--providers", nargs="+", choices=names, default=list(PROVIDERS), help="default: all; "
-        "families: bnext with each family of CUDA kernels forced")  # fmt: skip
+        "variants: bnext with each family of CUDA kernels forced, and with no block beginning "
+        "late")  # fmt: skip
     add("--seconds", type=float, help="for each line of the table; default 1, on CUDA 0.2")
     add("--threads", type=int, help="of the CPU")
     add("--quick", action="store_true", help="few shapes, short: one or two minutes")
@@ -118,8 +119,8 @@ def measure(arguments: argparse.Namespace, providers: Sequence[Any] | None = Non
     if providers is None:
         # bnext goes along also where it was not asked for: ratios need it.
         names = dict.fromkeys(("bnext", *a.providers))
-        providers = [PROVIDERS[name]() for name in names if name != "families"]
-        providers += [make() for make in FORCED if "families" in names]
+        providers = [PROVIDERS[name]() for name in names if name != "variants"]
+        providers += [make() for make in VARIANTS if "variants" in names]
     environment = results.environment(a.device)
     say, advance, close = lines_above_a_bar(len(cases))
     say(report.describe(environment))

@@ -180,8 +180,8 @@ def families(rows: Iterable[dict[str, Any]]) -> str:
     return table(("pass", "layout", "dtype", "shapes by family"), lines)
 
 
-def forced_families(rows: Sequence[dict[str, Any]]) -> str:
-    """Whether another family would have been faster than the one that the plan chose."""
+def variants(rows: Sequence[dict[str, Any]]) -> str:
+    """Whether something else would have been faster than what the plan chose."""
     lines = []
     for group, cases in sorted(grouped(rows).items()):
         ratios: dict[str, dict[tuple[Any, ...], float]] = defaultdict(dict)
@@ -189,50 +189,49 @@ def forced_families(rows: Sequence[dict[str, Any]]) -> str:
             for name, row in found.items():
                 if name.startswith("bnext-") and row.get("vs_bnext"):
                     ratios[name.removeprefix("bnext-")][case] = row["vs_bnext"]
-        for family, times in sorted(ratios.items()):
+        for variant, times in sorted(ratios.items()):
             best = min(times, key=lambda case: times[case])
             shape = "×".join(map(str, best[1:5]))
             mean = f"{geomean(times.values()):.2f}"
-            lines.append((*group, family, len(times), mean, f"{times[best]:.2f} ({shape})"))
+            lines.append((*group, variant, len(times), mean, f"{times[best]:.2f} ({shape})"))
     if not lines:
         return ""
-    head = ("direction", "layout", "dtype", "family", "cases", "its time ÷ the choice's", "least")
+    head = ("direction", "layout", "dtype", "variant", "cases", "its time ÷ the choice's", "least")
     return table(head, lines)
 
 
-def stop_costs(rows: Iterable[dict[str, Any]], gbps: float) -> str:
-    """What is left of bnext's times without the floor's, and without bytes that the floor does not
-    move: that is what blocks stop for. Beside it the same of the times that plans were chosen by,
-    for csrc/cuda/plan_cost.cpp."""
+def over_floor(rows: Iterable[dict[str, Any]]) -> str:
+    """How much longer than the floor bnext takes, and should take by the model, for
+    csrc/cuda/plan_cost.cpp. Where all stays on chip, that is what blocks stop for."""
     from bnext._extension import _C
 
     found: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
     for row in rows:
         own, _, family = row["provider"].partition("-")
         timed = row.get("ms") and row.get("floor_ms") and row["cache"] == "cold"
-        if own != "bnext" or not timed or row["direction"] not in HEADLINES[:2]:
+        if own != "bnext" or family not in ("", *_C.cuda_families()) or not timed:
+            continue
+        if row["direction"] not in HEADLINES[:2]:
             continue
         x = torch.empty([row[k] for k in "NCHW"], dtype=DTYPES[row["dtype"]], device="meta")
         x = x.contiguous(memory_format=LAYOUTS[row["layout"]])
         plans = _C.cuda_plans(x, PLAN_FOR, family, True)
         plan = next(p for p in plans if p["pass"] == row["direction"])
-        more = (plan["bytes_moved"] - plan["bytes_min"]) / (1e3 * gbps)
-        measured = 1e3 * (row["ms"] - row["floor_ms"]) - more
-        predicted = plan["microseconds"] - plan["microseconds_min"] - more
-        kept = "–" if plan["family"] == "streaming" else "in part" if more else "all"
+        all_kept = plan["bytes_moved"] == plan["bytes_min"]
+        kept = "–" if plan["family"] == "streaming" else "all" if all_kept else "in part"
         dtype = "halves" if x.element_size() == 2 else row["dtype"]
         key = (plan["family"], plan["walk"], kept, row["direction"], dtype)
-        found[key].append((measured, predicted))
+        predicted = plan["microseconds"] - plan["microseconds_min"]
+        found[key].append((1e3 * (row["ms"] - row["floor_ms"]), predicted))
     lines = []
-    for key, costs in sorted(found.items()):
-        measured, predicted = (
-            (f"{statistics.median(c):.1f}", f"{min(c):.1f} to {max(c):.1f}")
-            for c in zip(*costs, strict=True)
-        )
-        lines.append((*key, len(costs), *measured, *predicted))
+    for key, times in sorted(found.items()):
+        cells: list[object] = [*key, len(times)]
+        for kind in zip(*times, strict=True):
+            cells += [f"{statistics.median(kind):.1f}", f"{min(kind):.1f} to {max(kind):.1f}"]
+        lines.append(cells)
     head = ("family", "walk", "on chip", "pass", "dtype", "cases")
     head += ("µs", "range", "by the model", "range")
-    return "Time that no byte explains:\n\n" + table(head, lines) if lines else ""
+    return "Time beyond the floor's:\n\n" + table(head, lines) if lines else ""
 
 
 def probe_section(found: dict[str, Any]) -> str:
@@ -278,8 +277,7 @@ def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageR
         ]
         sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
         try:
-            sections += ["## Families", families(rows), forced_families(rows)]
-            sections.append(stop_costs(rows, gbps) if gbps else "")
+            sections += ["## Families", families(rows), variants(rows), over_floor(rows)]
         except (ImportError, RuntimeError) as error:
             sections.append(f"not known: {str(error).splitlines()[0]}")
         sections += ["## Kernels", peer_kernels(rows)]

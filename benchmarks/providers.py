@@ -153,29 +153,30 @@ class Bnext(Provider):
         return bnext.batchnorm2d_backward(t.dy, t.x, t.weight, training=True, eps=EPS)
 
 
-class Forced(Bnext):
-    """bnext with one family of its CUDA kernels, to see whether the plan chose the fastest."""
+class Variant(Bnext):
+    """bnext with an environment variable set that its CUDA plans heed, to see whether something
+    else would be faster than what they choose."""
 
-    def __init__(self, family: str) -> None:
-        self.family = family
-        self.name = f"bnext-{family}"
+    def __init__(self, name: str, variable: str, value: str) -> None:
+        self.name = f"bnext-{name}"
+        self.variable, self.value = variable, value
 
     def why_not(self, case: Case) -> str | None:
-        return None if case.device == "cuda" else "families are of CUDA kernels"
+        return None if case.device == "cuda" else "plans are of CUDA kernels"
 
     def prepare(self, case: Case, t: Tensors) -> Call:
         # The forward pass of a backward case comes from wherever: it is not what is measured.
         call = super().prepare(case, t)
 
-        def forced() -> Any:
-            before = os.environ.get("BNEXT_CUDA_FAMILY", "")
-            os.environ["BNEXT_CUDA_FAMILY"] = self.family
+        def varied() -> Any:
+            before = os.environ.get(self.variable, "")
+            os.environ[self.variable] = self.value
             try:
                 return call()
             finally:
-                os.environ["BNEXT_CUDA_FAMILY"] = before
+                os.environ[self.variable] = before
 
-        return forced
+        return varied
 
 
 class Native(Provider):
@@ -358,5 +359,12 @@ PROVIDERS: dict[str, type[Provider]] = {
     kind.name: kind for kind in (Bnext, Cudnn, Native, Inductor, CudnnFrontend, Formula)
 }
 
-# Besides the contestants: bnext with each family of its CUDA kernels.
-FORCED = tuple(functools.partial(Forced, family) for family in _C.cuda_families())
+# Besides the contestants: bnext with each family of its CUDA kernels, and with all blocks beginning
+# together.
+VARIANTS = (
+    *(
+        functools.partial(Variant, family, "BNEXT_CUDA_FAMILY", family)
+        for family in _C.cuda_families()
+    ),
+    functools.partial(Variant, "together", "BNEXT_CUDA_LATE", "0"),
+)

@@ -220,63 +220,73 @@ def test_headline() -> None:
     assert gpu_summary.headline([]) == "no case was timed with a peer"
 
 
-def test_forced_families() -> None:
-    """They are no peers of bnext; where one is faster than the choice of the plan, it shows."""
+def test_variants() -> None:
+    """What something else than the plan's choice would take, but not as a peer."""
     rows = [
-        *(row("bnext", 1.0), row("bnext-streaming", 1.6), row("bnext-resident", 0.9)),
+        *(row("bnext", 1.0), row("bnext-streaming", 1.6), row("bnext-together", 0.9)),
         *(row("bnext", 1.0, 7), row("bnext-streaming", 0.4, 7), row("cudnn", 2.0, 7)),
     ]
     assert "| 1 | **2.00** |" in gpu_summary.headline(rows)
-    lines = gpu_summary.forced_families(rows).splitlines()[2:]
+    lines = gpu_summary.variants(rows).splitlines()[2:]
     assert [line.split(" | ")[3:] for line in lines] == [
-        ["resident", "1", "0.90", "0.90 (32×64×56×56) |"],
         ["streaming", "2", "0.80", "0.40 (32×64×7×7) |"],
+        ["together", "1", "0.90", "0.90 (32×64×56×56) |"],
     ]
-    assert gpu_summary.forced_families(rows[3:4]) == ""
+    assert gpu_summary.variants(rows[3:4]) == ""
 
 
-def test_a_forced_family_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """While it runs, and no longer; forward passes before a backward one are not concerned."""
     seen: list[tuple[str, str]] = []
+    variable = ""
 
     def spy(name: str) -> gpu_check.Callable[..., object]:
         original = getattr(providers.Bnext, name)
 
         def call(self: providers.Bnext, *arguments: object) -> object:
-            seen.append((name, os.environ.get("BNEXT_CUDA_FAMILY", "")))
+            seen.append((name, os.environ.get(variable, "")))
             return original(self, *arguments)
 
         return call
 
     for name in ("op_forward", "op_backward"):
         monkeypatch.setattr(providers.Bnext, name, spy(name))
-    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "auto")
-    forced = providers.FORCED[0]()
-    assert forced.name == "bnext-streaming" and not shapes.is_peer(forced.name)
     case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
-    assert "CUDA" in str(forced.why_not(case))
-    call = forced.prepare(case, checks.make_tensors(case))
-    call()
-    assert seen == [("op_forward", "auto"), ("op_backward", "streaming")]
-    assert os.environ["BNEXT_CUDA_FAMILY"] == "auto"
+    for number, name, variable, usual, value in (
+        (0, "streaming", "BNEXT_CUDA_FAMILY", "auto", "streaming"),
+        (-1, "together", "BNEXT_CUDA_LATE", "1", "0"),
+    ):
+        seen.clear()
+        monkeypatch.setenv(variable, usual)
+        variant = providers.VARIANTS[number]()
+        assert variant.name == f"bnext-{name}" and not shapes.is_peer(variant.name)
+        assert "CUDA" in str(variant.why_not(case))
+        call = variant.prepare(case, checks.make_tensors(case))
+        call()
+        assert seen == [("op_forward", usual), ("op_backward", value)]
+        assert os.environ[variable] == usual
 
 
-def test_stop_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streaming moves 2 T = 51.4 MB more than the floor, at 4000 GB/s: 12.8 of 200 us."""
+def test_over_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bnext takes, and by the model should take, beyond the floor, by kind of kernel."""
     monkeypatch.setattr(gpu_summary, "PLAN_FOR", "h200")
-    rows = [row("bnext-streaming", 1.0, floor_ms=0.8, cache="cold")]
-    (line,) = gpu_summary.stop_costs(rows, 4000.0).splitlines()[4:]
-    head = "| streaming | planes | – | backward | float32 | 1 |"
-    assert line.startswith(f"{head} 187.2 | 187.2 to 187.2 |")
-    # What stays on chip moves no more. Of what the model predicts, its floor is no part.
-    rows = [row("bnext-resident", 1.0, 28, floor_ms=0.8, cache="cold", C=512)]
-    (line,) = gpu_summary.stop_costs(rows, 4000.0).splitlines()[4:]
-    head = "| resident | planes | all | backward | float32 | 1 | 200.0 | 200.0 to 200.0 |"
-    x = torch.empty(32, 512, 28, 28, device="meta")
-    plan = _C.cuda_plans(x, "h200", "resident", True)[1]
-    stops = f"{plan['microseconds'] - plan['microseconds_min']:.1f}"
-    assert line == f"{head} {stops} | {stops} to {stops} |"
-    assert gpu_summary.stop_costs([row("cudnn", 1.0, floor_ms=0.8, cache="cold")], 4000.0) == ""
+    rows = []
+    for family, side, ms in (("streaming", 56, 1.0), ("resident", 28, 1.0), ("resident", 14, 1.1)):
+        rows.append(row(f"bnext-{family}", ms, side, floor_ms=0.8, cache="cold", C=512))
+    # Peers are not in it, nor variants of the same plan.
+    rows += [{**rows[0], "provider": "cudnn"}, {**rows[0], "provider": "bnext-together"}]
+    model = {}
+    for side, family in ((56, "streaming"), (28, "resident"), (14, "resident")):
+        x = torch.empty(32, 512, side, side, device="meta")
+        plan = _C.cuda_plans(x, "h200", family, True)[1]
+        model[side] = plan["microseconds"] - plan["microseconds_min"]
+    resident, streaming = gpu_summary.over_floor(rows).splitlines()[4:]
+    head = "| streaming | planes | – | backward | float32 | 1 | 200.0 | 200.0 to 200.0 |"
+    assert streaming == f"{head} {model[56]:.1f} | {model[56]:.1f} to {model[56]:.1f} |"
+    head = "| resident | planes | all | backward | float32 | 2 | 250.0 | 200.0 to 300.0 |"
+    least, most = sorted((model[28], model[14]))
+    assert resident == f"{head} {(least + most) / 2:.1f} | {least:.1f} to {most:.1f} |"
+    assert gpu_summary.over_floor(rows[3:4]) == ""
 
 
 JUNIT = """<testsuites><testsuite name="pytest" tests="4">

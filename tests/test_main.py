@@ -156,6 +156,16 @@ def test_who_gets_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         bnext.explain(x, "h100")
 
 
+def test_who_begins_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.empty(256, 512, 14, 14, device="meta")
+    for late, is_there in (("", True), ("1", True), ("0", False)):
+        monkeypatch.setenv("BNEXT_CUDA_LATE", late)
+        assert all(("us late" in plan) == is_there for plan in plans(bnext.explain(x, "h100")))
+    monkeypatch.setenv("BNEXT_CUDA_LATE", "2")
+    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_LATE should be 0 or 1, not 2"):
+        bnext.explain(x, "h100")
+
+
 def test_explain_looks_at_strides_and_alignment() -> None:
     x = torch.zeros(2, 6, 8, 8)
     assert "planes of float32 in packs" in bnext.explain(x, "a100")

@@ -174,6 +174,10 @@ def test_half_of_the_blocks_begin_late(layout: str, machine: simt.Machine) -> No
             call = check(case, layout, machine=machine).call
             assert call.late_threads == call.planned_late_threads
             assert (call.late_threads > 0) == (channels > 2)
+            if call.late_threads > 0:
+                assert call.first_late_block == call.planned_late_from > 0
+                # 1700 clocks are about a microsecond.
+                assert call.least_late_clocks == call.most_late_clocks == int(1700 * call.late_us)
 
 
 def test_only_training_has_a_second_pass() -> None:

@@ -74,8 +74,7 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
   struct Entry {
     Request request;
     int device = -1;
-    Family family = Family::kAuto;
-    bool grid = false;
+    Limits limits;
     Plan plan;
   };
   thread_local std::array<Entry, 64> entries;
@@ -87,13 +86,11 @@ const Plan& find_plan(const Request& request, at::Device device, const Limits& l
           0x9e3779b97f4a7c15u;  // a multiplier that spreads bits: 2^64 / golden ratio
   }
   Entry& entry = entries[key >> 58];
-  if (entry.device != device.index() || entry.family != limits.family || entry.grid != limits.grid ||
-      !(entry.request == request)) {
+  if (entry.device != device.index() || !(entry.limits == limits) || !(entry.request == request)) {
     entry.plan = make_plan(request, device_info(device), limits);
     entry.request = request;
     entry.device = device.index();
-    entry.family = limits.family;
-    entry.grid = limits.grid;
+    entry.limits = limits;
   }
   return entry.plan;
 }

@@ -266,7 +266,8 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   const Plan streaming = plan_streaming(r, device, limits);
   const bool reads_twice = streaming.reduce && streaming.apply;  // no stages at all where there is nothing to do
   if (limits.family == Family::kStreaming || !reads_twice) return streaming;
-  const Plan on_chip = plan_on_chip(r, device, limits, streaming);
+  Plan on_chip = plan_on_chip(r, device, limits, streaming);
+  if (!limits.late) on_chip.late_us = static_cast<double>(on_chip.late_from = on_chip.num_late = 0);
   if (limits.family != Family::kAuto) return on_chip;
   const bool better = compared_time(on_chip) <= streaming.microseconds || !streaming.error.empty();
   return on_chip.error.empty() && better ? on_chip : streaming;
@@ -278,6 +279,14 @@ bool operator==(const Request& a, const Request& b) {
     const auto geometry = std::tie(g.num_channels, g.size[0], g.size[1], g.size[2], g.walk, g.unit_stride, g.dtype);
     return std::tuple_cat(geometry, std::tie(r.pass, r.training, r.output, r.sums, r.reads_x, r.aligned, r.dense_rows,
                                              r.dense_channels, r.cumulative));
+  };
+  return fields(a) == fields(b);
+}
+
+bool operator==(const Limits& a, const Limits& b) {
+  auto fields = [](const Limits& l) {
+    return std::tie(l.family, l.grid, l.late, l.threads, l.batches, l.fused_splits, l.share_out, l.shared_bytes,
+                    l.team);
   };
   return fields(a) == fields(b);
 }

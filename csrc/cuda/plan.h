@@ -65,6 +65,7 @@ Request make_request(const BackwardProblem& problem);
 struct Limits {
   Family family = Family::kAuto;
   bool grid = true;   // kAuto may choose it: its launch waits until the device has room for all of it
+  bool late = true;   // half of the first blocks may begin late. The plan is the same without
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error
@@ -73,6 +74,8 @@ struct Limits {
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
   int team = 0;                             // blocks of a cluster or a grid that share a channel: so many, or 0 for any
 };
+
+bool operator==(const Limits& a, const Limits& b);
 
 struct Plan {
   Family family = Family::kStreaming;

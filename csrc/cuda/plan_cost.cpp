@@ -31,12 +31,14 @@ constexpr double kBusyThreads = 256;  // of an SM: with fewer, memory waits for 
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.
-constexpr int kRegisters = 80, kRegistersForHalves = 96;
+constexpr int kRegisters = 80, kRegistersForHalves = 96, kRegistersForHalvesFrom100 = 112;
 constexpr int kMaxBlocksPerSm = 32;
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
-  const int registers = dtype_bytes(plan.dtype) == 2 ? kRegistersForHalves : kRegisters;
+  const int registers = dtype_bytes(plan.dtype) != 2 ? kRegisters
+                        : device.arch < 100          ? kRegistersForHalves
+                                                     : kRegistersForHalvesFrom100;
   const int by_threads = device.threads_per_sm / plan.threads;
   const int by_registers = device.registers_per_sm / (plan.threads * registers);
   return static_cast<int>(
@@ -54,7 +56,7 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 
 double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
 
-double streaming_time(Plan& plan, const DeviceInfo& device, double inputs) {
+double streaming_time(const Plan& plan, const DeviceInfo& device, double inputs) {
   const double bytes = static_cast<double>(plan.bytes_moved), again = plan.reduce && plan.apply ? inputs : 0;
   const int launches = plan.reduce + plan.finish + plan.apply;
   const int blocks = std::max(1, streaming_threads(device) / plan.threads);
@@ -64,21 +66,35 @@ double streaming_time(Plan& plan, const DeviceInfo& device, double inputs) {
          (1 + (waves - 1) * (blocks > 1 ? kStaggered : 1)) * stops;
 }
 
-// All of memory's speed, if enough SMs ask; an SM that has more than others is waited for. at_once: share of the blocks that run
-// at once; what those read again is all that L2 has to keep. sm_load: what the busiest SM has, with 1 as the mean over the device.
-double on_chip_traffic(const Plan& plan, const DeviceInfo& device, double at_once, double sm_load, double sm_threads) {
-  const double bytes = static_cast<double>(plan.bytes_moved);
-  const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
-  const double shared = traffic_time(device, bytes, again, again * at_once);
-  const double of_sm = shared * sm_load * kBusyShare * std::max(1.0, kBusyThreads / sm_threads);
-  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
-                      plan.block_packs * kPackBytes < kLineBytes;
-  return std::max(shared, of_sm) * (narrow ? kNarrowRows : 1);
+// Of memory's speed, what some blocks on each SM of a share of the SMs can ask for.
+double speed(const Places& at, double sms, double blocks) {
+  return std::min(1.0, sms * at.sms / kBusyShare * std::min(1.0, blocks * at.threads / kBusyThreads));
 }
 
-// Of the blocks of an SM; or where it has one, of the SMs.
-Half half_of(int64_t blocks_per_sm, double sms, double sm_threads, double turns) {
-  return blocks_per_sm > 1 ? Half{sms, sm_threads / 2, turns} : Half{sms / 2, sm_threads, turns};
+// For all blocks, with no stops between them. SMs that have one more than others are alone at the end.
+double moving_time(const Places& at, double traffic) {
+  const double full = std::floor(at.blocks), rest = at.blocks - full;
+  double time = 0;
+  if (full > 0) time += full / speed(at, 1, std::min(full, at.at_once));
+  if (rest > 0) time += rest / speed(at, rest, 1);
+  return traffic / at.blocks * time;
+}
+
+double turns_of(const Places& at) { return std::max(1.0, at.blocks / at.at_once); }
+
+// Bytes at memory's full speed. Of those that are read again, L2 has to keep what belongs to the blocks that run at once.
+double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places& at) {
+  const double bytes = static_cast<double>(plan.bytes_moved);
+  const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
+  const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
+                      plan.block_packs * kPackBytes < kLineBytes;
+  return traffic_time(device, bytes, again, again / turns_of(at)) * (narrow ? kNarrowRows : 1);
+}
+
+// Of the teams that run first, the second half begins late.
+void set_late_half(Plan& plan, int64_t teams) {
+  plan.late_from = ceil_div(teams, 2) * plan.num_splits;
+  plan.num_late = teams * plan.num_splits - plan.late_from;
 }
 
 double blocks_time(Plan& plan, const DeviceInfo& device, double stop) {
@@ -86,32 +102,20 @@ double blocks_time(Plan& plan, const DeviceInfo& device, double stop) {
   const int sms = plan.cluster == 1 ? device.num_sms
                                     : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
   if (sms == 0) return HUGE_VAL;
-  const int64_t at_once = int64_t{sms} * blocks, on_sm = ceil_div(plan.num_blocks, sms);  // of the SM that has most
-  const double turns = static_cast<double>(plan.num_blocks) / static_cast<double>(at_once);
-  const double sm_threads = static_cast<double>(plan.threads * std::min<int64_t>(blocks, on_sm));
-  const double sm_load = static_cast<double>(on_sm) / static_cast<double>(plan.num_blocks) * device.num_sms;
-  const double traffic = on_chip_traffic(plan, device, std::min(1.0, 1 / turns), sm_load, sm_threads);
-  if (plan.cluster > 1) stop += kClusterUs;
-  if (turns <= 1 || at_once == plan.cluster) return traffic + std::ceil(turns) * stop;
-  plan.late_from = round_up(at_once / 2, plan.cluster);
-  plan.num_late = at_once - plan.late_from;
-  const double share = static_cast<double>(sms) / device.num_sms;
-  return overlapped_time(plan, half_of(blocks, share, sm_threads, turns), traffic, stop);
+  const double on_sm = static_cast<double>(plan.num_blocks) / sms;
+  const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(blocks, on_sm),
+                  static_cast<double>(plan.threads), on_sm};
+  if (on_sm > 1) set_late_half(plan, std::min(plan.num_blocks, int64_t{sms} * blocks) / plan.cluster);
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stop + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
 double grid_time(Plan& plan, const DeviceInfo& device, double stop) {
-  const double teams = static_cast<double>(plan.num_teams), slabs = static_cast<double>(plan.num_slabs);
   const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
-  const double turns = std::ceil(slabs / teams), all_blocks = static_cast<double>(plan.num_blocks);
-  const double sm_load = turns * teams / slabs * static_cast<double>(blocks) / all_blocks * device.num_sms;
-  const double sm_threads = static_cast<double>(plan.threads * blocks);
-  const double traffic = on_chip_traffic(plan, device, teams / slabs, sm_load, sm_threads);
-  stop += meeting_time(plan, device);
-  if (plan.num_teams == 1 || turns == 1) return traffic + turns * stop;
-  plan.late_from = ceil_div(plan.num_teams, 2) * plan.num_splits;
-  plan.num_late = plan.num_blocks - plan.late_from;
-  const double share = std::min(1.0, all_blocks / device.num_sms);
-  return overlapped_time(plan, half_of(blocks, share, sm_threads, turns), traffic, stop);
+  const double turns = static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams);
+  const double at_once = static_cast<double>(blocks), sms = static_cast<double>(plan.num_blocks) / at_once;
+  const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns};
+  if (at.blocks > 1) set_late_half(plan, plan.num_teams);
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stop + meeting_time(plan, device));
 }
 
 }  // namespace
@@ -123,13 +127,17 @@ int active_clusters(const DeviceInfo& device, int cluster) {
   return 0;
 }
 
-double overlapped_time(Plan& plan, const Half& half, double traffic, double stop) {
+double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
   constexpr double kCorner = 6;
-  const double slower = kBusyShare / half.sms * std::max(1.0, kBusyThreads / half.threads);
-  const double moves = traffic / 2 * std::max(1.0, slower);
-  const double reads = moves / half.turns * plan.tensors_read / (plan.tensors_read + plan.tensors_written);
-  plan.late_us = std::min(stop, reads);
-  return std::pow(std::pow(traffic, kCorner) + std::pow(moves + half.turns * stop, kCorner), 1 / kCorner) + stop;
+  const double all = moving_time(at, traffic), turns = turns_of(at);
+  if (plan.num_late == 0) return all + std::ceil(turns) * stop;
+  const double half = traffic / 2 / (at.at_once > 1 ? speed(at, 1, at.at_once / 2) : speed(at, 0.5, 1));
+  const double reads =
+      static_cast<double>(plan.tensors_read * plan.tensor_bytes) / static_cast<double>(plan.bytes_moved);
+  plan.late_us = std::min(stop, half / turns * reads);
+  // In one turn the early half writes while the late one stops.
+  if (turns == 1) return all + std::max(0.0, stop - traffic / 2 * (1 - reads));
+  return std::pow(std::pow(all, kCorner) + std::pow(half + turns * stop, kCorner), 1 / kCorner) + stop;
 }
 
 // See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add up.

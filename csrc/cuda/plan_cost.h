@@ -12,22 +12,22 @@ int active_clusters(const DeviceInfo& device, int cluster);
 // Microseconds in which a grid's team tells its blocks what they have found, in each turn: by plan.shares_out.
 double meeting_time(const Plan& plan, const DeviceInfo& device);
 
-// Half of the blocks that run at once: on which share of the SMs, with how many threads on each. `turns`: how often each block,
-// or one after the other in its place, stops to add up.
-struct Half {
-  double sms, threads, turns;
+// Where on-chip blocks run: on a share `sms` of the SMs, each of which has `at_once` of them side by side, with so many threads
+// each, and `blocks` in all, on average.
+struct Places {
+  double sms, at_once, threads, blocks;
 };
 
-// Microseconds in which two halves of the blocks move what takes `traffic` at memory's full speed, if one begins
-// plan.late_us late, which is set: when the other one stops for the first time, or has read all that it reads before that.
-// From then on either memory always has something to do, or a half waits for nothing but its own stops. Where both would take
-// as long they get into each other's way, as much as in the simulation of tests/simt/overlap.py.
-double overlapped_time(Plan& plan, const Half& half, double traffic, double stop);
+// Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop once each to add up. If the plan
+// has blocks that begin late, it is told how late: as long as a stop, or as the others take to read what they read before it,
+// whichever is less. From then on either memory always has something to do, or a half waits for nothing but its own stops. Where
+// both would take as long they get into each other's way, as in the simulation of tests/simt/overlap.py.
+double on_chip_time(Plan& plan, const Places& at, double traffic, double stop);
 
 // What plans are compared by: predicted microseconds, with a handicap for grids.
 double compared_time(const Plan& plan);
 
-// Predicted microseconds. Leaves in the plan which blocks should begin late.
+// Predicted microseconds. Leaves in the plan which blocks should begin late, and by how much.
 double predict_time(Plan& plan, const Request& request, const DeviceInfo& device);
 
 }  // namespace bnext::cuda

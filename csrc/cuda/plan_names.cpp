@@ -15,6 +15,13 @@ std::string variable(const char* name) {
   return value == nullptr ? "" : value;
 }
 
+bool flag(const char* name, bool otherwise) {
+  const std::string value = variable(name);
+  if (!value.empty() && value != "0" && value != "1")
+    throw std::runtime_error(std::string(name) + " should be 0 or 1, not " + value);
+  return value.empty() ? otherwise : value == "1";
+}
+
 // Shared memory by architecture (CUDA programming guide, "Compute capabilities"); the rest by product.
 NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, double memory_gb_per_s,
                    std::initializer_list<int> active_clusters = {0, 0, 0, 0}) {
@@ -89,12 +96,11 @@ Family family_named(const std::string& name, const std::string& source) {
 
 Limits limits_of_environment() {
   Limits limits;
-  const std::string family = variable("BNEXT_CUDA_FAMILY"), grid = variable("BNEXT_CUDA_GRID");
+  const std::string family = variable("BNEXT_CUDA_FAMILY");
   if (!family.empty()) limits.family = family_named(family, "BNEXT_CUDA_FAMILY");
-  if (!grid.empty() && grid != "0" && grid != "1")
-    throw std::runtime_error("BNEXT_CUDA_GRID should be 0 or 1, not " + grid);
   // One of several processes will have kernels beside its own, that send gradients.
-  limits.grid = grid.empty() ? std::atoi(variable("WORLD_SIZE").c_str()) <= 1 : grid == "1";
+  limits.grid = flag("BNEXT_CUDA_GRID", std::atoi(variable("WORLD_SIZE").c_str()) <= 1);
+  limits.late = flag("BNEXT_CUDA_LATE", true);
   return limits;
 }
 

@@ -29,6 +29,7 @@ Family family_named(const std::string& name, const std::string& source);
 
 // Read at every call. BNEXT_CUDA_FAMILY names the family that all take, for tests and measurements. BNEXT_CUDA_GRID, 0 or 1,
 // says whether kAuto may choose grid; without it, it may where WORLD_SIZE does not say that there are several processes.
+// BNEXT_CUDA_LATE=0: no block begins late, for measurements.
 // Throws std::runtime_error when they say anything else.
 Limits limits_of_environment();
 

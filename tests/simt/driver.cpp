@@ -40,8 +40,9 @@ struct Call {
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
-  int64_t bytes_kept, late_threads, planned_late_threads;
-  double held;
+  int64_t bytes_kept, late_threads, least_late_clocks, most_late_clocks, first_late_block;
+  int64_t planned_late_threads, planned_late_from;
+  double held, late_us;
   char plan[512], error[256];
 };
 
@@ -102,8 +103,14 @@ void run(Call& call, const Problem& problem) {
   call.bytes_loaded = simt::bytes_loaded();
   call.bytes_stored = simt::bytes_stored();
   call.bytes_kept = simt::bytes_kept();
-  call.late_threads = simt::late_threads();
+  const simt::Late late = simt::late();
+  call.late_threads = late.threads;
+  call.least_late_clocks = late.least_clocks;
+  call.most_late_clocks = late.most_clocks;
+  call.first_late_block = late.first_block;
   call.planned_late_threads = plan.num_late * plan.threads;
+  call.planned_late_from = plan.late_from;
+  call.late_us = plan.late_us;
   call.planned_bytes = plan.bytes_moved;
   call.fused = plan.fused;
   call.vec = plan.vec;

@@ -95,7 +95,8 @@ LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "team", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels", "bytes_kept")
-RESULTS += ("late_threads", "planned_late_threads")
+RESULTS += ("late_threads", "least_late_clocks", "most_late_clocks", "first_late_block")
+RESULTS += ("planned_late_threads", "planned_late_from")
 
 
 class Call(ctypes.Structure):
@@ -111,7 +112,7 @@ class Call(ctypes.Structure):
         ("refused_launch", ctypes.c_int64),
         ("skipped_barriers", ctypes.c_char * 128),
         *((name, ctypes.c_int64) for name in RESULTS),
-        ("held", ctypes.c_double),
+        *((name, ctypes.c_double) for name in ("held", "late_us")),
         ("plan", ctypes.c_char * MESSAGE_BYTES),
         ("error", ctypes.c_char * 256),
     )

@@ -14,7 +14,7 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative, no_grid;
+  int64_t family, cumulative, no_grid, no_late;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
   int64_t cooperative, overlaps;
@@ -78,6 +78,7 @@ void plan_run(Query* q) {
   Limits limits;
   limits.family = static_cast<Family>(q->family);
   limits.grid = q->no_grid == 0;
+  limits.late = q->no_late == 0;
   const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
   q->vec = p.vec;
@@ -131,12 +132,15 @@ void plan_run(Query* q) {
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
 }
 
-// Of backward on chip: late_us is where the second half of the blocks begins.
-double plan_overlapped_time(double sms, double threads, double turns, double traffic, double stop, double* late_us) {
+// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop. Half of them begin late_us late.
+double plan_on_chip_time(double at_once, double blocks, double traffic, double stop, int64_t tensor_bytes,
+                         int64_t bytes_moved, double* late_us) {
   Plan plan;
   plan.tensors_read = 2;
-  plan.tensors_written = 1;
-  const double time = overlapped_time(plan, {sms, threads, turns}, traffic, stop);
+  plan.tensor_bytes = tensor_bytes;
+  plan.bytes_moved = bytes_moved;
+  plan.num_late = blocks > 1;
+  const double time = on_chip_time(plan, {1, at_once, 512, blocks}, traffic, stop);
   *late_us = plan.late_us;
   return time;
 }

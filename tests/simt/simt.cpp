@@ -60,7 +60,8 @@ struct Machine {
   bool cooperative = false, overlaps = false;
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
-  int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, late_threads = 0;
+  int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0;
+  Late late;
   int launches = 0;
   std::string error;
   std::vector<std::string> barriers;
@@ -352,7 +353,12 @@ void wait_async(int groups, const char* file, int line) {
   }
 }
 
-void count_late_thread() { ++m.late_threads; }
+void count_late_thread(int clocks) {
+  ++m.late.threads;
+  m.late.least_clocks = std::min<int64_t>(m.late.least_clocks, clocks);
+  m.late.most_clocks = std::max<int64_t>(m.late.most_clocks, clocks);
+  m.late.first_block = std::min<int64_t>(m.late.first_block, block_index().x);
+}
 
 uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line) {
   if (mask != 0xffffffffu) fail("a shuffle without all lanes");
@@ -428,7 +434,8 @@ void begin(const Session& session) {
   m.random.seed(session.seed);
   m.loads.clear();
   m.stores.clear();
-  m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.late_threads = 0;
+  m.bytes_loaded = m.bytes_stored = m.bytes_kept = 0;
+  m.late = {};
   m.launches = 0;
   m.error.clear();
 }
@@ -448,7 +455,7 @@ const std::string& error() { return m.error; }
 int64_t bytes_loaded() { return m.bytes_loaded; }
 int64_t bytes_stored() { return m.bytes_stored; }
 int64_t bytes_kept() { return m.bytes_kept; }
-int64_t late_threads() { return m.late_threads; }
+Late late() { return m.late; }
 const std::vector<std::string>& barriers() { return m.barriers; }
 
 }  // namespace simt

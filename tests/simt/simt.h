@@ -68,8 +68,8 @@ void commit_async();
 // Until all groups of this thread but the last `groups` have arrived.
 void wait_async(int groups, const char* file, int line);
 
-// The thread begins late.
-void count_late_thread();
+// The thread begins so many clocks late.
+void count_late_thread(int clocks);
 
 // Leaves `bits` for the other lanes, waits for all of them, returns what lane `from` has left.
 uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line);
@@ -115,7 +115,11 @@ const std::string& error();
 int64_t bytes_loaded();
 int64_t bytes_stored();
 int64_t bytes_kept();
-int64_t late_threads();
+// How many threads began late, by how many clocks at least and at most, and the first block of them.
+struct Late {
+  int64_t threads = 0, least_clocks = INT64_MAX, most_clocks = 0, first_block = INT64_MAX;
+};
+Late late();
 // Barriers and waits that some thread has reached since the library was loaded, each as "file.cuh:line".
 const std::vector<std::string>& barriers();
 

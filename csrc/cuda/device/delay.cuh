@@ -6,12 +6,16 @@
 namespace bnext::cuda {
 
 // For about so many of the SM's clocks. For speed only: the shim has no clock.
-__device__ inline void wait_clocks([[maybe_unused]] int clocks) {
+__device__ inline void wait_clocks(int clocks) {
 #ifdef BNEXT_SIMT
-  simt::count_late_thread();
+  simt::count_late_thread(clocks);
 #else
-  const long long begin = clock64();
-  while (clock64() - begin < clocks) __nanosleep(50);
+  const auto begin = static_cast<unsigned long long>(clock64()), end = static_cast<unsigned long long>(clocks);
+  for (;;) {
+    const unsigned long long gone = static_cast<unsigned long long>(clock64()) - begin;
+    if (gone >= end) return;
+    __nanosleep(static_cast<unsigned>(end - gone) / 4 + 20);  // it may take twice as long, or not as long
+  }
 #endif
 }
 

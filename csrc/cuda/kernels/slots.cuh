@@ -41,7 +41,7 @@ class Slots {
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];
-          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
+          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);  // too few for L2 to keep some
           store_slot(to, pack[0]);
         }
       }

@@ -1,4 +1,4 @@
-// Teams of blocks that share a channel or a slab: which tile is a block's, and where the teams of a grid meet.
+// Teams of blocks that share a channel or a slab: which tile is a block's, which begin late, and where a grid's teams meet.
 #pragma once
 
 #include <type_traits>
