@@ -89,7 +89,7 @@ def library() -> ctypes.CDLL:
         getattr(lib, name).restype = ctypes.c_int64
     lib.plan_on_chip_time.restype = ctypes.c_double
     lib.plan_on_chip_time.argtypes = (
-        *[ctypes.c_double] * 4,
+        *[ctypes.c_double] * 5,
         *[ctypes.c_int64] * 2,
         ctypes.POINTER(ctypes.c_double),
     )
@@ -198,13 +198,17 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     if q.family_chosen == CLUSTER:
         assert device.arch >= 90, text
         assert device.active_clusters[(2, 4, 8, 16).index(q.cluster)] > 0, text
-    # Whole teams begin late, but not much; and only where an SM has more than one block to do.
+    # Whole teams begin late, no more than half; and only where an SM has more than one block to do.
     assert (q.num_late > 0) == (q.late_us > 0), text
-    assert 0 <= q.late_us < 20, text
+    assert 0 <= q.late_us <= q.microseconds / 2, text
     if q.num_late > 0:
         assert q.late_from % q.num_splits == q.num_late % q.num_splits == 0, text
         assert 0 < q.num_late <= q.late_from <= q.num_blocks - q.num_late, text
-        assert q.num_splits * slabs > device.num_sms // 2, text
+        sms = device.num_sms
+        if q.family_chosen == CLUSTER:
+            clusters = device.active_clusters[(2, 4, 8, 16).index(q.cluster)]
+            sms = min(sms, clusters * q.cluster)
+        assert q.num_splits * slabs > sms or q.num_slabs > q.num_teams, text
     # Every item is in exactly one block, and no thread has more steps than it takes.
     assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
     at_once = q.block_rows if q.walk == 1 else q.threads
@@ -366,31 +370,37 @@ def test_a_grid_takes_what_no_cluster_holds() -> None:
         assert plan(DEVICES[name], size, backward=1).family_chosen != GRID
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 4])
-def test_blocks_that_begin_late(at_once: int) -> None:
-    """The model says what a simulation does, in which it is worth some time that half are late."""
+@pytest.mark.parametrize(
+    ("threads", "at_once"),
+    [(64, 1), (64, 3), (64, 8), (128, 2), (128, 4), (256, 1), (256, 2), (256, 3), (256, 4)],
+)
+def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
+    """The model is near a simulation, in which it is worth some time that half of the blocks are
+    late. Of blocks with few threads on an SM none are."""
     sms, off, gained = 24, [], []
-    for blocks, move, stop, reads in itertools.product(
-        (1.2, 1.5, 2, 2.5, 3, 4, 5.2, 8.3), (6, 12), (1.5, 3, 4.5), (3, 4)
+    for blocks, move, stop, moved in itertools.product(
+        (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25), (3, 6, 12), (1.5, 3, 4.5), (3, 4)
     ):
         if blocks <= at_once - 1:  # so many are never side by side
             continue
         late = ctypes.c_double()
-        traffic = move * blocks
-        time = library().plan_on_chip_time(
-            min(at_once, blocks), blocks, traffic, stop, 1, reads, late
-        )
+        traffic = move * blocks * min(1, threads / 256)
+        plan = (min(at_once, blocks), threads, blocks, traffic, stop, 1, moved, late)
+        time = library().plan_on_chip_time(*plan)
         simulated = functools.partial(
-            simulate, sms, at_once, blocks / at_once, traffic, stop, reads=2 / reads
+            simulate, sms, at_once, round(sms * blocks), threads, traffic, stop, reads=2 / moved
         )
-        found, together = simulated(late.value), simulated(0.0)
+        found, together = simulated(late=late.value), simulated(late=0.0)
         text = f"{blocks} blocks of {move} and {stop} us: {found}, by the model {time}"
-        assert 0.88 < time / found < 1.15, text
-        assert found < 1.02 * together, f"{text}; {together} where all begin together"
+        assert 0.75 < time / found < 1.3, text
+        assert found < 1.08 * together, f"{text}; {together} where all begin together"
         off.append(abs(time / found - 1))
         gained.append(1 - found / together)
-    assert statistics.mean(off) < 0.05
-    assert statistics.mean(gained) > 0.04
+    if threads * at_once < 256:
+        assert not any(gained)
+    else:
+        assert statistics.mean(off) < 0.1
+        assert statistics.mean(gained) > 0.04
 
 
 def test_no_block_is_late_where_it_is_not_wanted() -> None:
@@ -400,7 +410,7 @@ def test_no_block_is_late_where_it_is_not_wanted() -> None:
         late = plan(DEVICES["h200"], (256, 512, 14, 14), **request, family=family)
         together = plan(DEVICES["h200"], (256, 512, 14, 14), **request, family=family, no_late=1)
         assert late.num_late > 0
-        assert together.num_late == together.late_us == 0
+        assert together.num_late == 0
         for name in ("threads", "num_blocks", "held_steps", "microseconds"):
             assert getattr(late, name) == getattr(together, name)
 

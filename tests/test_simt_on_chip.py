@@ -158,20 +158,20 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "machine"),
+    ("layout", "size", "machine"),
     [
-        ("nchw", RESIDENT),
-        ("channels_last", RESIDENT),
-        ("nchw", CLUSTER._replace(team=2)),
-        ("nchw", GRID._replace(team=2)),
+        ("nchw", 4, RESIDENT),
+        ("channels_last", 4, RESIDENT),
+        ("nchw", 4, CLUSTER._replace(team=2)),
+        ("nchw", 16, GRID._replace(team=2, threads=256)),
     ],
 )
-def test_half_of_the_blocks_begin_late(layout: str, machine: simt.Machine) -> None:
-    """Where there are more channels than run at once; and nobody waits where there are not."""
-    for channels in (2, 1024):
-        case = cases.make_case((2, channels, 4, 4), layout=layout, grad_layout=layout)
+def test_half_of_the_blocks_begin_late(layout: str, size: int, machine: simt.Machine) -> None:
+    """Where SMs have more than one block to do, and threads enough; and nobody else."""
+    for channels in (2, 256):
+        case = cases.make_case((8, channels, size, size), layout=layout, grad_layout=layout)
         for check in (check_forward, check_backward):
-            call = check(case, layout, machine=machine).call
+            call = check(case, layout, machine=machine._replace(threads_per_sm=512)).call
             assert call.late_threads == call.planned_late_threads
             assert (call.late_threads > 0) == (channels > 2)
             if call.late_threads > 0:

@@ -267,7 +267,7 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   const bool reads_twice = streaming.reduce && streaming.apply;  // no stages at all where there is nothing to do
   if (limits.family == Family::kStreaming || !reads_twice) return streaming;
   Plan on_chip = plan_on_chip(r, device, limits, streaming);
-  if (!limits.late) on_chip.late_us = static_cast<double>(on_chip.late_from = on_chip.num_late = 0);
+  if (!limits.late) on_chip.num_late = 0;
   if (limits.family != Family::kAuto) return on_chip;
   const bool better = compared_time(on_chip) <= streaming.microseconds || !streaming.error.empty();
   return on_chip.error.empty() && better ? on_chip : streaming;

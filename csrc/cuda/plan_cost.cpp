@@ -56,7 +56,8 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 
 double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
 
-double streaming_time(const Plan& plan, const DeviceInfo& device, double inputs) {
+double streaming_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
+  const double inputs = (r.pass == Pass::kForward ? 1 : 2) * static_cast<double>(plan.tensor_bytes);
   const double bytes = static_cast<double>(plan.bytes_moved), again = plan.reduce && plan.apply ? inputs : 0;
   const int launches = plan.reduce + plan.finish + plan.apply;
   const int blocks = std::max(1, streaming_threads(device) / plan.threads);
@@ -71,9 +72,13 @@ double speed(const Places& at, double sms, double blocks) {
   return std::min(1.0, sms * at.sms / kBusyShare * std::min(1.0, blocks * at.threads / kBusyThreads));
 }
 
-// For all blocks, with no stops between them. SMs that have one more than others are alone at the end.
+// For all blocks, with no stops between them. SMs that have one more than others are alone at the end; but if all blocks run at
+// once, and are so small that each moves what its threads can ask for, the others do not matter to them.
 double moving_time(const Places& at, double traffic) {
   const double full = std::floor(at.blocks), rest = at.blocks - full;
+  if (at.blocks <= at.at_once && (full + 1) * at.threads <= kBusyThreads) {
+    return traffic * std::max(1 / speed(at, 1, at.blocks), kBusyThreads / at.threads * kBusyShare / at.sms / at.blocks);
+  }
   double time = 0;
   if (full > 0) time += full / speed(at, 1, std::min(full, at.at_once));
   if (rest > 0) time += rest / speed(at, rest, 1);
@@ -91,28 +96,29 @@ double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places&
   return traffic_time(device, bytes, again, again / turns_of(at)) * (narrow ? kNarrowRows : 1);
 }
 
-// Of the teams that run first, the second half begins late.
+// Of so many teams that run first, the second half begins late.
 void set_late_half(Plan& plan, int64_t teams) {
   plan.late_from = ceil_div(teams, 2) * plan.num_splits;
   plan.num_late = teams * plan.num_splits - plan.late_from;
+  plan.late_us = 0;
 }
 
 double blocks_time(Plan& plan, const DeviceInfo& device, double stop) {
-  const int blocks = blocks_per_sm(plan, device);
+  const int per_sm = blocks_per_sm(plan, device);
   const int sms = plan.cluster == 1 ? device.num_sms
                                     : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
   if (sms == 0) return HUGE_VAL;
   const double on_sm = static_cast<double>(plan.num_blocks) / sms;
-  const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(blocks, on_sm),
+  const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(per_sm, on_sm),
                   static_cast<double>(plan.threads), on_sm};
-  if (on_sm > 1) set_late_half(plan, std::min(plan.num_blocks, int64_t{sms} * blocks) / plan.cluster);
+  if (on_sm > 1) set_late_half(plan, std::min(plan.num_blocks, int64_t{sms} * per_sm) / plan.cluster);
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stop + (plan.cluster > 1 ? kClusterUs : 0));
 }
 
 double grid_time(Plan& plan, const DeviceInfo& device, double stop) {
-  const int64_t blocks = ceil_div(plan.num_blocks, device.num_sms);
+  const int64_t per_sm = ceil_div(plan.num_blocks, device.num_sms);
   const double turns = static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams);
-  const double at_once = static_cast<double>(blocks), sms = static_cast<double>(plan.num_blocks) / at_once;
+  const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
   const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns};
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stop + meeting_time(plan, device));
@@ -130,14 +136,19 @@ int active_clusters(const DeviceInfo& device, int cluster) {
 double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
   constexpr double kCorner = 6;
   const double all = moving_time(at, traffic), turns = turns_of(at);
-  if (plan.num_late == 0) return all + std::ceil(turns) * stop;
+  const double together = all + std::ceil(turns) * stop;
   const double half = traffic / 2 / (at.at_once > 1 ? speed(at, 1, at.at_once / 2) : speed(at, 0.5, 1));
   const double reads =
       static_cast<double>(plan.tensors_read * plan.tensor_bytes) / static_cast<double>(plan.bytes_moved);
   plan.late_us = std::min(stop, half / turns * reads);
   // In one turn the early half writes while the late one stops.
-  if (turns == 1) return all + std::max(0.0, stop - traffic / 2 * (1 - reads));
-  return std::pow(std::pow(all, kCorner) + std::pow(half + turns * stop, kCorner), 1 / kCorner) + stop;
+  const double time =
+      turns == 1 ? std::max(all + std::max(0.0, stop - traffic / 2 * (1 - reads)), plan.late_us + half + stop)
+                 : std::pow(std::pow(all, kCorner) + std::pow(half + turns * stop, kCorner), 1 / kCorner) + stop;
+  // Too few threads do not get more done for being out of step.
+  if (plan.num_late > 0 && time < together && at.at_once * at.threads >= kBusyThreads) return time;
+  set_late_half(plan, 0);
+  return together;
 }
 
 // See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add up.
@@ -163,10 +174,7 @@ double predict_floor(int64_t bytes, const DeviceInfo& device) {
 }
 
 double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
-  const double inputs = (r.pass == Pass::kForward ? 1 : 2) * static_cast<double>(plan.tensor_bytes);
-  if (!plan.on_chip) return streaming_time(plan, device, inputs);
-  plan.late_from = plan.num_late = 0;
-  plan.late_us = 0;
+  if (!plan.on_chip) return streaming_time(plan, r, device);
   const double stop = reduction_time(plan) + plan.held_steps * kStepUs;
   return kLaunchUs * (1 + plan.count) +
          (plan.family == Family::kGrid ? grid_time(plan, device, stop) : blocks_time(plan, device, stop));

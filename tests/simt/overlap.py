@@ -6,28 +6,35 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-BUSY_SHARE = 0.6  # of the SMs: as many as it takes to keep memory busy, as in plan_cost.cpp
+# Of the SMs, as many as it takes to keep memory busy, and threads on each: as in plan_cost.cpp.
+BUSY_SHARE, BUSY_THREADS = 0.6, 256
 JITTER = 0.1  # of a stop
 
 
 def simulate(
-    sms: int, per_sm: int, turns: float, traffic: float, stop: float, late: float, reads: float
+    sms: int,
+    per_sm: int,
+    blocks: int,
+    threads: int,
+    traffic: float,
+    stop: float,
+    late: float,
+    reads: float,
 ) -> float:
-    """Microseconds that all blocks take, if per_sm of them run on each SM at once.
+    """Microseconds that all blocks take, of so many threads, if per_sm of them fit on each SM.
 
-    turns: how many there are, over those that run at once. traffic: microseconds of memory's full
-    speed that they move together, the share `reads` of it before the stop. Of those that run at
-    first, the second half begins `late` microseconds after the first.
+    traffic: microseconds of memory's full speed that all move together, the share `reads` of it
+    before the stop. Of those that run at first, the second half begins `late` microseconds after
+    the first.
     """
     generator = random.Random(0)
-    slots = sms * per_sm
-    blocks = left = round(slots * turns)
-    move = traffic / blocks
+    slots = min(sms * per_sm, blocks)
+    left, move = blocks, traffic / blocks
 
     def steps(slot: int) -> Iterator[tuple[bool, float]]:
         """Whether it moves data, and how much, or waits, and how long."""
         nonlocal left
-        yield False, late if slot >= slots // 2 else 0.0
+        yield False, late if slot >= (slots + 1) // 2 else 0.0
         while left:
             left -= 1
             yield True, move * reads
@@ -40,9 +47,13 @@ def simulate(
         moving = [0] * sms
         for slot, (moves, _) in todo.items():
             moving[slot % sms] += moves
-        # SMs have the same share of it, up to what one can take.
-        of_sm = 1 / max(sms * BUSY_SHARE, sum(map(bool, moving)))
-        speed = {s: of_sm / moving[s % sms] if moves else 1.0 for s, (moves, _) in todo.items()}
+        # What each SM can ask for, and what it gets of it.
+        wanted = [min(1, n * threads / BUSY_THREADS) / (BUSY_SHARE * sms) for n in moving]
+        share = 1 / max(1, sum(wanted))
+        speed = {
+            slot: share * wanted[slot % sms] / moving[slot % sms] if moves else 1.0
+            for slot, (moves, _) in todo.items()
+        }
         elapsed = min(amount / speed[slot] for slot, (_, amount) in todo.items())
         now += elapsed
         for slot, (moves, amount) in list(todo.items()):

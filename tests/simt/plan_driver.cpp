@@ -133,14 +133,14 @@ void plan_run(Query* q) {
 }
 
 // Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop. Half of them begin late_us late.
-double plan_on_chip_time(double at_once, double blocks, double traffic, double stop, int64_t tensor_bytes,
-                         int64_t bytes_moved, double* late_us) {
+double plan_on_chip_time(double at_once, double threads, double blocks, double traffic, double stop,
+                         int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
   Plan plan;
   plan.tensors_read = 2;
   plan.tensor_bytes = tensor_bytes;
   plan.bytes_moved = bytes_moved;
   plan.num_late = blocks > 1;
-  const double time = on_chip_time(plan, {1, at_once, 512, blocks}, traffic, stop);
+  const double time = on_chip_time(plan, {1, at_once, threads, blocks}, traffic, stop);
   *late_us = plan.late_us;
   return time;
 }

@@ -41,7 +41,8 @@ class Slots {
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];
-          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);  // too few for L2 to keep some
+          load_batch<Cache::kLastUse, kWhole>(
+              pack, one, 1 + t);  // rare: not worth a second copy of it, for L2 to keep what comes again
           store_slot(to, pack[0]);
         }
       }
