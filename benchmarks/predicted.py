@@ -43,6 +43,10 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
     print()
 
 
+def is_large(shape: Shape, dtype: str) -> bool:
+    return shape.numel * DTYPES[dtype].itemsize >= LARGE
+
+
 def print_aim(kind: str, times: list[float]) -> None:
     met = sum(time <= AIM for time in times)
     print(f"nchw, {LARGE / 1e6:.0f} MB and more, over the {kind} floor:", end=" ")
@@ -73,7 +77,7 @@ def against_measured(device: str, path: Path) -> None:
         large += [
             times[shape] / us
             for shape, us in floors[case].items()
-            if layout == "nchw" and shape.numel * DTYPES[dtype].itemsize >= LARGE
+            if layout == "nchw" and is_large(shape, dtype)
         ]
         if not best[case]:
             continue
@@ -126,7 +130,7 @@ def main(device: str, path: str = "") -> None:
         plan(device, shape, (direction, dtype, "nchw"), "auto")["time"]
         for direction, dtype in itertools.product(("forward", "backward"), ("float32", "float16"))
         for shape in SUITES["resnet50"]
-        if shape.numel * DTYPES[dtype].itemsize >= LARGE
+        if is_large(shape, dtype)
     ]
     print_aim("predicted", times)
 

@@ -107,7 +107,7 @@ FLOOR_NAMES = frozenset(FLOORS.values())
 
 
 def is_peer(provider: str) -> bool:
-    """Not a floor, not bnext, and nor a variant of bnext."""
+    """Not a floor, not bnext, nor a variant of bnext."""
     return provider not in FLOOR_NAMES and provider.split("-")[0] != "bnext"
 
 

@@ -307,7 +307,7 @@ def test_forced_families(name: str) -> None:
                 continue
             ran.add(family)
             check(q, device, shape, dtype)
-            # A grid has to be a good deal better, and is not asked where a block has room for all.
+            # A grid has to be a good deal better.
             assert auto.microseconds <= q.microseconds * (1.1 if family == GRID else 1)
     assert ran == {RESIDENT, GRID} | ({CLUSTER} if any(device.active_clusters) else set())
 
@@ -385,8 +385,8 @@ def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
             continue
         late = ctypes.c_double()
         traffic = move * blocks * min(1, threads / 256)
-        plan = (min(at_once, blocks), threads, blocks, traffic, stop, 1, moved, late)
-        time = library().plan_on_chip_time(*plan)
+        places = (min(at_once, blocks), threads, blocks)
+        time = library().plan_on_chip_time(*places, traffic, stop, 1, moved, late)
         simulated = functools.partial(
             simulate, sms, at_once, round(sms * blocks), threads, traffic, stop, reads=2 / moved
         )

@@ -64,9 +64,8 @@ Request make_request(const BackwardProblem& problem);
 // Upper bounds that a caller may lower: tests run small blocks, benchmarks other families.
 struct Limits {
   Family family = Family::kAuto;
-  bool grid = true;  // kAuto may choose it: its launch waits until the device has room for all of it
-  bool late =
-      true;  // half of the first blocks may begin late. The plan is the same without, and what it says of its time
+  bool grid = true;   // kAuto may choose it: its launch waits until the device has room for all of it
+  bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
                       // the sums in float32, and with it their error

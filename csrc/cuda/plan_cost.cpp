@@ -100,7 +100,6 @@ double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places&
 void set_late_half(Plan& plan, int64_t teams) {
   plan.late_from = ceil_div(teams, 2) * plan.num_splits;
   plan.num_late = teams * plan.num_splits - plan.late_from;
-  plan.late_us = 0;
 }
 
 double blocks_time(Plan& plan, const DeviceInfo& device, double stop) {
@@ -137,16 +136,20 @@ double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
   constexpr double kCorner = 6;
   const double all = moving_time(at, traffic), turns = turns_of(at);
   const double together = all + std::ceil(turns) * stop;
+  if (plan.num_late == 0) return together;
   const double half = traffic / 2 / (at.at_once > 1 ? speed(at, 1, at.at_once / 2) : speed(at, 0.5, 1));
   const double reads =
       static_cast<double>(plan.tensors_read * plan.tensor_bytes) / static_cast<double>(plan.bytes_moved);
-  plan.late_us = std::min(stop, half / turns * reads);
+  const double late = std::min(stop, half / turns * reads);
   // In one turn the early half writes while the late one stops.
   const double time =
-      turns == 1 ? std::max(all + std::max(0.0, stop - traffic / 2 * (1 - reads)), plan.late_us + half + stop)
+      turns == 1 ? std::max(all + std::max(0.0, stop - traffic / 2 * (1 - reads)), late + half + stop)
                  : std::pow(std::pow(all, kCorner) + std::pow(half + turns * stop, kCorner), 1 / kCorner) + stop;
   // Too few threads do not get more done for being out of step.
-  if (plan.num_late > 0 && time < together && at.at_once * at.threads >= kBusyThreads) return time;
+  if (time < together && at.at_once * at.threads >= kBusyThreads) {
+    plan.late_us = late;
+    return time;
+  }
   set_late_half(plan, 0);
   return together;
 }

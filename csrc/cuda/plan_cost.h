@@ -20,8 +20,9 @@ struct Places {
 
 // Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop once each to add up. If the plan
 // has blocks that begin late, it is told how late: as long as a stop, or as the others take to read what they read before it,
-// whichever is less; or that there is nothing to be gained, and none should. From then on either memory always has something to do, or a half waits for nothing but its own stops. Where
-// both would take as long they get into each other's way, as in the simulation of tests/simt/overlap.py.
+// whichever is less; or, where nothing is to be gained, that none should. From then on either memory always has something to
+// do, or a half waits for nothing but its own stops. Where both would take as long they get into each other's way, as in the
+// simulation of tests/simt/overlap.py.
 double on_chip_time(Plan& plan, const Places& at, double traffic, double stop);
 
 // What plans are compared by: predicted microseconds, with a handicap for grids.

@@ -48,7 +48,7 @@ class OnChip {
   // The same batches again, the last one first.
   template <typename F>
   __device__ void revisit(F use) const {
-    const int again = batches_ - held_;  // that many have lost theirs
+    const int again = batches_ - held_;  // that many have lost their places
     typename Data::Steps steps(args_, tile_, batches_ * kOnChipBatch - 1), loading = steps;
     if (again > 0) loading = typename Data::Steps(args_, tile_, again * kOnChipBatch - 1);
     int place = (batches_ - 1) % held_;

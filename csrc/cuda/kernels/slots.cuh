@@ -41,8 +41,8 @@ class Slots {
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];
-          load_batch<Cache::kLastUse, kWhole>(
-              pack, one, 1 + t);  // rare: not worth a second copy of it, for L2 to keep what comes again
+          // Rare: not worth a second copy of the loads, for L2 to keep what comes again.
+          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
           store_slot(to, pack[0]);
         }
       }
