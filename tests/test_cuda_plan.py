@@ -84,10 +84,11 @@ class Query(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     lib = simt.compile_library("plan", simt.PLAN_SOURCES)
-    names = ("plan_query_bytes", "plan_unroll", "plan_batches", "plan_knows_family", "plan_divide")
-    for name in names:
-        getattr(lib, name).restype = ctypes.c_int64
-    lib.plan_on_chip_time.restype = ctypes.c_double
+    numbers = ("query_bytes", "unroll", "batches", "busy_threads", "knows_family", "divide")
+    for name in numbers:
+        getattr(lib, f"plan_{name}").restype = ctypes.c_int64
+    for name in ("busy_share", "on_chip_time"):
+        getattr(lib, f"plan_{name}").restype = ctypes.c_double
     lib.plan_on_chip_time.argtypes = (
         *[ctypes.c_double] * 5,
         *[ctypes.c_int64] * 2,
@@ -378,25 +379,25 @@ def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
     """The model is near a simulation, in which it is worth some time that half of the blocks are
     late. Of blocks with few threads on an SM none are."""
     sms, off, gained = 24, [], []
+    busy = library().plan_busy_share(), library().plan_busy_threads()
     for blocks, move, stop, moved in itertools.product(
         (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25), (3, 6, 12), (1.5, 3, 4.5), (3, 4)
     ):
         if blocks <= at_once - 1:  # so many are never side by side
             continue
         late = ctypes.c_double()
-        traffic = move * blocks * min(1, threads / 256)
+        traffic = move * blocks * min(1, threads / busy[1])
         places = (min(at_once, blocks), threads, blocks)
         time = library().plan_on_chip_time(*places, traffic, stop, 1, moved, late)
-        simulated = functools.partial(
-            simulate, sms, at_once, round(sms * blocks), threads, traffic, stop, reads=2 / moved
-        )
+        run = (sms, at_once, round(sms * blocks), threads, traffic, stop)
+        simulated = functools.partial(simulate, *run, reads=2 / moved, busy=busy)
         found, together = simulated(late=late.value), simulated(late=0.0)
         text = f"{blocks} blocks of {move} and {stop} us: {found}, by the model {time}"
         assert 0.75 < time / found < 1.3, text
         assert found < 1.08 * together, f"{text}; {together} where all begin together"
         off.append(abs(time / found - 1))
         gained.append(1 - found / together)
-    if threads * at_once < 256:
+    if threads * at_once < busy[1]:
         assert not any(gained)
     else:
         assert statistics.mean(off) < 0.1

@@ -14,7 +14,6 @@ constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
 // code was made shorter; these are guesses.
 constexpr double kReductionUs = 1.5;
 constexpr double kRowsReductionUs = 2.5;
-constexpr double kBusyShare = 0.6;  // of the SMs: as many as it takes to keep memory busy
 constexpr double kL2Time = 0.6;     // of a byte from L2, with a byte from memory as 1
 constexpr double kL2Share = 0.5;    // of L2 that still holds what was read a while ago
 
@@ -27,7 +26,6 @@ constexpr double kGridHandicap = 1.1;  // its launch waits for what other stream
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
-constexpr double kBusyThreads = 256;  // of an SM: with fewer, memory waits for threads all the time
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.

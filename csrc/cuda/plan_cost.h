@@ -6,6 +6,10 @@
 
 namespace bnext::cuda {
 
+// What keeps memory busy: that share of the SMs, and so many threads on each. With fewer it waits for them all the time.
+constexpr double kBusyShare = 0.6;
+constexpr int kBusyThreads = 256;
+
 // Of these clusters, how many run at once; 0 for one block, which is none.
 int active_clusters(const DeviceInfo& device, int cluster);
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-# Of the SMs, as many as it takes to keep memory busy, and threads on each: as in plan_cost.cpp.
-BUSY_SHARE, BUSY_THREADS = 0.6, 256
 JITTER = 0.1  # of a stop
 
 
@@ -20,14 +18,16 @@ def simulate(
     stop: float,
     late: float,
     reads: float,
+    busy: tuple[float, int],
 ) -> float:
     """Microseconds that all blocks take, of so many threads, if per_sm of them fit on each SM.
 
     traffic: microseconds of memory's full speed that all move together, the share `reads` of it
     before the stop. Of those that run at first, the second half begins `late` microseconds after
-    the first.
+    the first. busy: the share of the SMs, and the threads on each, that keep memory busy.
     """
     generator = random.Random(0)
+    busy_share, busy_threads = busy
     slots = min(sms * per_sm, blocks)
     left, move = blocks, traffic / blocks
 
@@ -48,7 +48,7 @@ def simulate(
         for slot, (moves, _) in todo.items():
             moving[slot % sms] += moves
         # What each SM can ask for, and what it gets of it.
-        wanted = [min(1, n * threads / BUSY_THREADS) / (BUSY_SHARE * sms) for n in moving]
+        wanted = [min(1, n * threads / busy_threads) / (busy_share * sms) for n in moving]
         share = 1 / max(1, sum(wanted))
         speed = {
             slot: share * wanted[slot % sms] / moving[slot % sms] if moves else 1.0

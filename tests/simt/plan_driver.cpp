@@ -145,6 +145,9 @@ double plan_on_chip_time(double at_once, double threads, double blocks, double t
   return time;
 }
 
+double plan_busy_share() { return kBusyShare; }
+int64_t plan_busy_threads() { return kBusyThreads; }
+
 int64_t plan_divide(int64_t n, int64_t divisor) { return make_divider(divisor).divide(static_cast<uint32_t>(n)); }
 
 int64_t plan_knows_family(const char* name) {
