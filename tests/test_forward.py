@@ -176,6 +176,22 @@ def test_nan_stays_in_its_channel(mode: str, layout: str, poison: float, device:
         assert got[:, 4].isnan().all()
 
 
+@pytest.mark.parametrize("infinity", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("layout", cases.SOME_LAYOUTS)
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+def test_infinity_in_evaluation(dtypes: str, layout: str, infinity: float, device: str) -> None:
+    """Output and dx are infinite where PyTorch's are, with the same sign, whatever the scale."""
+    case = cases.make_case((2, 200, 3, 5), dtypes, mode="eval", device=device)
+    arguments = case.arguments
+    sign = case.weight.sign().to(case.input.dtype).view(1, -1, 1, 1)
+    infinite = cases.LAYOUTS[layout](torch.full_like(case.input, infinity))
+    got, want = (f(infinite, **arguments) for f in (bnext.batchnorm2d, F.batch_norm))
+    assert torch.equal(got, infinite * sign) and torch.equal(got, want)
+    x = cases.LAYOUTS[layout](case.input).requires_grad_()
+    (dx,) = torch.autograd.grad(bnext.batchnorm2d(x, **arguments), x, infinite)
+    assert torch.equal(dx, infinite * sign)
+
+
 EMPTY_SHAPES = (
     (0, 4, 3, 3),
     (2, 4, 0, 3),

@@ -66,7 +66,8 @@ void set_pivot(void* pivots, int64_t slot, double pivot) {
 
 // (x - mean) * scale + shift in what T's elementwise loops compute in. What rounding takes from the mean goes into the
 // shift. For float32 results, what it takes from the scale is kept as well, and a result is little more than one rounding
-// away; without it, single results were 1.7 times as far off as PyTorch's.
+// away; without it, single results were 1.7 times as far off as PyTorch's. Both parts of the scale have its sign, and neither
+// is 0 alone: where x is infinite, so is the result, with one sign.
 template <typename T>
 struct AffineVector {
   Value<T> mean, scale, scale_low, shift;
@@ -80,9 +81,15 @@ struct AffineVector {
 template <typename T>
 void set_coefficients(void* arrays, int64_t width, int64_t slot, const Coefficients& c) {
   Scalar<T>* to = static_cast<Scalar<T>*>(arrays) + slot;
-  const auto mean = to_scalar<Scalar<T>>(c.mean), scale = to_scalar<Scalar<T>>(c.scale);
+  const auto mean = to_scalar<Scalar<T>>(c.mean);
+  auto scale = to_scalar<Scalar<T>>(c.scale);
   const double lost_mean = std::isfinite(c.mean) ? static_cast<double>(mean) - c.mean : 0;
-  const double lost_scale = std::isfinite(c.scale) ? c.scale - static_cast<double>(scale) : 0;
+  double lost_scale = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    if (std::abs(static_cast<double>(scale)) > std::abs(c.scale)) scale = std::nextafter(scale, 0.0f);
+    const double lost = c.scale - static_cast<double>(scale);
+    lost_scale = lost != 0 && std::isfinite(lost) ? lost : 0x1p-60 * c.scale;
+  }
   to[0] = mean;
   to[width] = scale;
   to[2 * width] = to_scalar<Scalar<T>>(lost_scale);
