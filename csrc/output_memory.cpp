@@ -38,7 +38,8 @@ struct Block {
 };
 
 size_t cache_limit() {
-  if (const char* text = std::getenv("BNEXT_CPU_CACHE_MB")) {
+  const char* text = std::getenv("BNEXT_CPU_CACHE_MB");
+  if (text != nullptr && *text != '\0') {
     char* end = nullptr;
     const long megabytes = std::strtol(text, &end, 10);
     TORCH_CHECK(end != text && *end == '\0' && megabytes >= 0,
@@ -47,6 +48,13 @@ size_t cache_limit() {
   }
   const size_t memory = static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return std::min(memory / 16, size_t{1} << 30);
+}
+
+// Such that blocks fit other outputs of about that size, at the price of an eighth of their memory at most.
+size_t round_up(size_t bytes) {
+  size_t step = kHugePage;
+  while (step > bytes / 8) step /= 2;
+  return (bytes + step - 1) / step * step;
 }
 
 // Only advice: where it is refused, pages are small.
@@ -74,7 +82,7 @@ class Cache {
  public:
   // Null where the system has no memory left.
   void* take(size_t bytes) {
-    const size_t rounded = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t rounded = round_up(bytes);
     Block block = take_kept(rounded);
     if (block.data == nullptr) block = Block{map(rounded), rounded};
     if (block.data == nullptr) {

@@ -48,6 +48,15 @@ def in_process(program: str, **environment: str) -> None:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("width", [92, 100, 150, 181, 300])
+def test_sizes_are_rounded_up_by_an_eighth(width: int) -> None:
+    """At most; blocks of such sizes fit outputs of about that size."""
+    x = torch.ones(1, 64, width, width)
+    y = normalized(x)
+    del y
+    assert x.nbytes <= _C.cached_output_bytes() <= 1.125 * x.nbytes
+
+
 def test_a_freed_output_leaves_its_memory_to_the_next() -> None:
     x = large()
     y = normalized(x)
