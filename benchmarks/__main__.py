@@ -125,8 +125,9 @@ def measure(arguments: argparse.Namespace, providers: Sequence[Any] | None = Non
     say, advance, close = lines_above_a_bar(len(cases))
     say(report.describe(environment))
     busy = results.other_work()
-    if busy and a.device == "cpu":
-        say(f"Other programs keep {busy:.1f} processors busy: what follows is not worth keeping.")
+    if busy:
+        what = "what follows is" if a.device == "cpu" else "calls that wait for the host are"
+        say(f"Other programs keep {busy:.1f} processors busy: {what} not worth keeping.")
     # Who can run nothing here has no column, but rows, and a reason below the table.
     able = [p.name for p in providers if not all(p.why_not(case) for case in cases)]
     table = report.Table(able, say)
@@ -184,6 +185,10 @@ def summarize(argv: Sequence[str]) -> int:
         show([Step(**row) for row in rows])
     else:
         print(report.summary(rows))
+        if environment.get("device") == "cuda":
+            from benchmarks.gpu_summary import headline
+
+            print(f"\n{headline(rows)}")
     return 0
 
 

@@ -86,14 +86,17 @@ def test_section(path: Path) -> str:
 Cases = dict[tuple[Any, ...], dict[str, dict[str, Any]]]
 
 
-def grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], Cases]:
-    """Rows that were timed cold, by (direction, layout, dtype), case and provider."""
-    found: dict[tuple[str, str, str], Cases] = defaultdict(dict)
+GROUP = ("direction", "layout", "dtype", "cache")
+
+
+def grouped(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], Cases]:
+    """Rows with a time, by GROUP, case and provider."""
+    found: dict[tuple[str, ...], Cases] = defaultdict(dict)
     for row in rows:
         if row.get("ms") is None:
             continue
-        case = tuple(row[k] for k in ("suite", "N", "C", "H", "W", "cache", "level"))
-        group = (row["direction"], row["layout"], row["dtype"])
+        case = tuple(row[k] for k in ("suite", "N", "C", "H", "W", "level"))
+        group = tuple(row[k] for k in GROUP)
         found[group].setdefault(case, {})[row["provider"]] = row
     return found
 
@@ -133,8 +136,8 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
         )
     if not lines:
         return "no case was timed with a peer"
-    head = ("direction", "layout", "dtype", "cases", "best peer ÷ bnext", "worst", "of the floor")
-    return table((*head[:6], "floor: mean / least"), lines)
+    head = ("cases", "best peer ÷ bnext", "worst", "share of the floor: mean / least")
+    return table((*GROUP, *head), lines)
 
 
 def not_timed(rows: Iterable[dict[str, Any]]) -> str:
@@ -196,8 +199,8 @@ def variants(rows: Sequence[dict[str, Any]]) -> str:
             lines.append((*group, variant, len(times), mean, f"{times[best]:.2f} ({shape})"))
     if not lines:
         return ""
-    head = ("direction", "layout", "dtype", "variant", "cases", "its time ÷ the choice's", "least")
-    return table(head, lines)
+    head = ("variant", "cases", "its time ÷ the choice's", "least")
+    return table((*GROUP, *head), lines)
 
 
 def over_floor(rows: Iterable[dict[str, Any]]) -> str:

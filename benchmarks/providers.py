@@ -61,7 +61,10 @@ class Provider:
 
     name = ""
     has_ops = False  # raw operators below autograd
-    rounds_often = False  # computes op by op in the tensors' own dtype
+
+    def rounds_often(self, case: Case) -> bool:
+        """Whether it computes op by op in the tensors' own dtype."""
+        return False
 
     def why_not(self, case: Case) -> str | None:
         """The reason why this provider cannot run the case, if there is one."""
@@ -141,6 +144,10 @@ class Bnext(Provider):
         )
 
     def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
+        if not training:
+            return torch.ops.bnext.batchnorm2d_eval(
+                t.x, t.running_mean, t.running_var, t.weight, t.bias, EPS
+            )
         return torch.ops.bnext.batchnorm2d_forward(
             t.x, t.running_mean, t.running_var, None, t.weight, t.bias, training, MOMENTUM, EPS
         )
@@ -151,6 +158,11 @@ class Bnext(Provider):
 
     def derivative(self, t: Tensors) -> tuple[Tensor, ...]:
         return bnext.batchnorm2d_backward(t.dy, t.x, t.weight, training=True, eps=EPS)
+
+
+def set_environment(variable: str, value: str) -> None:
+    os.environ[variable] = value
+    _C.read_environment()
 
 
 class Variant(Bnext):
@@ -170,11 +182,11 @@ class Variant(Bnext):
 
         def varied() -> Any:
             before = os.environ.get(self.variable, "")
-            os.environ[self.variable] = self.value
+            set_environment(self.variable, self.value)
             try:
                 return call()
             finally:
-                os.environ[self.variable] = before
+                set_environment(self.variable, before)
 
         return varied
 
@@ -184,6 +196,13 @@ class Native(Provider):
 
     name = "native"
     has_ops = True
+
+    def rounds_often(self, case: Case) -> bool:
+        """Its CUDA kernels for planes round every product and every partial sum of the derivative
+        to the tensors' dtype (aten/src/ATen/native/cuda/Normalization.cuh, Float2)."""
+        planes_of_halves = case.layout == "nchw" and case.dtype in ("bfloat16", "float16")
+        derives = case.direction not in ("forward", "inference")
+        return case.device == "cuda" and planes_of_halves and derives
 
     def apply(self, t: Tensors, training: bool) -> Tensor:
         if t.x.is_cuda:  # where F.batch_norm would take cuDNN
@@ -261,7 +280,9 @@ def formula(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 
 class Formula(Provider):
     name = "formula"
-    rounds_often = True
+
+    def rounds_often(self, case: Case) -> bool:
+        return True
 
     def why_not(self, case: Case) -> str | None:
         if case.direction != "derivative":
@@ -276,8 +297,10 @@ class Inductor(Provider):
     """torch.compile of F.batch_norm, and of the formula; one compilation for each shape."""
 
     name = "inductor"
-    # A compiled formula keeps the roundings of what it fuses, or not: both are right.
-    rounds_often = True
+
+    def rounds_often(self, case: Case) -> bool:
+        """A compiled formula keeps the roundings of what it fuses, or not: both are right."""
+        return True
 
     def __init__(self) -> None:
         self.reset()

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from bnext.__main__ import parse_shape as parse_sizes
+
 DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -146,11 +148,8 @@ class Case:
 
 
 def parse_shape(text: str) -> Shape:
-    """``"32,64,56,56"`` as a Shape; a ValueError says what is wrong."""
-    sizes = [int(size) for size in text.split(",")]
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise ValueError(f"should be N,C,H,W, such as 32,64,56,56, not {text!r}")
-    return Shape(*sizes)
+    """``"32,64,56,56"`` as a Shape."""
+    return Shape(*parse_sizes(text))
 
 
 def make_cases(

@@ -1,6 +1,7 @@
 """``python -m bnext``: what was built, what it runs on, and which kernels a shape gets."""
 
 import argparse
+import math
 
 import torch
 
@@ -13,6 +14,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+MOST_ELEMENTS = (2**63 - 1) // 8  # torch counts bytes in int64
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -24,6 +26,8 @@ def parse_shape(text: str) -> tuple[int, ...]:
         shape = ()
     if len(shape) != 4 or min(shape) < 1:
         raise argparse.ArgumentTypeError(f"should be N,C,H,W, such as 32,64,56,56, not {text!r}")
+    if math.prod(shape) > MOST_ELEMENTS:
+        raise argparse.ArgumentTypeError(f"{text} has more elements than a tensor can have")
     return shape
 
 

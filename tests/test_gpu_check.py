@@ -210,13 +210,17 @@ def test_headline() -> None:
     ]
     (line,) = gpu_summary.headline(rows).splitlines()[2:]
     # Geometric mean of 2.0 and 0.5.
-    assert line.startswith("| backward | nchw | float32 | 2 | **1.00** |")
+    assert line.startswith("| backward | nchw | float32 | cold | 2 | **1.00** |")
     assert "0.50 (resnet50 32×64×7×7, native)" in line
     assert "80 % / 80 %" in line
     assert "bnext, 1 cases: needs 900 GiB" in gpu_summary.not_timed(rows).splitlines()[0]
     kernels = gpu_summary.peer_kernels(rows)
     assert "| cudnn | backward | nchw | float32 | `cudnn_k` | 2 |" in kernels
     assert "add_k" not in kernels
+    # What was timed warm is another table's row: calls of tiny tensors wait for the host.
+    rows += [{**r, "cache": "warm"} for r in rows[:2]]
+    assert "| float32 | warm | 1 | **4.00** |" in gpu_summary.headline(rows)
+    assert line in gpu_summary.headline(rows)
     assert gpu_summary.headline([]) == "no case was timed with a peer"
 
 
@@ -228,7 +232,7 @@ def test_variants() -> None:
     ]
     assert "| 1 | **2.00** |" in gpu_summary.headline(rows)
     lines = gpu_summary.variants(rows).splitlines()[2:]
-    assert [line.split(" | ")[3:] for line in lines] == [
+    assert [line.split(" | ")[4:] for line in lines] == [
         ["streaming", "2", "0.80", "0.40 (32×64×7×7) |"],
         ["together", "1", "0.90", "0.90 (32×64×56×56) |"],
     ]
@@ -328,7 +332,7 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "`test_gpu::test_b`: assert 1 == 2\n" in text
     assert "1 skipped: one CUDA device here" in text
     assert "cpu-tests.xml\n\nnot readable" in text
-    assert "| backward | nchw | float32 | 2 | **2.00** |" in text
+    assert "| backward | nchw | float32 | cold | 2 | **2.00** |" in text
     assert "| backward | nchw | float32 | " in text.split("## Families")[1]
     assert "copy from memory, GB/s by the size of one tensor: 0.25 MiB" in text
 
