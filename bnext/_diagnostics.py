@@ -10,7 +10,7 @@ from bnext._extension import _C
 
 def explain(
     input: Tensor,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     *,
     family: str | None = None,
     direction: str = "both",
@@ -24,9 +24,10 @@ def explain(
 
     Args:
         input: (N, C, H, W).
-        device: the device to plan for. None is the one that ``input`` is on; ``"current"`` the
-            current CUDA device; ``"cuda:1"`` another one; a name such as ``"h200"`` or ``"t4"``
-            a kind of device that need not be here (``python -m bnext --help`` lists them).
+        device: the device to plan for, or its name. None is the one that ``input`` is on;
+            ``"current"`` the current CUDA device; ``"cuda:1"`` another one; a name such as
+            ``"h200"`` or ``"t4"`` a kind of device that need not be here (``python -m bnext
+            --help`` lists them).
         family: plan with this family of kernels, or with each of them (``"all"``), and say why
             where one cannot run. Only passes that read their tensors twice have a choice; the
             others are streamed. None is what a call would take: the best one, or what the
@@ -36,34 +37,38 @@ def explain(
         training: in training or in evaluation mode.
 
     Raises:
+        TypeError: ``input`` is not a tensor.
         ValueError: ``device`` or ``direction`` is not known; ``input`` is not 4-D.
         RuntimeError: no ``family`` of that name; a CUDA device, in a build without CUDA kernels.
     """
     if direction not in ("forward", "backward", "both"):
         raise ValueError(f"direction should be forward, backward or both, not {direction!r}")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"explain(): argument 'input' must be Tensor, not {type(input).__name__}")
     shape = ", ".join(map(str, input.shape))
     dtype = str(input.dtype).removeprefix("torch.")
     tensor = f"({shape}) {dtype}, strides {tuple(input.stride())}"
-    if device is None:
-        device = str(input.device)
-    elif device == "current":
+    device = str(input.device if device is None else device)
+    if device == "current":
         device = "cuda"
-    if device == "cpu":
+    if device.partition(":")[0] == "cpu":
         if family is not None:
             raise ValueError("family is a choice of CUDA kernels: name a CUDA device, too")
         return f"{tensor}, on cpu: {_C.explain_cpu(input)}"
     families = _C.cuda_families() if family == "all" else [family or ""]
     plans = [plan for name in families for plan in _C.cuda_plans(input, device, name, training)]
+    taken = {plan["text"] for plan in _C.cuda_plans(input, device, "", training)}
     plans = list({(plan["pass"], plan["text"]): plan for plan in plans}.values())  # each once
     lines = [f"{tensor}, on {device}:"]
     directions = ("forward", "backward") if direction == "both" else (direction,)
     for plan in (plan for name in directions for plan in plans if plan["pass"] == name):
-        lines.append(f"  {plan['text']}")
+        chosen = family == "all" and plan["text"] in taken
+        lines.append(f"  {plan['text']}{' (chosen)' if chosen else ''}")
         if not plan["error"]:
             moved, least = plan["bytes_moved"], plan["bytes_min"]
             lines.append(
                 f"    {moved / 1e6:.4g} MB where {least / 1e6:.4g} MB must be moved: "
-                f"{moved / max(least, 1):.2f} times the floor"
+                f"{moved / max(least, 1):.2f} times as much"
             )
     return "\n".join([*lines, f"  {_what_runs_here()}"])
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch._prims_common import suggest_memory_format
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext import _vmap
 from bnext._extension import _C
+from bnext._layout import format_of
 from bnext.autograd import differentiable, transforms_active
 
 _is_tracing = torch._C._is_tracing  # by torch.jit.trace
@@ -60,11 +60,18 @@ def batchnorm2d(
     if is_compiling() or _is_tracing():
         operators = torch.ops.bnext
         call = operators.batchnorm2d_with_stats if return_stats else operators.batchnorm2d
-        return call(*arguments[:-1])
+        return call(*arguments[:7], _number(momentum), _number(eps), skip_nonfinite)
     if is_grad_enabled() or transforms_active():
         return differentiable(*arguments)
     output, _, _, mean, var = _C.batchnorm2d_forward(*arguments)
     return (output, mean, var) if return_stats else output
+
+
+def _number(value: Any) -> Any:
+    """For a compiler, to which a number that is not Python's, such as NumPy's, is a tensor."""
+    if isinstance(value, (float, int)) or not hasattr(value, "__float__"):
+        return value
+    return float(value)
 
 
 def batchnorm2d_backward(
@@ -89,7 +96,7 @@ def batchnorm2d_backward(
     return (out, *rest)
 
 
-# These two are the Functions; traced, they break down into batchnorm2d_forward and _backward. Both
+# These two are the Functions; traced, they break down into _forward or _eval, and _backward. Both
 # where a compiler meets them and, before torch.func takes any call apart, under its transforms.
 _library = torch.library.Library("bnext", "IMPL")
 for _key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
@@ -110,7 +117,7 @@ _register_vmap("batchnorm2d_statistics")
 
 
 def _like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=suggest_memory_format(input))
+    return torch.empty_like(input, memory_format=format_of(input))
 
 
 def _per_channel(input: Tensor, wide: bool) -> Tensor:
@@ -145,6 +152,18 @@ def _forward(
 def _(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     mean, var = (_per_channel(input, wide=False) for _ in range(2))
     return *_forward(input, *arguments), mean, var
+
+
+@torch.library.register_fake("bnext::batchnorm2d_eval")
+def _(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    return _forward(input, running_mean, running_var, None, weight, bias, False, 0.0, eps)
 
 
 @torch.library.register_fake("bnext::batchnorm2d_statistics")

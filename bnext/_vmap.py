@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnext._checks import check_constants, check_each_written
 from bnext._extension import _C
 
 
@@ -47,6 +48,9 @@ def _check_updates(
             "will be updated in place, were not batched. Give every one of the batch its own "
             "(torch.func.stack_module_state), or track none (track_running_stats=False)."
         )
+    for name in batched if training else ():
+        t, dim = statistics[name]
+        check_each_written(name, t, dim or 0)
 
 
 def forward(
@@ -58,20 +62,21 @@ def forward(
     check: Any = _C.check_forward
     first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
     check(*first, training, momentum, eps)
+    check_constants(running_mean, running_var)
     x_dim, mean_dim, var_dim, tracked_dim, weight_dim, bias_dim = in_dims[:6]
     _check_updates(
         training,
         {"running_mean": (running_mean, mean_dim), "running_var": (running_var, var_dim)},
         x_dim,
     )
+    count = None
     if training and tracked_dim is not None:
         if momentum is None:
             raise RuntimeError(
                 "momentum=None takes its factor from num_batches_tracked, which is batched here: "
                 "the cumulative average does not work under vmap"
             )
-        tracked.add_(1)
-        tracked = None
+        count, tracked = tracked, None
 
     if x_dim is None and mean_dim is None and var_dim is None:
         # One standardization for all of the batch; only the affine step differs.
@@ -97,6 +102,8 @@ def forward(
         # Where folding had to copy, what was updated is the copy.
         for t, dim, new in zip(arguments[1:3], in_dims[1:3], folded[1:], strict=True):
             t.movedim(dim, 0).copy_(new.unflatten(0, (batch, -1)))
+    if count is not None:
+        count.add_(1)
     unfolded = [_unfold(t, batch) for t in outputs]
     return tuple(t for t, _ in unfolded), tuple(dim for _, dim in unfolded)
 

@@ -4,19 +4,21 @@ Names are the equation's: dy, x, weight (gamma), mean, invstd, and xhat = (x - m
 Functions written for torch.func cost twice as much to call, so eager calls have one of their own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
 from bnext import _vmap
+from bnext._checks import check_constants, check_saved, refuse_derivative
 from bnext._extension import _C
+from bnext._layout import format_of
 from bnext._second_order import average, double_backward, per_channel, standardize
 
 _functorch_active = torch._C._are_functorch_transforms_active
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def transforms_active() -> bool:
@@ -40,6 +42,7 @@ def differentiable(
     """Batch norm as one node of the graph: output, or (output, mean, var)."""
     options = (training, momentum, eps, skip_nonfinite, return_stats)
     if transforms_active():
+        check_constants(running_mean, running_var)
         output, _, _, mean, var = BatchNorm2dTransformableFunction.apply(
             input, running_mean, running_var, num_batches_tracked, weight, bias, options
         )
@@ -47,20 +50,16 @@ def differentiable(
     # What a transform has leaked to its outside. Function.apply would look at every argument.
     if isinstance(input, Tensor):
         input = _unwrap_if_dead(input)
+        if training and input.is_inference():
+            check_saved(input, weight, bias)
     if isinstance(weight, Tensor):
         weight = _unwrap_if_dead(weight)
+        if training and weight.is_inference():
+            check_saved(input, weight, bias)
     if isinstance(bias, Tensor):
         bias = _unwrap_if_dead(bias)
     return _apply_eagerly(
         input, running_mean, running_var, num_batches_tracked, weight, bias, options
-    )
-
-
-def _refuse_running_statistics(needs_grad: Sequence[bool]) -> None:
-    name = "running_mean" if needs_grad[1] else "running_var"
-    raise RuntimeError(
-        f"batchnorm2d is not differentiable with respect to argument '{name}'. "
-        "This input cannot have requires_grad True."
     )
 
 
@@ -73,7 +72,9 @@ def _input_gradients(
     if dy is None:  # only mean and var were used
         dy = torch.zeros_like(x)
     if x is None:  # not read, but for its shape and strides
-        x = dy = dy.contiguous(memory_format=ctx.memory_format)
+        if not _is_batched(dy):  # by is_grads_batched, which knows no memory formats
+            dy = dy.contiguous(memory_format=ctx.memory_format)
+        x = dy
     training, _, eps, _, _ = ctx.options
     mask = (needs_grad[0], needs_grad[4], needs_grad[5])
     dx, dweight, dbias = derivative(
@@ -103,7 +104,7 @@ class BatchNorm2dFunction(Function):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad
         if needs_grad[1] or needs_grad[2]:
-            _refuse_running_statistics(needs_grad)
+            check_constants(running_mean, running_var)
         output, save_mean, save_invstd, mean, var = _C.batchnorm2d_forward(
             input, running_mean, running_var, num_batches_tracked, weight, bias, *options
         )
@@ -111,7 +112,7 @@ class BatchNorm2dFunction(Function):
         x: Tensor | None = input
         if not training and not needs_grad[4]:  # dx = weight * invstd * dy
             x = None
-            ctx.memory_format = suggest_memory_format(input)
+            ctx.memory_format = format_of(input)
         ctx.save_for_backward(x, weight, save_mean, save_invstd)
         ctx.options = options
         if not return_stats:
@@ -160,8 +161,6 @@ class BatchNorm2dTransformableFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, _, _, _, weight, _, options = inputs
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            _refuse_running_statistics(ctx.needs_input_grad)
         training, return_stats = options[0], options[4]
         ctx.mark_non_differentiable(*output[1 : 3 if training and return_stats else 5])
         ctx.save_for_backward(x, weight, *output[1:3])
@@ -194,7 +193,7 @@ class BatchNorm2dTransformableFunction(Function):
         x_t, mean_t, var_t, _, weight_t, bias_t = tangents[:6]
         training, _, eps, _, _ = ctx.options
         if not training and (mean_t is not None or var_t is not None):
-            _refuse_running_statistics((False, mean_t is not None))
+            refuse_derivative("running_mean" if mean_t is not None else "running_var")
         dtype = mean.dtype
         xmu, r = standardize(x, mean, invstd, training, eps)
         terms = []

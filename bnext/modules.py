@@ -44,8 +44,21 @@ class BatchNorm2d(nn.BatchNorm2d):
     __constants__ = [*nn.BatchNorm2d.__constants__, "skip_nonfinite"]  # noqa: RUF012
     skip_nonfinite: bool = False
 
-    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        skip_nonfinite: bool = False,
+        **newer: Any,  # what this torch's layer takes besides, such as bias
+    ) -> None:
+        options = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, *options, **newer)
         self.skip_nonfinite = skip_nonfinite
 
     def extra_repr(self) -> str:
@@ -71,7 +84,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             num_batches_tracked,
             self.weight,
             self.bias,
-            training or (running_mean is None and running_var is None),
+            True if training else running_mean is None and running_var is None,
             momentum,
             self.eps,
             self.skip_nonfinite,
@@ -91,8 +104,20 @@ class LazyBatchNorm2d(nn.LazyBatchNorm2d, BatchNorm2d):
     __module__ = _LayerOfTorch(__module__)
     cls_to_become = BatchNorm2d
 
-    def __init__(self, *args: Any, skip_nonfinite: bool = False, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        skip_nonfinite: bool = False,
+        **newer: Any,  # what this torch's layer takes besides, such as bias
+    ) -> None:
+        options = (eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(*options, **newer)
         self.skip_nonfinite = skip_nonfinite
 
 

@@ -22,12 +22,12 @@
 #include "output_memory.h"
 
 namespace bnext {
-namespace {
 
-// dL/dmean and dL/dvar, and dL/dweight and dL/dbias without a weight.
 at::ScalarType gradient_type(const at::Tensor& input) {
   return input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
+
+namespace {
 
 // The saved mean and invstd: what kernels compute in. float64 for every dtype on a CPU, where a float32 mean would lose
 // what the kernels won: at mean / std of 10^4 it is wrong by 10^-4 std.
@@ -93,8 +93,14 @@ at::Tensor empty_statistic(const at::Tensor& input) {
   return at::empty({input.size(1)}, input.options().dtype(saved_type(input)));
 }
 
+// What torch suggests; channels_last also where dimensions of size 1 have other strides than torch would give them.
+at::MemoryFormat format_of(const at::Tensor& t) {
+  if (!t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast)) return at::MemoryFormat::ChannelsLast;
+  return t.suggest_memory_format();
+}
+
 at::Tensor empty_activation(const at::Tensor& input) {
-  const at::MemoryFormat format = input.suggest_memory_format();
+  const at::MemoryFormat format = format_of(input);
   if (!input.is_cpu() || static_cast<int64_t>(input.nbytes()) < kLargeOutputBytes) {
     return at::empty_like(input, format);
   }
@@ -114,7 +120,7 @@ at::Tensor match_walk(const at::Tensor& grad_output, const at::Tensor& input, co
   const bool broadcast = together.walk == Walk::kPlanes && dy.stride[kReduceDims - 1] == 0;
   const Geometry alone = make_geometry(sizes_of(input), dtype_of(input), {x_layout, out_layout}, {&x, &out});
   if (broadcast || !alone.unit_stride) return grad_output;
-  return grad_output.contiguous(input.suggest_memory_format());
+  return grad_output.contiguous(format_of(input));
 }
 
 void check_device(const at::Tensor& input) {
@@ -231,6 +237,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
       run_forward(input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum, eps,
                   skip_nonfinite, false);
   return {output, save_mean, save_invstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_eval(const at::Tensor& input,
+                                                                const OptionalTensor& running_mean,
+                                                                const OptionalTensor& running_var,
+                                                                const OptionalTensor& weight,
+                                                                const OptionalTensor& bias, double eps) {
+  return batchnorm2d_forward(input, running_mean, running_var, std::nullopt, weight, bias, false, 0.0, eps, false);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward_with_stats(
@@ -362,7 +376,7 @@ std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& d
   if (!family.empty()) limits.family = cuda::family_named(family, "family");
 
   // Nothing is read or written: of the addresses only the alignment counts, and outputs are aligned.
-  const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), input.suggest_memory_format());
+  const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), format_of(input));
   TensorLayout x = read_layout(input), y = read_layout(output);
   constexpr uintptr_t kAligned = 256;
   x.data = reinterpret_cast<void*>(kAligned + reinterpret_cast<uintptr_t>(x.data) % kAligned);

@@ -33,6 +33,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,
     std::optional<double> momentum, double eps, bool skip_nonfinite);
 
+// batchnorm2d_forward in evaluation mode. An operator of its own, because the others say that they write to the running
+// statistics: compilers would have it that they do.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_eval(const at::Tensor& input,
+                                                                const OptionalTensor& running_mean,
+                                                                const OptionalTensor& running_var,
+                                                                const OptionalTensor& weight,
+                                                                const OptionalTensor& bias, double eps);
+
+// The dtype of statistics and of their derivatives.
+at::ScalarType gradient_type(const at::Tensor& input);
+
 // Returns (mean, invstd) of the batch (training) or of the running statistics.
 std::tuple<at::Tensor, at::Tensor> batchnorm2d_statistics(const at::Tensor& input, const OptionalTensor& running_mean,
                                                           const OptionalTensor& running_var, bool training, double eps);

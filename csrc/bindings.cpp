@@ -3,6 +3,7 @@
 // tensors, tracing modes and profilers see every call, and eager calls skip what parsing a schema in Python costs.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/_to_copy.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -45,6 +46,12 @@ class Arguments {
     return false;
   }
 
+  // Of a view that negates its memory the dispatcher would hand on a copy, and then miss it among the results.
+  void writable(const OptionalTensor& t, const char* name) const {
+    TORCH_CHECK(!given(t) || !t->is_neg(), function, "(): argument '", name,
+                "' is written to, and must not be a view that negates its memory");
+  }
+
  private:
   const char* function;
 
@@ -67,6 +74,7 @@ py::tuple to_python(std::initializer_list<at::Tensor> tensors) {
   size_t i = 0;
   for (const at::Tensor& t : tensors) {
     PyObject* wrapped = t.defined() ? THPVariable_Wrap(t) : Py_NewRef(Py_None);
+    if (wrapped == nullptr) throw python_error();
     PyTuple_SET_ITEM(result.ptr(), i++, wrapped);
   }
   return result;
@@ -99,11 +107,26 @@ py::tuple py_forward(py::handle input, py::handle running_mean, py::handle runni
   const bool cumulative = momentum.is_none() && tracked.has_value();
   const auto factor = cumulative ? std::optional<double>() : as.number(momentum, "momentum");
   const double epsilon = as.number(eps, "eps");
+  if (train) {
+    as.writable(mean, "running_mean");
+    as.writable(var, "running_var");
+    as.writable(tracked, "num_batches_tracked");
+  }
   const bool skip = as.boolean(skip_nonfinite, "skip_nonfinite");
+  const bool stats = as.boolean(return_stats, "return_stats");
+  if (!train) {
+    static const auto op = find_operator<decltype(batchnorm2d_eval)>("bnext::batchnorm2d_eval");
+    auto [output, save_mean, save_invstd] = call_operator([&] { return op.call(x, mean, var, gamma, beta, epsilon); });
+    if (!stats) return to_python({output, save_mean, save_invstd, {}, {}});
+    auto copy = [&](const OptionalTensor& t) {
+      return call_operator([&] { return at::_to_copy(*t, t->options().dtype(gradient_type(x))); });
+    };
+    return to_python({output, save_mean, save_invstd, copy(mean), copy(var)});
+  }
   auto call = [&](const auto& op) {
     return call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon, skip); });
   };
-  if (as.boolean(return_stats, "return_stats")) {
+  if (stats) {
     static const auto op =
         find_operator<decltype(batchnorm2d_forward_with_stats)>("bnext::batchnorm2d_forward_with_stats");
     const auto [output, save_mean, save_invstd, used_mean, used_var] = call(op);
@@ -148,8 +171,7 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
   }
   static const auto op = find_operator<decltype(batchnorm2d_backward_out)>("bnext::batchnorm2d_backward_out");
   const auto dx = as.tensor(out, "out");
-  // The dispatcher would hand on a copy, and then miss it among the results.
-  TORCH_CHECK(!dx.is_neg(), "batchnorm2d_backward(): argument 'out' must not be a view that negates its memory");
+  as.writable(dx, "out");
   const auto [dweight, dbias, dmean, dvar] =
       call_operator([&] { return op.call(dy, x, gamma, mean, invstd, train, grad_of_mean, grad_of_var, dx); });
   return to_python({dx, dweight, dbias, dmean, dvar});
@@ -158,6 +180,7 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
 std::string py_explain_cpu(py::handle input) { return explain_cpu(Arguments{"explain"}.tensor(input, "input")); }
 
 py::list py_cuda_plans(py::handle input, const std::string& device, const std::string& family, bool training) {
+  cuda::read_environment();  // what a user has set since: here, and in calls from now on
   py::list reports;
   for (const PlanReport& r : cuda_plans(Arguments{"explain"}.tensor(input, "input"), device, family, training)) {
     reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "text"_a = r.text,
@@ -204,6 +227,10 @@ TORCH_LIBRARY(bnext, m) {
   m.def("batchnorm2d_forward_with_stats(" BNEXT_FORWARD
         ") -> (Tensor output, Tensor save_mean, Tensor save_invstd, Tensor mean, Tensor var)",
         tags);
+  m.def(
+      "batchnorm2d_eval(Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, "
+      "float eps) -> (Tensor output, Tensor mean, Tensor invstd)",
+      tags);
   m.def("batchnorm2d_statistics(" BNEXT_STATISTICS ") -> (Tensor mean, Tensor invstd)", tags);
   m.def("batchnorm2d_backward(" BNEXT_BACKWARD
         ", bool[5] output_mask, Tensor? grad_mean=None, Tensor? grad_var=None) -> "
@@ -219,6 +246,7 @@ TORCH_LIBRARY(bnext, m) {
 #define BNEXT_REGISTER(m)                                                                    \
   m.impl("batchnorm2d_forward", TORCH_FN(bnext::batchnorm2d_forward));                       \
   m.impl("batchnorm2d_forward_with_stats", TORCH_FN(bnext::batchnorm2d_forward_with_stats)); \
+  m.impl("batchnorm2d_eval", TORCH_FN(bnext::batchnorm2d_eval));                             \
   m.impl("batchnorm2d_statistics", TORCH_FN(bnext::batchnorm2d_statistics));                 \
   m.impl("batchnorm2d_backward", TORCH_FN(bnext::batchnorm2d_backward));                     \
   m.impl("batchnorm2d_backward_out", TORCH_FN(bnext::batchnorm2d_backward_out));
@@ -236,6 +264,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("explain_cpu", torch::wrap_pybind_function(bnext::py_explain_cpu));
   m.def("cuda_plans", torch::wrap_pybind_function(bnext::py_cuda_plans));
   m.def("cuda_device", torch::wrap_pybind_function(bnext::py_cuda_device));
+  m.def("read_environment", &bnext::cuda::read_environment);
   m.def("cuda_families", torch::wrap_pybind_function(bnext::cuda_families));
   m.def("cuda_devices", torch::wrap_pybind_function(bnext::cuda_devices));
   py::dict build;

@@ -99,11 +99,20 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _unsqueezed(x: Tensor) -> Tensor:
+    """channels_last, with the strides that unsqueeze gives to dimensions of size 1."""
+    x = _channels_last(x)
+    of_one = (x.shape[1], 1, 1, 1)
+    strides = (of_one[d] if x.shape[d] == 1 else x.stride(d) for d in range(4))
+    return x.as_strided(x.shape, tuple(strides))
+
+
 # Each takes a contiguous tensor and returns one of its shape and dtype in another layout, with the
 # same values unless the layout cannot hold them (expanded, overlapping).
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "nchw": lambda x: x.contiguous(),
     "channels_last": _channels_last,
+    "channels_last_unsqueezed": _unsqueezed,
     "transposed_hw": lambda x: _copied(x, 0, 1, 3, 2),
     "transposed_nc": lambda x: _copied(x, 1, 0, 2, 3),
     "reversed": lambda x: _copied(x, 3, 2, 1, 0),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 import bnext
+from bnext._extension import _C
 
 settings.register_profile(
     "bnext",
@@ -48,6 +49,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> str:
     """The device a test runs on."""
     return request.param
+
+
+@pytest.fixture
+def environment() -> Iterator[Callable[[str, str], None]]:
+    """Sets a variable of the environment for the length of a test, and has it read."""
+    with pytest.MonkeyPatch.context() as patch:
+
+        def set_variable(name: str, value: str) -> None:
+            patch.setenv(name, value)
+            _C.read_environment()
+
+        yield set_variable
+    _C.read_environment()
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor
 def main(device: str) -> int:
     for family in ("auto", *_C.cuda_families()):
         os.environ["BNEXT_CUDA_FAMILY"] = family
+        _C.read_environment()
         ran = refused = 0
         for shape in SHAPES:
             for dtype in DTYPES:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -114,6 +115,25 @@ class Regularized(nn.Module):
         return y.square().mean() + mean.square().sum() + (var - 1).square().sum()
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_evaluation_writes_nothing(affine: bool) -> None:
+    """Not even to the running statistics what they were: they may be saved for another backward
+    pass, inference tensors, or expanded."""
+    layer = bnext.BatchNorm2d(5, affine=affine).eval()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = cases.random_tensor(SHAPE, torch.float32, 0, 1.0)
+    with torch.inference_mode():
+        layer.running_mean, layer.running_var = torch.zeros(5), torch.ones(5)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(compiled(x), layer(x))
+    layer.running_mean, layer.running_var = torch.zeros(1).expand(5), torch.ones(5)
+    versions = layer.running_mean._version, layer.running_var._version
+    x.requires_grad_()
+    compiled(x).sum().backward()
+    assert (layer.running_mean._version, layer.running_var._version) == versions
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_statistics_and_bad_batches(backend: str) -> None:
     """Trained compiled and eager: the same weights and statistics, one graph, one compilation."""
@@ -192,6 +212,16 @@ def test_dynamic_shapes() -> None:
     assert graphs == graphs[:1] * 3, "a new shape was compiled again"
 
 
+@pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace")  # NumPy's float32
+@pytest.mark.parametrize("number", [np.float64, np.float32, torch.tensor], ids=str)
+def test_numbers_that_are_not_of_python(number: Any) -> None:
+    x = cases.random_tensor(SHAPE, torch.float32, 0, 1.0)
+    layer = bnext.BatchNorm2d(5, eps=number(1e-3), momentum=number(0.25))
+    compiled = torch.compile(copy.deepcopy(layer), backend="aot_eager")
+    assert torch.equal(compiled(x), layer(x))
+    assert torch.equal(compiled.running_mean, layer.running_mean)
+
+
 def test_errors_come_through() -> None:
     compiled = torch.compile(bnext.batchnorm2d, backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match="weight should contain 5 elements not 3"):
@@ -205,6 +235,7 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
         "batchnorm2d_with_stats": [],
         "batchnorm2d_forward": [],
         "batchnorm2d_forward_with_stats": [],
+        "batchnorm2d_eval": [],
         "batchnorm2d_backward": [],
         "batchnorm2d_backward_out": [],
         "batchnorm2d_statistics": [],
@@ -232,6 +263,8 @@ def operator_samples() -> dict[str, list[tuple[Any, ...]]]:
         plain = tuple(t.detach() if isinstance(t, Tensor) else t for t in plain)
         for name in ("batchnorm2d_forward", "batchnorm2d_forward_with_stats"):
             samples[name].append((case.input, *stats, count, *plain, "stats" in name))
+        if not train:
+            samples["batchnorm2d_eval"].append((case.input, *stats, *plain[:2], 1e-5))
         samples["batchnorm2d_statistics"].append((case.input, *stats, train, 1e-5))
         saved = torch.ops.bnext.batchnorm2d_statistics(case.input, *stats, train, 1e-5)
         arguments = (case.grad_output, case.input, plain[0], *saved, train)
@@ -274,7 +307,11 @@ def test_schemas_declare_mutation() -> None:
         schema = getattr(torch.ops.bnext, name).default._schema
         written = {a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write}
         statistics = {"running_mean", "running_var", "num_batches_tracked"}
-        reads_only = name in ("batchnorm2d_statistics", "batchnorm2d_backward")
+        reads_only = name in (
+            "batchnorm2d_eval",
+            "batchnorm2d_statistics",
+            "batchnorm2d_backward",
+        )
         expected = {"out"} if name.endswith("_out") else set() if reads_only else statistics
         assert written == expected
 
@@ -334,6 +371,18 @@ def test_make_fx_and_export() -> None:
     program = torch.export.export(layer, (x,))
     assert any("bnext" in str(node.target) for node in program.graph.nodes)
     assert torch.equal(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_batched_gradients_of_a_frozen_layer(layout: str) -> None:
+    x = cases.LAYOUTS[layout](cases.random_tensor((2, 3, 4, 5), torch.float64, 0, 1.0))
+    layer = bnext.BatchNorm2d(3).double().eval().requires_grad_(False)
+    layer.running_var.copy_(torch.tensor([0.5, 1.0, 2.0]))
+    dy = cases.random_tensor((2, 3, 4, 5), torch.float64, 1, 1.0).repeat(4, 1, 1, 1, 1)
+    y = layer(x.requires_grad_())
+    (batched,) = torch.autograd.grad(y, x, dy, is_grads_batched=True, retain_graph=True)
+    (alone,) = torch.autograd.grad(y, x, dy[0])
+    assert torch.equal(batched, alone.expand_as(batched))
 
 
 def test_batched_gradients() -> None:

@@ -357,6 +357,38 @@ def test_statistics_made_in_inference_mode(name: str) -> None:
     assert layer.num_batches_tracked == 2
 
 
+@pytest.mark.parametrize("name", ["input", "weight"])
+def test_saved_tensors_made_in_inference_mode(name: str) -> None:
+    """autograd refuses them, before any statistics are updated."""
+    layer, x = filled_layer(0.1), good_arguments(FORWARD)["input"].clone()
+    with torch.inference_mode():
+        if name == "input":
+            x = x.clone()
+        else:
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"^Inference tensors cannot be saved .* {name} is one"):
+        layer(x)
+    for key, t in layer.state_dict().items():
+        assert torch.equal(t, before[key]), key
+    with torch.no_grad():
+        layer(x)
+    assert layer.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_that_negate_their_memory(name: str) -> None:
+    layer = filled_layer(0.1)
+    setattr(layer, name, torch._neg_view(-getattr(layer, name)))
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
+    x = good_arguments(FORWARD)["input"]
+    with pytest.raises(RuntimeError, match=f"argument '{name}' is written to, and must not be a"):
+        layer(x)
+    for key, t in layer.state_dict().items():
+        assert torch.equal(t, before[key]), key
+    layer.eval()(x)
+
+
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
 def test_input_on_another_device(name: str) -> None:
     """The other way round: the input is the odd one out."""

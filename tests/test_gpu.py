@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import cases
@@ -45,9 +46,9 @@ def oracle_on_gpu(monkeypatch: pytest.MonkeyPatch, gpu: str) -> None:
 
 
 @pytest.fixture(params=["auto", *FAMILIES])
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def family(request: pytest.FixtureRequest, environment: Callable[[str, str], None]) -> str:
     """Every pass that reads its tensors twice takes this family of kernels, or raises an error."""
-    monkeypatch.setenv("BNEXT_CUDA_FAMILY", request.param)
+    environment("BNEXT_CUDA_FAMILY", request.param)
     return request.param
 
 
@@ -279,14 +280,14 @@ def test_more_than_2_31_elements(name: str, layout: str, gpu: str) -> None:
 # ---- what a user sees of a choice ----------------------------------------------------------------
 
 
-def test_an_unknown_family_is_an_error(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_family_is_an_error(gpu: str, environment: Callable[[str, str], None]) -> None:
     case = cases.make_case((4, 8, 6, 6), device=gpu)
-    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "fastest")
+    environment("BNEXT_CUDA_FAMILY", "fastest")
     arguments = case.arguments
     with pytest.raises(RuntimeError, match="BNEXT_CUDA_FAMILY should be auto"):
         bnext.batchnorm2d(case.input, **arguments)
     assert torch.equal(arguments["running_mean"], case.running_mean)
-    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "")
+    environment("BNEXT_CUDA_FAMILY", "")
     check_forward(case, "auto")
 
 

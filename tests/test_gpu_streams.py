@@ -41,8 +41,8 @@ def gpu() -> str:
 
 
 @pytest.fixture(params=["auto", *FAMILIES])
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("BNEXT_CUDA_FAMILY", request.param)
+def family(request: pytest.FixtureRequest, environment: Callable[[str, str], None]) -> str:
+    environment("BNEXT_CUDA_FAMILY", request.param)
     return request.param
 
 

@@ -203,7 +203,10 @@ def test_out_made_in_inference_mode() -> None:
 def test_out_that_stores_negatives() -> None:
     dy = good_arguments(BACKWARD)["grad_output"]
     arguments = good_arguments(BACKWARD) | {"training": True, "out": torch._neg_view(dy)}
-    message = "batchnorm2d_backward(): argument 'out' must not be a view that negates its memory"
+    message = (
+        "batchnorm2d_backward(): argument 'out' is written to, and must not be a view that negates "
+        "its memory"
+    )
     check_raises(bnext.batchnorm2d_backward, arguments, Row(BACKWARD, {}, RuntimeError, message))
 
 

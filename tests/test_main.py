@@ -129,6 +129,21 @@ def test_explain_families() -> None:
         bnext.explain(torch.ones(2, 3, 4, 4), family="streaming")
 
 
+def test_explain_marks_what_is_chosen() -> None:
+    x = torch.empty(32, 64, 56, 56, device="meta")
+    lines = bnext.explain(x, "h200", family="all").splitlines()
+    chosen = [line.removesuffix(" (chosen)") for line in lines if line.endswith(" (chosen)")]
+    assert chosen == [line for line in bnext.explain(x, "h200").splitlines() if line in chosen]
+    assert len(chosen) == 2
+
+
+def test_explain_takes_a_device() -> None:
+    x = torch.ones(2, 3, 4, 4)
+    assert bnext.explain(x, torch.device("cpu")) == bnext.explain(x)
+    with pytest.raises(TypeError, match="argument 'input' must be Tensor, not list"):
+        bnext.explain([1])
+
+
 def test_explain_reads_the_forced_family(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(8, 6, 7, 7, device="meta")
     for family in _C.cuda_families():

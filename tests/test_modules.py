@@ -21,6 +21,26 @@ SHAPE = (4, 5, 6, 7)
 OPTIONS = list(itertools.product([0.1, None, 0.0, 1.0, 0, 1, -1.2], [True, False], [True, False]))
 
 
+@pytest.mark.parametrize("ours", [bnext.BatchNorm2d, bnext.LazyBatchNorm2d])
+def test_constructors_are_those_of_torch(ours: type) -> None:
+    """Names, order and defaults of what may be given by position, and no other keywords."""
+    theirs = nn.BatchNorm2d if ours is bnext.BatchNorm2d else nn.LazyBatchNorm2d
+    parameters, expected = (inspect.signature(cls).parameters for cls in (ours, theirs))
+    found = {name: p.default for name, p in parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD}
+    want = {name: p.default for name, p in expected.items() if p.kind == p.POSITIONAL_OR_KEYWORD}
+    assert list(found.items()) == list(want.items())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mometum'"):
+        ours(*([3] if ours is bnext.BatchNorm2d else []), mometum=0.1)
+
+
+def test_training_is_what_is_true() -> None:
+    layer = bnext.BatchNorm2d(3)
+    for training in (1, 0):
+        layer.training = training
+        layer(torch.randn(2, 3, 4, 4))
+        assert layer.num_batches_tracked == 1
+
+
 def near(got: Tensor, want: Tensor) -> None:
     """Equal but for the order of a few hundred float64 roundings. NaN equals NaN."""
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, equal_nan=True)

@@ -422,6 +422,43 @@ def test_dimensions_of_one_example() -> None:
         vmap(lambda x: bnext.batchnorm2d(x, training=True))(torch.zeros(2, 3, 4, 4))
 
 
+WHAT_FAILS = {
+    "expanded": r"^running_var is updated .* share one place in memory",
+    "inference": r"^running_var: Inplace update to inference tensor outside",
+    "aliased": r"^running_var is updated in training and should not share memory",
+    "differentiated": r"not differentiable with respect to argument 'running_var'",
+}
+
+
+@pytest.mark.parametrize(
+    "fault, batched, training",
+    [(fault, True, True) for fault in WHAT_FAILS]
+    + [("differentiated", *which) for which in ((True, False), (False, True), (False, False))],
+)
+def test_a_call_that_fails_updates_nothing(fault: str, batched: bool, training: bool) -> None:
+    """Neither the statistics before the one that is at fault, nor the count of batches."""
+    mean, var = torch.zeros(4, C), torch.ones(4, C)
+    count = torch.zeros(4, dtype=torch.long)
+    xs = torch.randn(4, 2, C, 3, 3)
+    layer = bnext.BatchNorm2d(C).train(training)
+    with torch.inference_mode(fault == "inference"):
+        var = {"expanded": var[:1].expand(4, C), "aliased": mean}.get(fault, var.clone())
+
+    def one(mean: Tensor, var: Tensor, count: Tensor, x: Tensor) -> Tensor:
+        buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+        return torch.func.functional_call(layer, buffers, (x,)).sum()
+
+    def loss(var: Tensor) -> Tensor:
+        if batched:
+            return vmap(one)(mean, var, count, xs).sum()
+        return one(mean[0], var[0], count[0], xs[0])
+
+    before = [t.clone() for t in (mean, var)]
+    with pytest.raises(RuntimeError, match=WHAT_FAILS[fault]):
+        (grad(loss) if fault == "differentiated" else loss)(var)
+    assert torch.equal(mean, before[0]) and torch.equal(var, before[1]) and not count.any()
+
+
 def test_evaluation_is_not_differentiable_by_running_statistics() -> None:
     """PyTorch's forward mode says zero here, which is wrong; in training nothing depends on it."""
     x, m = torch.randn(2, C, 3, 3), torch.randn(C)

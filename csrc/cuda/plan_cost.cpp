@@ -14,8 +14,8 @@ constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
 // code was made shorter; these are guesses.
 constexpr double kReductionUs = 1.5;
 constexpr double kRowsReductionUs = 2.5;
-constexpr double kL2Time = 0.6;     // of a byte from L2, with a byte from memory as 1
-constexpr double kL2Share = 0.5;    // of L2 that still holds what was read a while ago
+constexpr double kL2Time = 0.6;   // of a byte from L2, with a byte from memory as 1
+constexpr double kL2Share = 0.5;  // of L2 that still holds what was read a while ago
 
 constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
 constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block

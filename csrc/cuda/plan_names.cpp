@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
+#include <memory>
 #include <stdexcept>
 
 namespace bnext::cuda {
@@ -94,7 +95,21 @@ Family family_named(const std::string& name, const std::string& source) {
   throw std::runtime_error(source + " should be " + known + ", not " + name);
 }
 
-Limits limits_of_environment() {
+namespace {
+
+struct Environment {
+  Limits limits;
+  std::string error;
+};
+
+// Loaded and stored atomically.
+std::shared_ptr<const Environment>& environment() {
+  static auto* const found =
+      new std::shared_ptr<const Environment>;  // never destroyed: threads may outlive static objects
+  return *found;
+}
+
+Limits parse_environment() {
   Limits limits;
   const std::string family = variable("BNEXT_CUDA_FAMILY");
   if (!family.empty()) limits.family = family_named(family, "BNEXT_CUDA_FAMILY");
@@ -102,6 +117,25 @@ Limits limits_of_environment() {
   limits.grid = flag("BNEXT_CUDA_GRID", std::atoi(variable("WORLD_SIZE").c_str()) <= 1);
   limits.late = flag("BNEXT_CUDA_LATE", true);
   return limits;
+}
+
+}  // namespace
+
+void read_environment() {
+  auto found = std::make_shared<Environment>();
+  try {
+    found->limits = parse_environment();
+  } catch (const std::runtime_error& error) {
+    found->error = error.what();
+  }
+  std::atomic_store(&environment(), std::shared_ptr<const Environment>(std::move(found)));
+}
+
+Limits limits_of_environment() {
+  if (std::atomic_load(&environment()) == nullptr) read_environment();
+  const auto found = std::atomic_load(&environment());
+  if (!found->error.empty()) throw std::runtime_error(found->error);
+  return found->limits;
 }
 
 }  // namespace bnext::cuda

@@ -80,13 +80,14 @@ inline Divider make_divider(int64_t divisor) {
 // Planes: item (i0, i1, j) is pack j of plane (i0, i1). Rows: item (i0, i1, i2) is a row, and a block has block_packs of
 // its packs. A block has `chunk` consecutive items.
 struct KernelArgs {
-  View view[3];        // reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null
-  int64_t size[3];     // of i0, i1 and j or i2
-  bool grouped;        // size[0] > 1: otherwise nobody looks at i1
-  int64_t step[3];     // the mixed-radix digits of the distance between two items of a thread
-  int64_t move[3][3];  // for each view, in elements: such a step; what more a row or plane overflowing takes; a group
-  int64_t num_items;   // size[0] * size[1] * size[2]
-  int64_t chunk;       // items in a block
+  View view[3];     // reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null
+  int64_t size[3];  // of i0, i1 and j or i2
+  bool grouped;     // size[0] > 1: otherwise nobody looks at i1
+  int64_t step[3];  // the mixed-radix digits of the distance between two items of a thread
+  int64_t move[3]
+              [3];    // elements that a view goes on by: a step, what is added at the end of a row or plane, of a group
+  int64_t num_items;  // size[0] * size[1] * size[2]
+  int64_t chunk;      // items in a block
   int64_t num_splits;  // blocks that share a channel
   int64_t plane_size;  // positions in a plane
   int64_t num_channels;

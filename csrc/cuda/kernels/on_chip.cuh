@@ -53,6 +53,7 @@ class OnChip {
     if (again > 0) loading = typename Data::Steps(args_, tile_, again * kOnChipBatch - 1);
     int place = (batches_ - 1) % held_;
     for (int b = batches_ - 1; b >= 0; --b) {
+      // It was asked for held_ batches ago, and each has committed a group.
       if (b < again) wait_async(held_ - 1);
       use(slots_.template held<true>(steps, place, args_.held_steps));
       if (again > 0) {
@@ -265,7 +266,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
     data.load(
         [&] {
-          if (kGrid && turn.number > 0) __syncthreads();  // all threads have taken what was there
+          if (kGrid && turn.number > 0) __syncthreads();  // the coefficients of the last turn may still be read
           first_input = load_first_inputs<true, Acc>(args, turn.tile);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);

@@ -49,8 +49,8 @@ class Slots {
     }
   }
 
-  // The same steps from their slots. Slots of items that are not there are read as well, as far as there are slots, of
-  // which the last batch may have too few: what is in them, nobody uses.
+  // The same steps from their slots. A step without an item reads one, too, the last slot where its own does not exist:
+  // nobody uses what it finds.
   template <bool kBackwards = false>
   __device__ Batch held(Steps& steps, int place, int num_slots) const {
     Batch found;

@@ -38,7 +38,7 @@ __device__ inline void begin_late(const KernelArgs& args) {
 // Where the teams of a grid meet.
 class Meetings {
  public:
-  // Clears the words that blocks meet at, for all who have waited for that.
+  // Clears the team's words. Nobody looks at them before grid_wait.
   __device__ Meetings(const KernelArgs& args, const Turn& turn) {
     if (threadIdx.x == 0 && turn.tile.split == 0) {
       for (int kind : {kSums, kCoefficients}) *word(args, kind, turn.team) = 0;
