@@ -50,10 +50,11 @@ size_t cache_limit() {
   return std::min(memory / 16, size_t{1} << 30);
 }
 
-// Such that blocks fit other outputs of about that size, at the price of an eighth of their memory at most.
+// Such that blocks fit other outputs of about that size, at the price of an eighth of a large one's memory at most.
 size_t round_up(size_t bytes) {
+  constexpr size_t kLargestPage = size_t{64} << 10;
   size_t step = kHugePage;
-  while (step > bytes / 8) step /= 2;
+  while (step > bytes / 8 && step > kLargestPage) step /= 2;
   return (bytes + step - 1) / step * step;
 }
 

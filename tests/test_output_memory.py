@@ -57,6 +57,17 @@ def test_sizes_are_rounded_up_by_an_eighth(width: int) -> None:
     assert x.nbytes <= _C.cached_output_bytes() <= 1.125 * x.nbytes
 
 
+def test_a_storage_that_shrinks_has_whole_pages() -> None:
+    """They are what the system maps: of 64 KiB, where they are largest."""
+    y = normalized(large())
+    bytes_before = y.nbytes
+    y.untyped_storage().resize_(100)
+    del y
+    assert _C.cached_output_bytes() == bytes_before + 64 * 1024
+    bnext.empty_cache()
+    assert _C.cached_output_bytes() == 0
+
+
 def test_a_freed_output_leaves_its_memory_to_the_next() -> None:
     x = large()
     y = normalized(x)
