@@ -24,6 +24,7 @@ FLAGS = {
     "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *OPENMP],
     "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"],
 }
+OLDEST_CUDA = (12, 4)  # as csrc/cuda/device/meeting.cuh says
 DEFAULT_ARCHS = "8.0;9.0+PTX"  # for a build machine that has no GPU to ask
 PLANS = "csrc/cuda/plan*.cpp"  # plain C++, in every build: plans can be shown without a GPU
 TOOLKIT_FILES = ("bin/nvcc", "include/cuda_runtime.h")
@@ -40,10 +41,10 @@ def is_toolkit(root: Path) -> bool:
     return all((root / name).is_file() for name in TOOLKIT_FILES)
 
 
-def toolkit_major(root: Path) -> str | None:
+def toolkit_version(root: Path) -> tuple[int, int] | None:
     header = root / "include/cuda_runtime_api.h"
     found = header.is_file() and re.search(r"define\s+CUDART_VERSION\s+(\d+)", header.read_text())
-    return str(int(found[1]) // 1000) if found else None
+    return (int(found[1]) // 1000, int(found[1]) % 1000 // 10) if found else None
 
 
 def roots_named_by(nvcc: str) -> list[Path]:
@@ -90,10 +91,15 @@ def choose_cuda(torch: Any, sources: list[str], env: Mapping[str, str]) -> tuple
         missing.append("this source tree holds no CUDA sources (csrc/cuda/*.cu)")
     try:
         root = find_toolkit(env)
-        major, wanted = toolkit_major(root), torch.version.cuda
-        if major and wanted and major != wanted.split(".")[0]:
-            hint = f"torch was built with CUDA {wanted}: set CUDA_HOME to a toolkit that fits"
-            missing.append(f"{root} is CUDA {major}, but {hint}")
+        found, wanted = toolkit_version(root), torch.version.cuda
+        hint = "set CUDA_HOME to a toolkit that fits"
+        if found and wanted and found[0] != int(wanted.split(".")[0]):
+            missing.append(
+                f"{root} is CUDA {found[0]}, but torch was built with CUDA {wanted}: {hint}"
+            )
+        elif found and found < OLDEST_CUDA:
+            oldest, version = (".".join(map(str, v)) for v in (OLDEST_CUDA, found))
+            missing.append(f"{root} is CUDA {version}, but the kernels need {oldest}: {hint}")
     except LookupError as error:
         missing.append(str(error))
     if missing and mode == "1":

@@ -43,6 +43,7 @@ INNERMOST = {
     "cudnn_batch_norm",
     "cudnn_batch_norm_backward",
     "batchnorm2d_forward",
+    "batchnorm2d_eval",
     "batchnorm2d_backward",
 }
 

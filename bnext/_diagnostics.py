@@ -57,12 +57,12 @@ def explain(
         return f"{tensor}, on cpu: {_C.explain_cpu(input)}"
     families = _C.cuda_families() if family == "all" else [family or ""]
     plans = [plan for name in families for plan in _C.cuda_plans(input, device, name, training)]
-    taken = {plan["text"] for plan in _C.cuda_plans(input, device, "", training)}
+    taken = {p["text"] for p in _C.cuda_plans(input, device, "", training) if family == "all"}
     plans = list({(plan["pass"], plan["text"]): plan for plan in plans}.values())  # each once
     lines = [f"{tensor}, on {device}:"]
     directions = ("forward", "backward") if direction == "both" else (direction,)
     for plan in (plan for name in directions for plan in plans if plan["pass"] == name):
-        chosen = family == "all" and plan["text"] in taken
+        chosen = plan["text"] in taken and not plan["error"]
         lines.append(f"  {plan['text']}{' (chosen)' if chosen else ''}")
         if not plan["error"]:
             moved, least = plan["bytes_moved"], plan["bytes_min"]

@@ -37,20 +37,20 @@ def _first(t: Any, dim: int | None) -> Any:
 
 
 def _check_updates(
-    training: bool, statistics: dict[str, tuple[Any, int | None]], x_dim: int | None
+    statistics: dict[str, tuple[Any, int | None]], count: tuple[Any, int | None], x_dim: int | None
 ) -> None:
-    """What one call updates in place must be there once for each of the batch."""
+    """What training updates in place must be there once for each of the batch."""
     batched = {name for name, (_, dim) in statistics.items() if dim is not None}
     given = {name for name, (t, _) in statistics.items() if t is not None}
-    if training and given - batched and (batched or x_dim is not None):
+    if given - batched and (batched or x_dim is not None):
         raise RuntimeError(
             "Batch norm got a batched tensor as input while the running_mean or running_var, which "
             "will be updated in place, were not batched. Give every one of the batch its own "
             "(torch.func.stack_module_state), or track none (track_running_stats=False)."
         )
-    for name in batched if training else ():
-        t, dim = statistics[name]
-        check_each_written(name, t, dim or 0)
+    for name, (t, dim) in {**statistics, "num_batches_tracked": count}.items():
+        if dim is not None:
+            check_each_written(name, t, dim)
 
 
 def forward(
@@ -63,21 +63,36 @@ def forward(
     first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
     check(*first, training, momentum, eps)
     check_constants(running_mean, running_var)
-    x_dim, mean_dim, var_dim, tracked_dim, weight_dim, bias_dim = in_dims[:6]
-    _check_updates(
-        training,
-        {"running_mean": (running_mean, mean_dim), "running_var": (running_var, var_dim)},
-        x_dim,
-    )
-    count = None
+    x_dim, mean_dim, var_dim, tracked_dim = in_dims[:4]
+    if training:
+        statistics = {
+            "running_mean": (running_mean, mean_dim),
+            "running_var": (running_var, var_dim),
+        }
+        _check_updates(statistics, (tracked, tracked_dim), x_dim)
+    counts = None
     if training and tracked_dim is not None:
         if momentum is None:
             raise RuntimeError(
                 "momentum=None takes its factor from num_batches_tracked, which is batched here: "
                 "the cumulative average does not work under vmap"
             )
-        count, tracked = tracked, None
+        counts, tracked = tracked, None
+    outputs = _forward(
+        apply, batch, in_dims, x, running_mean, running_var, tracked, weight, bias, options
+    )
+    if counts is not None:  # when nothing can fail any more
+        counts.add_(1)
+    return outputs
 
+
+def _forward(
+    apply: Callable[..., Any], batch: int, in_dims: tuple[int | None, ...], *arguments: Any
+) -> tuple[Any, Any]:
+    """The same with all checks passed; a batched count is not its business."""
+    x, running_mean, running_var, tracked, weight, bias, options = arguments
+    training, _, eps, _, _ = options
+    x_dim, mean_dim, var_dim, _, weight_dim, bias_dim = in_dims[:6]
     if x_dim is None and mean_dim is None and var_dim is None:
         # One standardization for all of the batch; only the affine step differs.
         y, *stats = apply(x, running_mean, running_var, tracked, None, None, options)
@@ -102,8 +117,6 @@ def forward(
         # Where folding had to copy, what was updated is the copy.
         for t, dim, new in zip(arguments[1:3], in_dims[1:3], folded[1:], strict=True):
             t.movedim(dim, 0).copy_(new.unflatten(0, (batch, -1)))
-    if count is not None:
-        count.add_(1)
     unfolded = [_unfold(t, batch) for t in outputs]
     return tuple(t for t, _ in unfolded), tuple(dim for _, dim in unfolded)
 

@@ -43,6 +43,8 @@ def differentiable(
     options = (training, momentum, eps, skip_nonfinite, return_stats)
     if transforms_active():
         check_constants(running_mean, running_var)
+        if training:
+            check_saved(input, weight, bias)
         output, _, _, mean, var = BatchNorm2dTransformableFunction.apply(
             input, running_mean, running_var, num_batches_tracked, weight, bias, options
         )

@@ -57,8 +57,17 @@ class BatchNorm2d(nn.BatchNorm2d):
         skip_nonfinite: bool = False,
         **newer: Any,  # what this torch's layer takes besides, such as bias
     ) -> None:
-        options = (eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(num_features, *options, **newer)
+        # By keyword, and only what was given: other classes may stand between this and torch's.
+        given = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
+        super().__init__(
+            num_features,
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            **given,
+            **newer,
+        )
         self.skip_nonfinite = skip_nonfinite
 
     def extra_repr(self) -> str:
@@ -116,8 +125,16 @@ class LazyBatchNorm2d(nn.LazyBatchNorm2d, BatchNorm2d):
         skip_nonfinite: bool = False,
         **newer: Any,  # what this torch's layer takes besides, such as bias
     ) -> None:
-        options = (eps, momentum, affine, track_running_stats, device, dtype)
-        super().__init__(*options, **newer)
+        # By keyword, and only what was given: other classes may stand between this and torch's.
+        given = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
+        super().__init__(
+            eps=eps,
+            momentum=momentum,
+            affine=affine,
+            track_running_stats=track_running_stats,
+            **given,
+            **newer,
+        )
         self.skip_nonfinite = skip_nonfinite
 
 

@@ -1,4 +1,4 @@
-// Memory for large outputs on a CPU: in 2 MB pages, and kept for the next output.
+// Memory for large outputs on a CPU: in 2 MB pages as far as they fill some, and kept for the next output.
 #pragma once
 
 #include <c10/core/Allocator.h>

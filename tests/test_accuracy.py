@@ -153,6 +153,23 @@ def test_never_worse_than_pytorch_on_ordinary_data(dtypes: str, layout: str) -> 
             compare_with_pytorch(case, 1e-5, f"{shape} {mode}")
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("distance", [1.0, 10.0, 100.0, 1000.0])
+def test_gradients_far_from_zero(distance: float, layout: str) -> None:
+    """dL/dx takes the mean of dy off in its last step: weight * invstd and dL/dmean / m are rounded
+    to float32, and so is their sum with the term of x. Half a unit each of what is taken off."""
+    case = cases.make_case((8, 4, 16, 16), layout=layout, grad_layout=layout)
+    case = case._replace(grad_output=case.grad_output + distance)
+    check_gradients(case, f"distance {distance:g}")
+    want = reference.backward(case.grad_output, case.input, **case.backward_arguments).input.value
+    ours, theirs = (results(call, case, 1e-5) for call in (bnext.batchnorm2d, F.batch_norm))
+    errors = [(found["dx"].double() - want).abs().amax((0, 2, 3)) for found in (ours, theirs)]
+    scale = case.weight.double() / (case.input.double().var((0, 2, 3), correction=0) + 1e-5).sqrt()
+    taken_off = (scale * case.grad_output.double().mean((0, 2, 3))).abs()
+    allowed = TIMES_PYTORCH * errors[1] + 1.5 * torch.finfo(torch.float32).eps * taken_off
+    assert (errors[0] <= allowed).all(), (errors[0] / allowed).max()
+
+
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "transposed_hw"])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16-float32", "float16-float32"])
 def test_long_sums(dtypes: str, layout: str) -> None:

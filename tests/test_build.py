@@ -18,6 +18,7 @@ import bnext
 ROOT = Path(__file__).resolve().parent.parent
 CPU_TORCH = SimpleNamespace(__version__="2.13.0+cpu", version=SimpleNamespace(cuda=None))
 CUDA_TORCH = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda="13.0"))
+CUDA_12_TORCH = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda="12.8"))
 CUDA_SOURCES = ["csrc/cuda/launch.cu"]
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
@@ -126,9 +127,10 @@ class TestChooseCuda:
             (CUDA_TORCH, [], 13000, True, "this source tree holds no CUDA sources"),
             (CUDA_TORCH, ["csrc/cuda/plan.cpp"], 13000, True, "holds no CUDA sources"),
             (CUDA_TORCH, CUDA_SOURCES, 12080, True, "is CUDA 12, but torch was built with CUDA 13"),
+            (CUDA_12_TORCH, CUDA_SOURCES, 12010, True, "is CUDA 12.1, but the kernels need 12.4"),
             (CUDA_TORCH, CUDA_SOURCES, 13000, False, "include/cuda_runtime.h"),
         ],
-        ids=["cpu torch", "no sources", "no .cu", "other major version", "no headers"],
+        ids=["cpu torch", "no sources", "no .cu", "other major version", "too old", "no headers"],
     )
     def test_one_thing_missing(
         self,

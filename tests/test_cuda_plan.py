@@ -84,7 +84,15 @@ class Query(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     lib = simt.compile_library("plan", simt.PLAN_SOURCES)
-    numbers = ("query_bytes", "unroll", "batches", "busy_threads", "knows_family", "divide")
+    numbers = (
+        "query_bytes",
+        "unroll",
+        "batches",
+        "busy_threads",
+        "knows_family",
+        "divide",
+        "allows_late",
+    )
     for name in numbers:
         getattr(lib, f"plan_{name}").restype = ctypes.c_int64
     for name in ("busy_share", "on_chip_time"):
@@ -402,6 +410,16 @@ def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
     else:
         assert statistics.mean(off) < 0.1
         assert statistics.mean(gained) > 0.04
+
+
+def test_the_environment_is_read_when_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    allows_late = library().plan_allows_late
+    monkeypatch.setenv("BNEXT_CUDA_LATE", "1")
+    assert allows_late(True) and allows_late(False)
+    monkeypatch.setenv("BNEXT_CUDA_LATE", "0")
+    assert allows_late(False) and not allows_late(True) and not allows_late(False)
+    monkeypatch.undo()
+    allows_late(True)
 
 
 def test_no_block_is_late_where_it_is_not_wanted() -> None:

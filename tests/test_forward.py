@@ -182,6 +182,8 @@ def test_nan_stays_in_its_channel(mode: str, layout: str, poison: float, device:
 def test_infinity_in_evaluation(dtypes: str, layout: str, infinity: float, device: str) -> None:
     """Output and dx are infinite where PyTorch's are, with the same sign, whatever the scale."""
     case = cases.make_case((2, 200, 3, 5), dtypes, mode="eval", device=device)
+    # Weights down to the least float32, whose rounding errors are smaller still.
+    case.weight[:80] *= torch.logspace(0, -126 if dtypes == "float32" else -14, 80, 2)
     arguments = case.arguments
     sign = case.weight.sign().to(case.input.dtype).view(1, -1, 1, 1)
     infinite = cases.LAYOUTS[layout](torch.full_like(case.input, infinity))

@@ -255,6 +255,15 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("op_forward", "op_backward"):
         monkeypatch.setattr(providers.Bnext, name, spy(name))
+    # The environment is read when one says so.
+    read: list[str] = []
+    original_read = providers._C.read_environment
+
+    def read_environment() -> None:
+        read.append(os.environ[variable])
+        original_read()
+
+    monkeypatch.setattr(providers._C, "read_environment", read_environment)
     case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
     for number, name, variable, usual, value in (
         (0, "streaming", "BNEXT_CUDA_FAMILY", "auto", "streaming"),
@@ -266,8 +275,10 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         assert variant.name == f"bnext-{name}" and not shapes.is_peer(variant.name)
         assert "CUDA" in str(variant.why_not(case))
         call = variant.prepare(case, checks.make_tensors(case))
+        read.clear()
         call()
         assert seen == [("op_forward", usual), ("op_backward", value)]
+        assert read == [value, usual]
         assert os.environ[variable] == usual
 
 

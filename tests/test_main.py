@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,12 +130,21 @@ def test_explain_families() -> None:
         bnext.explain(torch.ones(2, 3, 4, 4), family="streaming")
 
 
-def test_explain_marks_what_is_chosen() -> None:
+def test_a_shape_that_no_tensor_has() -> None:
+    command = [sys.executable, "-m", "bnext", "--explain", "1000000000000000000000,1,1,1"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "has more elements than a tensor can have" in run.stderr
+
+
+def test_explain_marks_what_is_chosen(environment: Callable[[str, str], None]) -> None:
     x = torch.empty(32, 64, 56, 56, device="meta")
     lines = bnext.explain(x, "h200", family="all").splitlines()
     chosen = [line.removesuffix(" (chosen)") for line in lines if line.endswith(" (chosen)")]
     assert chosen == [line for line in bnext.explain(x, "h200").splitlines() if line in chosen]
     assert len(chosen) == 2
+    # A family that was asked for and cannot run is not taken.
+    environment("BNEXT_CUDA_FAMILY", "cluster")
+    assert "(chosen)" not in bnext.explain(x, "t4", family="all")
 
 
 def test_explain_takes_a_device() -> None:
@@ -144,40 +154,40 @@ def test_explain_takes_a_device() -> None:
         bnext.explain([1])
 
 
-def test_explain_reads_the_forced_family(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain_reads_the_forced_family(environment: Callable[[str, str], None]) -> None:
     x = torch.empty(8, 6, 7, 7, device="meta")
     for family in _C.cuda_families():
-        monkeypatch.setenv("BNEXT_CUDA_FAMILY", family)
+        environment("BNEXT_CUDA_FAMILY", family)
         assert bnext.explain(x, "h200") == bnext.explain(x, "h200", family=family)
-    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "fastest")
+    environment("BNEXT_CUDA_FAMILY", "fastest")
     with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_FAMILY should be auto.* not fastest"):
         bnext.explain(x, "h200")
 
 
-def test_who_gets_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_gets_a_grid(environment: Callable[[str, str], None]) -> None:
     """Its launch waits for what other streams do: not for those that send gradients."""
     x = torch.empty(32, 256, 56, 56, device="meta").contiguous(memory_format=torch.channels_last)
     for world, grid, chosen in (
         *(("", "", True), ("1", "", True), ("8", "", False)),
         *(("8", "1", True), ("1", "0", False)),
     ):
-        monkeypatch.setenv("WORLD_SIZE", world)
-        monkeypatch.setenv("BNEXT_CUDA_GRID", grid)
+        environment("WORLD_SIZE", world)
+        environment("BNEXT_CUDA_GRID", grid)
         backward = plans(bnext.explain(x, "h100"))[1]
         assert backward.startswith("grid ") == chosen, (world, grid)
         assert plans(bnext.explain(x, "h100", family="grid"))[1].startswith("grid ")
-    monkeypatch.setenv("BNEXT_CUDA_GRID", "yes")
+    environment("BNEXT_CUDA_GRID", "yes")
     with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_GRID should be 0 or 1, not yes"):
         bnext.explain(x, "h100")
 
 
-def test_who_begins_late(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
     x = torch.empty(256, 512, 14, 14, device="meta")
     for late, is_there in (("", True), ("1", True), ("0", False)):
-        monkeypatch.setenv("BNEXT_CUDA_LATE", late)
+        environment("BNEXT_CUDA_LATE", late)
         found = plans(bnext.explain(x, "h100"))
         assert ["us late" in plan for plan in found] == [is_there] * 2
-    monkeypatch.setenv("BNEXT_CUDA_LATE", "2")
+    environment("BNEXT_CUDA_LATE", "2")
     with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_LATE should be 0 or 1, not 2"):
         bnext.explain(x, "h100")
 

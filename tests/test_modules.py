@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import pickle
+from typing import Any
 
 import cases
 import pytest
@@ -31,6 +32,24 @@ def test_constructors_are_those_of_torch(ours: type) -> None:
     assert list(found.items()) == list(want.items())
     with pytest.raises(TypeError, match="unexpected keyword argument 'mometum'"):
         ours(*([3] if ours is bnext.BatchNorm2d else []), mometum=0.1)
+
+
+def test_a_class_between_ours_and_that_of_torch() -> None:
+    """As docs/compatibility.md has it for timm: it gets what was given, by name."""
+
+    class Activated(nn.BatchNorm2d):
+        def __init__(
+            self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True,
+            track_running_stats: bool = True, apply_act: bool = True, **options: Any,
+        ) -> None:  # fmt: skip
+            super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+            self.apply_act = apply_act
+
+    class Both(bnext.BatchNorm2d, Activated):
+        pass
+
+    assert Both(3).apply_act and not Both(3, apply_act=False).apply_act
+    assert Both(3, dtype=torch.float64).weight.dtype == torch.float64
 
 
 def test_training_is_what_is_true() -> None:

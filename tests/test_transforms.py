@@ -427,6 +427,9 @@ WHAT_FAILS = {
     "inference": r"^running_var: Inplace update to inference tensor outside",
     "aliased": r"^running_var is updated in training and should not share memory",
     "differentiated": r"not differentiable with respect to argument 'running_var'",
+    "expanded count": r"^num_batches_tracked is updated .* share one place in memory",
+    "inference count": r"^num_batches_tracked: Inplace update to inference tensor outside",
+    "inference input": r"^Inference tensors cannot be saved for backward, and input is one",
 }
 
 
@@ -439,10 +442,15 @@ def test_a_call_that_fails_updates_nothing(fault: str, batched: bool, training: 
     """Neither the statistics before the one that is at fault, nor the count of batches."""
     mean, var = torch.zeros(4, C), torch.ones(4, C)
     count = torch.zeros(4, dtype=torch.long)
-    xs = torch.randn(4, 2, C, 3, 3)
     layer = bnext.BatchNorm2d(C).train(training)
-    with torch.inference_mode(fault == "inference"):
-        var = {"expanded": var[:1].expand(4, C), "aliased": mean}.get(fault, var.clone())
+    with torch.inference_mode(fault.startswith("inference")):
+        xs = torch.randn(4, 2, C, 3, 3)
+        if fault in ("inference", "inference count"):
+            var, count = (var.clone(), count) if fault == "inference" else (var, count.clone())
+    if fault == "expanded count":
+        count = count[:1].expand(4)
+    var = {"expanded": var[:1].expand(4, C), "aliased": mean}.get(fault, var)
+    xs = xs if fault == "inference input" else xs.clone()
 
     def one(mean: Tensor, var: Tensor, count: Tensor, x: Tensor) -> Tensor:
         buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
@@ -457,6 +465,20 @@ def test_a_call_that_fails_updates_nothing(fault: str, batched: bool, training: 
     with pytest.raises(RuntimeError, match=WHAT_FAILS[fault]):
         (grad(loss) if fault == "differentiated" else loss)(var)
     assert torch.equal(mean, before[0]) and torch.equal(var, before[1]) and not count.any()
+
+
+def test_counts_of_an_ensemble_that_shares_its_statistics() -> None:
+    """x and running statistics once for all, and a count for each: all of them count."""
+    x, mean, var = torch.randn(2, C, 3, 3), torch.zeros(C), torch.ones(C)
+    counts = torch.zeros(4, dtype=torch.long)
+    layer = bnext.BatchNorm2d(C)
+
+    def call(weight: Tensor, count: Tensor) -> Tensor:
+        tensors = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
+        return torch.func.functional_call(layer, tensors | {"weight": weight}, (x,))
+
+    vmap(call)(torch.rand(4, C), counts)
+    assert counts.tolist() == [1] * 4 and mean.any()
 
 
 def test_evaluation_is_not_differentiable_by_running_statistics() -> None:

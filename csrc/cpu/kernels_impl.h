@@ -67,7 +67,7 @@ void set_pivot(void* pivots, int64_t slot, double pivot) {
 // (x - mean) * scale + shift in what T's elementwise loops compute in. What rounding takes from the mean goes into the
 // shift. For float32 results, what it takes from the scale is kept as well, and a result is little more than one rounding
 // away; without it, single results were 1.7 times as far off as PyTorch's. Both parts of the scale have its sign, and neither
-// is 0 alone: where x is infinite, so is the result, with one sign.
+// is 0 alone: where x is infinite, so is the result.
 template <typename T>
 struct AffineVector {
   Value<T> mean, scale, scale_low, shift;
@@ -89,6 +89,8 @@ void set_coefficients(void* arrays, int64_t width, int64_t slot, const Coefficie
     if (std::abs(static_cast<double>(scale)) > std::abs(c.scale)) scale = std::nextafter(scale, 0.0f);
     const double lost = c.scale - static_cast<double>(scale);
     lost_scale = lost != 0 && std::isfinite(lost) ? lost : 0x1p-60 * c.scale;
+    constexpr double kLeast = std::numeric_limits<float>::denorm_min();
+    if (c.scale != 0 && std::abs(lost_scale) < kLeast) lost_scale = std::copysign(kLeast, c.scale);
   }
   to[0] = mean;
   to[width] = scale;

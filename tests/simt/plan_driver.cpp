@@ -4,6 +4,7 @@
 #include "cuda/kernels/kernel_args.h"
 #include "cuda/plan.h"
 #include "cuda/plan_cost.h"
+#include "cuda/plan_names.h"
 #include "layout.h"
 
 namespace {
@@ -143,6 +144,11 @@ double plan_on_chip_time(double at_once, double threads, double blocks, double t
   const double time = on_chip_time(plan, {1, at_once, threads, blocks}, traffic, stop);
   *late_us = plan.late_us;
   return time;
+}
+
+int64_t plan_allows_late(int64_t read_again) {
+  if (read_again != 0) read_environment();
+  return limits_of_environment().late;
 }
 
 double plan_busy_share() { return kBusyShare; }

@@ -21,8 +21,8 @@ struct ChannelTotals {
 };
 
 // Merges statistics of parts as Chan does: each part's squares are moved to a common point, which is the mean of one of
-// the parts, and the sum of them from there to the mean of all. All in float64: that last
-// step takes off at most (number of parts) times what stays, and there are digits to spare for it.
+// the parts, and the sum of them from there to the mean of all. All in float64: that last step takes off at most (number of
+// parts) times what stays, and there are digits to spare for it.
 struct Moments {
   double point = 0, count = 0, sum = 0, squares = 0;  // the last two around `point`
 

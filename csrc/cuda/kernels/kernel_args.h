@@ -84,10 +84,10 @@ struct KernelArgs {
   int64_t size[3];  // of i0, i1 and j or i2
   bool grouped;     // size[0] > 1: otherwise nobody looks at i1
   int64_t step[3];  // the mixed-radix digits of the distance between two items of a thread
-  int64_t move[3]
-              [3];    // elements that a view goes on by: a step, what is added at the end of a row or plane, of a group
-  int64_t num_items;  // size[0] * size[1] * size[2]
-  int64_t chunk;      // items in a block
+  // Elements that a view goes on by: a step, what is added at the end of a row or plane, and of a group.
+  int64_t move[3][3];
+  int64_t num_items;   // size[0] * size[1] * size[2]
+  int64_t chunk;       // items in a block
   int64_t num_splits;  // blocks that share a channel
   int64_t plane_size;  // positions in a plane
   int64_t num_channels;
