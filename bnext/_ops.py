@@ -69,9 +69,7 @@ def batchnorm2d(
 
 def _number(value: Any) -> Any:
     """For a compiler, to which a number that is not Python's, such as NumPy's, is a tensor."""
-    if isinstance(value, (float, int)) or not hasattr(value, "__float__"):
-        return value
-    return float(value)
+    return value if value is None or isinstance(value, (float, int, str)) else float(value)
 
 
 def batchnorm2d_backward(
