@@ -51,6 +51,7 @@ def check_forward(
     eps: float,
     /,
 ) -> None: ...
+def check_updated(name: str, t: Tensor, /) -> None: ...
 def check_statistics_arguments(
     input: Tensor,
     running_mean: Tensor | None,

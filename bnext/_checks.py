@@ -40,16 +40,3 @@ def check_saved(input: Any, weight: Any, bias: Any) -> None:
                 f"Inference tensors cannot be saved for backward, and {name} is one. To work "
                 "around you can make a clone to get a normal tensor and use it in autograd."
             )
-
-
-def check_each_written(name: str, t: Tensor, dim: int) -> None:
-    """What vmap has a place of its own for along ``dim``, and training updates."""
-    if t.shape[dim] > 1 and t.stride(dim) == 0:
-        raise RuntimeError(
-            f"{name} is updated in training, but several of its elements share one place in memory "
-            "(an expanded tensor?)"
-        )
-    if t.is_inference() and not torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            f"{name}: Inplace update to inference tensor outside InferenceMode is not allowed."
-        )

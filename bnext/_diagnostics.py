@@ -55,15 +55,16 @@ def explain(
         if family is not None:
             raise ValueError("family is a choice of CUDA kernels: name a CUDA device, too")
         return f"{tensor}, on cpu: {_C.explain_cpu(input)}"
+    _C.read_environment()  # what was set since: for this plan, and for calls from now on
     families = _C.cuda_families() if family == "all" else [family or ""]
     plans = [plan for name in families for plan in _C.cuda_plans(input, device, name, training)]
-    taken = {p["text"] for p in _C.cuda_plans(input, device, "", training) if family == "all"}
+    taken = _C.cuda_plans(input, device, "", training) if family == "all" else []
+    chosen = [plan["text"] for plan in taken if not plan["error"]]
     plans = list({(plan["pass"], plan["text"]): plan for plan in plans}.values())  # each once
     lines = [f"{tensor}, on {device}:"]
     directions = ("forward", "backward") if direction == "both" else (direction,)
     for plan in (plan for name in directions for plan in plans if plan["pass"] == name):
-        chosen = plan["text"] in taken and not plan["error"]
-        lines.append(f"  {plan['text']}{' (chosen)' if chosen else ''}")
+        lines.append(f"  {plan['text']}{' (chosen)' if plan['text'] in chosen else ''}")
         if not plan["error"]:
             moved, least = plan["bytes_moved"], plan["bytes_min"]
             lines.append(

@@ -6,12 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch._prims_common import (
+    is_channels_last_contiguous_or_false_2d,
+    is_contiguous_or_false,
+    suggest_memory_format,
+)
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext import _vmap
 from bnext._extension import _C
-from bnext._layout import format_of
 from bnext.autograd import differentiable, transforms_active
 
 _is_tracing = torch._C._is_tracing  # by torch.jit.trace
@@ -114,8 +118,15 @@ _register_vmap("batchnorm2d_backward")
 _register_vmap("batchnorm2d_statistics")
 
 
+def _format_of(t: Tensor) -> torch.memory_format:
+    """csrc/api.cpp's ``format_of``, for sizes and strides that a compiler need not know."""
+    if not is_contiguous_or_false(t) and is_channels_last_contiguous_or_false_2d(t):
+        return torch.channels_last
+    return suggest_memory_format(t)
+
+
 def _like(input: Tensor) -> Tensor:
-    return torch.empty_like(input, memory_format=format_of(input))
+    return torch.empty_like(input, memory_format=_format_of(input))
 
 
 def _per_channel(input: Tensor, wide: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnext._checks import check_constants, check_each_written
+from bnext._checks import check_constants
 from bnext._extension import _C
 
 
@@ -50,7 +50,7 @@ def _check_updates(
         )
     for name, (t, dim) in {**statistics, "num_batches_tracked": count}.items():
         if dim is not None:
-            check_each_written(name, t, dim)
+            _C.check_updated(name, t)
 
 
 def forward(

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
 from bnext import _vmap
 from bnext._checks import check_constants, check_saved, refuse_derivative
 from bnext._extension import _C
-from bnext._layout import format_of
 from bnext._second_order import average, double_backward, per_channel, standardize
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -114,7 +114,7 @@ class BatchNorm2dFunction(Function):
         x: Tensor | None = input
         if not training and not needs_grad[4]:  # dx = weight * invstd * dy
             x = None
-            ctx.memory_format = format_of(input)
+            ctx.memory_format = suggest_memory_format(output)
         ctx.save_for_backward(x, weight, save_mean, save_invstd)
         ctx.options = options
         if not return_stats:

@@ -26,6 +26,16 @@ class _LayerOfTorch(str):
         return str, (str(self),)
 
 
+def _options(*options: Any) -> dict[str, Any]:
+    """By keyword; device and dtype only where given.
+
+    Other classes, which have other parameters there, may stand between these layers and torch's.
+    """
+    names = ("eps", "momentum", "affine", "track_running_stats", "device", "dtype")
+    named = dict(zip(names, options, strict=True))
+    return {k: v for k, v in named.items() if v is not None or k not in names[4:]}
+
+
 class BatchNorm2d(nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` on bnext's kernels.
 
@@ -57,17 +67,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         skip_nonfinite: bool = False,
         **newer: Any,  # what this torch's layer takes besides, such as bias
     ) -> None:
-        # By keyword, and only what was given: other classes may stand between this and torch's.
-        given = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
-        super().__init__(
-            num_features,
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            **given,
-            **newer,
-        )
+        options = _options(eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, **options, **newer)
         self.skip_nonfinite = skip_nonfinite
 
     def extra_repr(self) -> str:
@@ -125,16 +126,8 @@ class LazyBatchNorm2d(nn.LazyBatchNorm2d, BatchNorm2d):
         skip_nonfinite: bool = False,
         **newer: Any,  # what this torch's layer takes besides, such as bias
     ) -> None:
-        # By keyword, and only what was given: other classes may stand between this and torch's.
-        given = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
-        super().__init__(
-            eps=eps,
-            momentum=momentum,
-            affine=affine,
-            track_running_stats=track_running_stats,
-            **given,
-            **newer,
-        )
+        options = _options(eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(**options, **newer)
         self.skip_nonfinite = skip_nonfinite
 
 

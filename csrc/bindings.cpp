@@ -180,7 +180,6 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
 std::string py_explain_cpu(py::handle input) { return explain_cpu(Arguments{"explain"}.tensor(input, "input")); }
 
 py::list py_cuda_plans(py::handle input, const std::string& device, const std::string& family, bool training) {
-  cuda::read_environment();  // what a user has set since: here, and in calls from now on
   py::list reports;
   for (const PlanReport& r : cuda_plans(Arguments{"explain"}.tensor(input, "input"), device, family, training)) {
     reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "text"_a = r.text,
@@ -260,6 +259,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
   m.def("check_statistics_arguments", torch::wrap_pybind_function(bnext::check_statistics_arguments));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
+  m.def("check_updated", torch::wrap_pybind_function(bnext::check_updated));
   m.def("check_out", torch::wrap_pybind_function(bnext::check_out));
   m.def("explain_cpu", torch::wrap_pybind_function(bnext::py_explain_cpu));
   m.def("cuda_plans", torch::wrap_pybind_function(bnext::py_cuda_plans));

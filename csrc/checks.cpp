@@ -91,11 +91,11 @@ void check_parameter(const char* name, const OptionalTensor& tensor, const at::T
   check_channels(name, t, input);
 }
 
-// What training writes to must be one number in memory for each channel.
-void check_writable(const char* name, const OptionalTensor& tensor) {
-  if (!given(tensor)) return;
-  TORCH_CHECK(tensor->sym_numel() <= 1 || tensor->sym_stride(0) != 0, name,
-              " is updated in training, but several of its elements share one place in memory (an expanded tensor?)");
+void check_not_expanded(const char* name, const at::Tensor& t) {
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    TORCH_CHECK(t.sym_size(d) <= 1 || t.sym_stride(d) != 0, name,
+                " is updated in training, but several of its elements share one place in memory (an expanded tensor?)");
+  }
 }
 
 }  // namespace
@@ -135,14 +135,21 @@ void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, 
   if (!training) return;
   TORCH_CHECK_VALUE(momentum.has_value() || !given(running_mean) || given(num_batches_tracked),
                     "momentum may be None only with num_batches_tracked");
-  check_writable("running_mean", running_mean);
-  check_writable("running_var", running_var);
+  if (given(running_mean)) {
+    check_not_expanded("running_mean", *running_mean);
+    check_not_expanded("running_var", *running_var);
+  }
   if (given(num_batches_tracked)) {
     check_same_device("num_batches_tracked", *num_batches_tracked, input);
     TORCH_CHECK(num_batches_tracked->scalar_type() == at::kLong && num_batches_tracked->sym_numel() == 1,
                 "num_batches_tracked should be one number of dtype torch.int64, not ", num_batches_tracked->sym_numel(),
                 " of dtype ", python_name(num_batches_tracked->scalar_type()));
   }
+}
+
+void check_updated(const char* name, const at::Tensor& t) {
+  check_not_expanded(name, t);
+  check_not_inference(name, t);
 }
 
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const OptionalTensor& weight,

@@ -26,7 +26,11 @@ void check_out(const at::Tensor& out, const at::Tensor& input);
 void check_statistics_arguments(const at::Tensor& input, const OptionalTensor& running_mean,
                                 const OptionalTensor& running_var, bool training, double eps);
 void check_input(const at::Tensor& input);
+// What training updates, of any shape: each element has a place of its own, as far as strides of 0 tell, and it is no
+// inference tensor outside of inference mode.
+void check_updated(const char* name, const at::Tensor& t);
 
+void check_not_inference(const char* name, const at::Tensor& t);
 // What may be written to: no inference tensor outside of inference mode, and nothing that another argument holds. Both
 // look at addresses, so they are not for fake tensors.
 // Running statistics lie apart from a non-empty input and from each other.

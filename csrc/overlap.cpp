@@ -68,14 +68,18 @@ bool elements_are_apart(const at::Tensor& t) {
 }
 
 void check_may_be_written(const char* name, const at::Tensor& t) {
-  TORCH_CHECK(
-      !t.is_inference() || c10::InferenceMode::is_enabled(), name,
-      ": Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a "
-      "normal tensor before doing inplace update.");
+  check_not_inference(name, t);
   t.mutable_data_ptr();  // a lazy clone gets memory of its own, before addresses are compared
 }
 
 }  // namespace
+
+void check_not_inference(const char* name, const at::Tensor& t) {
+  TORCH_CHECK(
+      !t.is_inference() || c10::InferenceMode::is_enabled(), name,
+      ": Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to get a "
+      "normal tensor before doing inplace update.");
+}
 
 // Kernels read what `out` may not touch while they write to it; dy they read element by element just before.
 void check_memory(const at::Tensor& out, const at::Tensor& grad_output,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -338,18 +340,24 @@ def test_neighbours_in_one_memory_are_fine() -> None:
     assert torch.equal(lazy, torch.ones(4))
 
 
+@contextlib.contextmanager
+def leaves_state(layer: nn.Module) -> Iterator[None]:
+    before = {key: t.clone() for key, t in layer.state_dict().items()}
+    yield
+    for key, t in layer.state_dict().items():
+        assert torch.equal(t, before[key]), key
+
+
 @pytest.mark.parametrize("name", [*STATISTICS, "num_batches_tracked"])
 def test_statistics_made_in_inference_mode(name: str) -> None:
     """To be updated in inference mode only; torch's words."""
     layer = filled_layer(0.1)
     with torch.inference_mode():
         setattr(layer, name, getattr(layer, name).clone())
-    before = {key: t.clone() for key, t in layer.state_dict().items()}
     x = good_arguments(FORWARD)["input"]
-    with pytest.raises(RuntimeError, match=f"^{name}: Inplace update to inference tensor outside"):
+    message = f"^{name}: Inplace update to inference tensor outside"
+    with leaves_state(layer), pytest.raises(RuntimeError, match=message):
         layer(x)
-    for key, t in layer.state_dict().items():
-        assert torch.equal(t, before[key]), key
     layer.eval()(x)
     layer.train()
     with torch.inference_mode():
@@ -366,11 +374,9 @@ def test_saved_tensors_made_in_inference_mode(name: str) -> None:
             x = x.clone()
         else:
             layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-    before = {key: t.clone() for key, t in layer.state_dict().items()}
-    with pytest.raises(RuntimeError, match=rf"^Inference tensors cannot be saved .* {name} is one"):
+    message = f"^Inference tensors cannot be saved .* {name} is one"
+    with leaves_state(layer), pytest.raises(RuntimeError, match=message):
         layer(x)
-    for key, t in layer.state_dict().items():
-        assert torch.equal(t, before[key]), key
     with torch.no_grad():
         layer(x)
     assert layer.num_batches_tracked == 2
@@ -380,12 +386,10 @@ def test_saved_tensors_made_in_inference_mode(name: str) -> None:
 def test_statistics_that_negate_their_memory(name: str) -> None:
     layer = filled_layer(0.1)
     setattr(layer, name, torch._neg_view(-getattr(layer, name)))
-    before = {key: t.clone() for key, t in layer.state_dict().items()}
     x = good_arguments(FORWARD)["input"]
-    with pytest.raises(RuntimeError, match=f"argument '{name}' is written to, and must not be a"):
+    message = f"argument '{name}' is written to, and must not be a"
+    with leaves_state(layer), pytest.raises(RuntimeError, match=message):
         layer(x)
-    for key, t in layer.state_dict().items():
-        assert torch.equal(t, before[key]), key
     layer.eval()(x)
 
 
@@ -471,11 +475,9 @@ def test_layer(x: Any, error: type[Exception], message: str, momentum: float | N
 def test_layer_with_bad_eps() -> None:
     layer = filled_layer(0.1)
     layer.eps = 0.0
-    before = {name: t.clone() for name, t in layer.state_dict().items()}
-    with pytest.raises(ValueError, match="batch_norm eps must be positive during training"):
+    message = "batch_norm eps must be positive during training"
+    with leaves_state(layer), pytest.raises(ValueError, match=message):
         layer(torch.zeros(2, 4, 3, 3))
-    for name, tensor in layer.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
 
 
 def test_layer_gradients() -> None:

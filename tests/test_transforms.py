@@ -441,16 +441,14 @@ WHAT_FAILS = {
 def test_a_call_that_fails_updates_nothing(fault: str, batched: bool, training: bool) -> None:
     """Neither the statistics before the one that is at fault, nor the count of batches."""
     mean, var = torch.zeros(4, C), torch.ones(4, C)
-    count = torch.zeros(4, dtype=torch.long)
+    count, xs = torch.zeros(4, dtype=torch.long), torch.randn(4, 2, C, 3, 3)
     layer = bnext.BatchNorm2d(C).train(training)
-    with torch.inference_mode(fault.startswith("inference")):
-        xs = torch.randn(4, 2, C, 3, 3)
-        if fault in ("inference", "inference count"):
-            var, count = (var.clone(), count) if fault == "inference" else (var, count.clone())
-    if fault == "expanded count":
-        count = count[:1].expand(4)
-    var = {"expanded": var[:1].expand(4, C), "aliased": mean}.get(fault, var)
-    xs = xs if fault == "inference input" else xs.clone()
+    with torch.inference_mode():
+        var_, count_, xs_ = (t.clone() for t in (var, count, xs))
+    variances = {"expanded": var[:1].expand(4, C), "aliased": mean, "inference": var_}
+    counts = {"expanded count": count[:1].expand(4), "inference count": count_}
+    var, count = variances.get(fault, var), counts.get(fault, count)
+    xs = xs_ if fault == "inference input" else xs
 
     def one(mean: Tensor, var: Tensor, count: Tensor, x: Tensor) -> Tensor:
         buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
