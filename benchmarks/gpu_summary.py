@@ -223,7 +223,8 @@ def over_floor(rows: Iterable[dict[str, Any]]) -> str:
         all_kept = plan["bytes_moved"] == plan["bytes_min"]
         kept = "–" if plan["family"] == "streaming" else "all" if all_kept else "in part"
         dtype = "halves" if x.element_size() == 2 else row["dtype"]
-        key = (plan["family"], plan["walk"], kept, row["direction"], dtype)
+        slabs = "–" if plan["family"] == "streaming" else "several" if plan["loops"] else "one"
+        key = (plan["family"], plan["walk"], kept, slabs, row["direction"], dtype)
         predicted = plan["microseconds"] - plan["microseconds_min"]
         found[key].append((1e3 * (row["ms"] - row["floor_ms"]), predicted))
     lines = []
@@ -232,7 +233,7 @@ def over_floor(rows: Iterable[dict[str, Any]]) -> str:
         for kind in zip(*times, strict=True):
             cells += [f"{statistics.median(kind):.1f}", f"{min(kind):.1f} to {max(kind):.1f}"]
         lines.append(cells)
-    head = ("family", "walk", "on chip", "pass", "dtype", "cases")
+    head = ("family", "walk", "on chip", "slabs of a block", "pass", "dtype", "cases")
     head += ("µs", "range", "by the model", "range")
     return "Time beyond the floor's:\n\n" + table(head, lines) if lines else ""
 

@@ -66,7 +66,9 @@ std::string explain_cpu(const at::Tensor& input);
 
 // One pass with every output, by one family of CUDA kernels.
 struct PlanReport {
-  std::string pass, family, walk, text;
+  std::string pass, family, walk;
+  bool loops = false;  // blocks go on to further slabs
+  std::string text;
   std::string error;  // why it cannot run; empty if it can
   int64_t bytes_moved = 0, bytes_min = 0;
   double microseconds = 0, microseconds_min = 0;  // predicted, of the plan and of one kernel that moves bytes_min

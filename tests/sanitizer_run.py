@@ -17,9 +17,9 @@ from bnext._extension import _C
 
 # Whole packs, odd planes, C = 3, several blocks to a channel, one value for each plane; runs of
 # channels (halves); a channel of 384 KiB of x in float32, of which no block holds all; and more
-# channels than a GPU has SMs.
+# channels than a GPU runs blocks.
 SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
-SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
+SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 2400, 12, 12))
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -40,8 +40,9 @@ def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor
 
 
 def main(device: str) -> int:
-    for family in ("auto", *_C.cuda_families()):
-        os.environ["BNEXT_CUDA_FAMILY"] = family
+    families = [(family, "1") for family in ("auto", *_C.cuda_families())]
+    for family, loops in (*families, ("resident", "always"), ("cluster", "always")):
+        os.environ |= {"BNEXT_CUDA_FAMILY": family, "BNEXT_CUDA_LOOPS": loops}
         _C.read_environment()
         ran = refused = 0
         for shape in SHAPES:
@@ -58,9 +59,9 @@ def main(device: str) -> int:
                             refused += 1
                             continue
                         ran += 1
-                        label = f"{family} {shape} {dtype} {layout}"
+                        label = f"{family}, loops {loops}: {shape} {dtype} {layout}"
                         assert all(bool(t.isfinite().all()) for t in results), label
-        print(f"{family}: {ran} steps, {refused} refused", flush=True)
+        print(f"{family}, loops {loops}: {ran} steps, {refused} refused", flush=True)
     return 0
 
 

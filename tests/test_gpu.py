@@ -167,7 +167,19 @@ def large_case(
 
 @pytest.mark.parametrize("layout", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_resnet50(family: str, dtype: torch.dtype, layout: str, gpu: str) -> None:
+@pytest.mark.parametrize("loops", ["1", "always"])
+def test_resnet50(
+    family: str,
+    loops: str,
+    dtype: torch.dtype,
+    layout: str,
+    gpu: str,
+    environment: Callable[[str, str], None],
+) -> None:
+    """Also where blocks and clusters have more slabs than the plan would give them."""
+    if loops == "always" and family not in ("resident", "cluster"):
+        pytest.skip("only blocks and clusters go on where a plan says so")
+    environment("BNEXT_CUDA_LOOPS", loops)
     ran = 0
     for channels, side in RESNET50:
         case = large_case((32, channels, side, side), dtype, layout, gpu)

@@ -144,8 +144,8 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "auto: 64 steps, 0 refused" in done.stdout
-    assert "streaming: 64 steps" in done.stdout
+    assert "auto, loops 1: 64 steps, 0 refused" in done.stdout
+    assert "cluster, loops always: 64 steps" in done.stdout
 
 
 def test_tests_that_are_all_skipped_are_no_success(
@@ -267,6 +267,7 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
     for number, name, variable, usual, value in (
         (0, "streaming", "BNEXT_CUDA_FAMILY", "auto", "streaming"),
+        (-2, "one-slab", "BNEXT_CUDA_LOOPS", "1", "0"),
         (-1, "together", "BNEXT_CUDA_LATE", "1", "0"),
     ):
         seen.clear()
@@ -296,9 +297,9 @@ def test_over_floor(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = _C.cuda_plans(x, "h200", family, True)[1]
         model[side] = plan["microseconds"] - plan["microseconds_min"]
     resident, streaming = gpu_summary.over_floor(rows).splitlines()[4:]
-    head = "| streaming | planes | – | backward | float32 | 1 | 200.0 | 200.0 to 200.0 |"
+    head = "| streaming | planes | – | – | backward | float32 | 1 | 200.0 | 200.0 to 200.0 |"
     assert streaming == f"{head} {model[56]:.1f} | {model[56]:.1f} to {model[56]:.1f} |"
-    head = "| resident | planes | all | backward | float32 | 2 | 250.0 | 200.0 to 300.0 |"
+    head = "| resident | planes | all | several | backward | float32 | 2 | 250.0 | 200.0 to 300.0 |"
     least, most = sorted((model[28], model[14]))
     assert resident == f"{head} {(least + most) / 2:.1f} | {least:.1f} to {most:.1f} |"
     assert gpu_summary.over_floor(rows[3:4]) == ""

@@ -181,6 +181,22 @@ def test_who_gets_a_grid(environment: Callable[[str, str], None]) -> None:
         bnext.explain(x, "h100")
 
 
+def test_whose_blocks_go_on(environment: Callable[[str, str], None]) -> None:
+    """They have no room to give to other streams: not where these send gradients."""
+    x = torch.empty(256, 512, 28, 28, device="meta")
+    for world, loops, go_on in (
+        *(("", "", True), ("1", "", True), ("8", "", False)),
+        *(("8", "1", True), ("1", "0", False), ("8", "always", True)),
+    ):
+        environment("WORLD_SIZE", world)
+        environment("BNEXT_CUDA_LOOPS", loops)
+        found = plans(bnext.explain(x, "h100"))
+        assert [" slabs each" in plan for plan in found] == [go_on] * 2, (world, loops)
+    environment("BNEXT_CUDA_LOOPS", "no")
+    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_LOOPS should be 0, 1 or always, not no"):
+        bnext.explain(x, "h100")
+
+
 def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
     x = torch.empty(256, 512, 14, 14, device="meta")
     for late, is_there in (("", True), ("1", True), ("0", False)):

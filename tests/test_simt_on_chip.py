@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
 GRID = RESIDENT._replace(family="grid")
+LOOPS = RESIDENT._replace(loops=2, num_sms=1)  # blocks go on to further slabs
+LOOPING_CLUSTER = CLUSTER._replace(loops=2, num_sms=2)
 SHARED_OUT = GRID._replace(share_out=1)  # each warp finishes some of a slab's channels
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
@@ -35,6 +37,12 @@ WAYS = {
     "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(team=2)),
     "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
     "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(team=4)),
+    "planes, loops": ("nchw", (4, 5, 16, 16), LOOPS),
+    "planes, cluster, loops": ("nchw", (4, 5, 16, 16), LOOPING_CLUSTER._replace(team=2)),
+    "rows, loops": ("channels_last", (3, 200, 5, 9), LOOPS),
+    "rows, cluster, loops": ("channels_last", (3, 160, 7, 7), LOOPING_CLUSTER._replace(team=2)),
+    "runs, loops": ("nchw", (12, 56, 7, 7), LOOPS),
+    "runs, cluster, loops": ("nchw", (16, 48, 7, 7), LOOPING_CLUSTER._replace(team=4)),
     # some teams, and one, that have one slab after the other
     "planes, grid": ("nchw", (4, 5, 8, 16), GRID._replace(team=2)),
     "planes, one team": ("nchw", (4, 3, 16, 16), GRID._replace(team=4)),
@@ -50,6 +58,13 @@ AGAIN = {
     "skewed": ("nchw", (4, 5, 17, 15), CLUSTER._replace(team=2)),
     "again": ("nchw", (4, 3, 32, 32), CLUSTER._replace(team=2, shared_bytes=10000)),
     "rows, again": ("channels_last", (4, 16, 16, 16), RESIDENT._replace(shared_bytes=14000)),
+    "skewed, loops": ("nchw", (4, 5, 17, 15), LOOPS),
+    "again, loops": ("nchw", (4, 5, 32, 32), LOOPING_CLUSTER._replace(team=2, shared_bytes=10000)),
+    "rows, again, loops": (
+        "channels_last",
+        (4, 144, 16, 16),
+        LOOPS._replace(shared_bytes=14000),
+    ),
     "again, grid": ("nchw", (4, 5, 32, 32), GRID._replace(team=2, shared_bytes=10000)),
     "rows, again, grid": (
         "channels_last",
@@ -115,6 +130,7 @@ def test_every_byte_moves_once(way: str) -> None:
             assert call.bytes_stored == tensor_bytes
             assert call.bytes_loaded == (tensors - 1) * tensor_bytes
             assert (call.run_length > 1) == ("runs" in way)
+            assert call.looped or "loops" not in way
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

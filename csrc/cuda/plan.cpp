@@ -171,6 +171,9 @@ std::string stages_text(const Plan& plan) {
     if (plan.family == Family::kGrid) {
       text += " in " + std::to_string(plan.num_teams) + (plan.num_teams == 1 ? " team" : " teams");
     }
+    if (plan.loops) {
+      text += format(", %.3g slabs each", static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams));
+    }
     text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
     text += " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
@@ -285,8 +288,8 @@ bool operator==(const Request& a, const Request& b) {
 
 bool operator==(const Limits& a, const Limits& b) {
   auto fields = [](const Limits& l) {
-    return std::tie(l.family, l.grid, l.late, l.threads, l.batches, l.fused_splits, l.share_out, l.shared_bytes,
-                    l.team);
+    return std::tie(l.family, l.grid, l.loops, l.late, l.threads, l.batches, l.fused_splits, l.share_out,
+                    l.shared_bytes, l.team);
   };
   return fields(a) == fields(b);
 }
@@ -298,9 +301,9 @@ bool operator==(const Plan& a, const Plan& b) {
     const auto stages =
         std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads, p.finish_shared_bytes,
                  p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.shares_out, p.words_offset, p.num_steps,
-                                  p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held, p.layout.bytes,
-                                  p.microseconds, p.batches_ahead, p.late_from, p.num_late, p.late_us);
+    const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.loops, p.shares_out, p.words_offset,
+                                  p.num_steps, p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held,
+                                  p.layout.bytes, p.microseconds, p.batches_ahead, p.late_from, p.num_late, p.late_us);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);

@@ -14,6 +14,7 @@ constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
 // code was made shorter; these are guesses.
 constexpr double kReductionUs = 1.5;
 constexpr double kRowsReductionUs = 2.5;
+constexpr double kBeginUs = 0.7;  // what of these a block is spared that goes on to another slab
 constexpr double kL2Time = 0.6;   // of a byte from L2, with a byte from memory as 1
 constexpr double kL2Share = 0.5;  // of L2 that still holds what was read a while ago
 
@@ -22,7 +23,8 @@ constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a 
 constexpr double kTripUs = 0.7;     // to L2
 // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
 constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
-constexpr double kGridHandicap = 1.1;  // its launch waits for what other streams have running
+constexpr double kGridHandicap = 1.1;    // its launch waits for what other streams have running
+constexpr double kLoopsHandicap = 1.02;  // its blocks cannot go where other streams leave room
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
@@ -34,9 +36,11 @@ constexpr int kMaxBlocksPerSm = 32;
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
-  const int registers = dtype_bytes(plan.dtype) != 2 ? kRegisters
-                        : device.arch < 100          ? kRegistersForHalves
-                                                     : kRegistersForHalvesFrom100;
+  // Kernels that loop may take what launch bounds allow.
+  const int registers = plan.loops                     ? device.registers_per_sm / kMaxOnChipThreads
+                        : dtype_bytes(plan.dtype) != 2 ? kRegisters
+                        : device.arch < 100            ? kRegistersForHalves
+                                                       : kRegistersForHalvesFrom100;
   const int by_threads = device.threads_per_sm / plan.threads;
   const int by_registers = device.registers_per_sm / (plan.threads * registers);
   return static_cast<int>(
@@ -53,6 +57,15 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 }
 
 double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
+
+// Of on-chip blocks, without what teams tell each other. While a block that goes on maps its last steps, memory has the next
+// slab's first ones to bring.
+Stops on_chip_stops(const Plan& plan) {
+  const double reduction = reduction_time(plan), first = reduction + plan.held_steps * kStepUs;
+  if (!plan.loops) return {first, first};
+  const int waits = std::max(0, plan.held_steps - (plan.batches_ahead - 1) * kOnChipBatch);
+  return {first, reduction - kBeginUs + waits * kStepUs};
+}
 
 double streaming_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
   const double inputs = (r.pass == Pass::kForward ? 1 : 2) * static_cast<double>(plan.tensor_bytes);
@@ -100,25 +113,29 @@ void set_late_half(Plan& plan, int64_t teams) {
   plan.num_late = teams * plan.num_splits - plan.late_from;
 }
 
-double blocks_time(Plan& plan, const DeviceInfo& device, double stop) {
+double blocks_time(Plan& plan, const DeviceInfo& device) {
   const int per_sm = blocks_per_sm(plan, device);
   const int sms = plan.cluster == 1 ? device.num_sms
                                     : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
   if (sms == 0) return HUGE_VAL;
-  const double on_sm = static_cast<double>(plan.num_blocks) / sms;
+  const double on_sm = static_cast<double>(plan.num_slabs * plan.num_splits) / sms;
   const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(per_sm, on_sm),
                   static_cast<double>(plan.threads), on_sm};
   if (on_sm > 1) set_late_half(plan, std::min(plan.num_blocks, int64_t{sms} * per_sm) / plan.cluster);
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stop + (plan.cluster > 1 ? kClusterUs : 0));
+  const Stops stops = on_chip_stops(plan);
+  const double more = plan.cluster > 1 ? kClusterUs : 0;
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), {stops.first + more, stops.later + more});
 }
 
-double grid_time(Plan& plan, const DeviceInfo& device, double stop) {
+double grid_time(Plan& plan, const DeviceInfo& device) {
   const int64_t per_sm = ceil_div(plan.num_blocks, device.num_sms);
   const double turns = static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams);
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
   const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns};
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stop + meeting_time(plan, device));
+  const Stops stops = on_chip_stops(plan);
+  const double more = meeting_time(plan, device);
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), {stops.first + more, stops.later + more});
 }
 
 }  // namespace
@@ -130,19 +147,25 @@ int active_clusters(const DeviceInfo& device, int cluster) {
   return 0;
 }
 
-double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
+int64_t teams_at_once(const Plan& plan, const DeviceInfo& device) {
+  return blocks_per_sm(plan, device) *
+         int64_t{plan.cluster == 1 ? device.num_sms : active_clusters(device, plan.cluster)};
+}
+
+double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& stops) {
   constexpr double kCorner = 6;
   const double all = moving_time(at, traffic), turns = turns_of(at);
-  const double together = all + std::ceil(turns) * stop;
+  const double together = all + stops.first + (std::ceil(turns) - 1) * stops.later;
   if (plan.num_late == 0) return together;
   const double half = traffic / 2 / (at.at_once > 1 ? speed(at, 1, at.at_once / 2) : speed(at, 0.5, 1));
   const double reads =
       static_cast<double>(plan.tensors_read * plan.tensor_bytes) / static_cast<double>(plan.bytes_moved);
-  const double late = std::min(stop, half / turns * reads);
+  const double late = std::min(stops.first, half / turns * reads);
   // In one turn the early half writes while the late one stops.
-  const double time =
-      turns == 1 ? std::max(all + std::max(0.0, stop - traffic / 2 * (1 - reads)), late + half + stop)
-                 : std::pow(std::pow(all, kCorner) + std::pow(half + turns * stop, kCorner), 1 / kCorner) + stop;
+  const double alone = half + stops.first + (turns - 1) * stops.later;  // a half that waits for nothing else
+  const double time = turns == 1
+                          ? std::max(all + std::max(0.0, stops.first - traffic / 2 * (1 - reads)), late + alone)
+                          : std::pow(std::pow(all, kCorner) + std::pow(alone, kCorner), 1 / kCorner) + stops.later;
   // Too few threads do not get more done for being out of step.
   if (time < together && at.at_once * at.threads >= kBusyThreads) {
     plan.late_us = late;
@@ -167,7 +190,7 @@ double meeting_time(const Plan& plan, const DeviceInfo& device) {
 }
 
 double compared_time(const Plan& plan) {
-  return plan.microseconds * (plan.family == Family::kGrid ? kGridHandicap : 1);
+  return plan.microseconds * (plan.family == Family::kGrid ? kGridHandicap : plan.loops ? kLoopsHandicap : 1);
 }
 
 double predict_floor(int64_t bytes, const DeviceInfo& device) {
@@ -176,9 +199,8 @@ double predict_floor(int64_t bytes, const DeviceInfo& device) {
 
 double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   if (!plan.on_chip) return streaming_time(plan, r, device);
-  const double stop = reduction_time(plan) + plan.held_steps * kStepUs;
   return kLaunchUs * (1 + plan.count) +
-         (plan.family == Family::kGrid ? grid_time(plan, device, stop) : blocks_time(plan, device, stop));
+         (plan.family == Family::kGrid ? grid_time(plan, device) : blocks_time(plan, device));
 }
 
 }  // namespace bnext::cuda

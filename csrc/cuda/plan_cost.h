@@ -16,18 +16,27 @@ int active_clusters(const DeviceInfo& device, int cluster);
 // Microseconds in which a grid's team tells its blocks what they have found, in each turn: by plan.shares_out.
 double meeting_time(const Plan& plan, const DeviceInfo& device);
 
+// Of a plan that loops, how many teams run at once. Nothing waits for all of them, but a second wave would be a few with many
+// slabs each. (Grids have limits of their own.)
+int64_t teams_at_once(const Plan& plan, const DeviceInfo& device);
+
+// Microseconds in which a block moves nothing because it adds up: with its first slab, and with each that it goes on to.
+struct Stops {
+  double first, later;
+};
+
 // Where on-chip blocks run: on a share `sms` of the SMs, each of which has `at_once` of them side by side, with so many threads
-// each, and `blocks` in all, on average.
+// each, and `blocks` slabs' in all, on average, whether blocks go on to further slabs or make room for others.
 struct Places {
   double sms, at_once, threads, blocks;
 };
 
-// Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop once each to add up. If the plan
-// has blocks that begin late, it is told how late: as long as a stop, or as the others take to read what they read before it,
+// Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop in each slab to add up. If the
+// plan has blocks that begin late, it is told how late: as long as a stop, or as the others take to read what they read before it,
 // whichever is less; or, where nothing is to be gained, that none should. From then on either memory always has something to
 // do, or a half waits for nothing but its own stops. Where both would take as long they get into each other's way, as in the
 // simulation of tests/simt/overlap.py.
-double on_chip_time(Plan& plan, const Places& at, double traffic, double stop);
+double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& stops);
 
 // What plans are compared by: predicted microseconds, with a handicap for grids.
 double compared_time(const Plan& plan);

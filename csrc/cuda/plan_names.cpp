@@ -16,10 +16,10 @@ std::string variable(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-bool flag(const char* name, bool otherwise) {
+bool flag(const char* name, bool otherwise, const char* known = "0 or 1") {
   const std::string value = variable(name);
   if (!value.empty() && value != "0" && value != "1")
-    throw std::runtime_error(std::string(name) + " should be 0 or 1, not " + value);
+    throw std::runtime_error(std::string(name) + " should be " + known + ", not " + value);
   return value.empty() ? otherwise : value == "1";
 }
 
@@ -97,6 +97,11 @@ Family family_named(const std::string& name, const std::string& source) {
 
 namespace {
 
+Loops allowed_loops(bool otherwise) {
+  if (variable("BNEXT_CUDA_LOOPS") == "always") return Loops::kAlways;
+  return flag("BNEXT_CUDA_LOOPS", otherwise, "0, 1 or always") ? Loops::kWhereFaster : Loops::kNever;
+}
+
 struct Environment {
   Limits limits;
   std::string error;
@@ -114,7 +119,9 @@ Limits parse_environment() {
   const std::string family = variable("BNEXT_CUDA_FAMILY");
   if (!family.empty()) limits.family = family_named(family, "BNEXT_CUDA_FAMILY");
   // One of several processes will have kernels beside its own, that send gradients.
-  limits.grid = flag("BNEXT_CUDA_GRID", std::atoi(variable("WORLD_SIZE").c_str()) <= 1);
+  const bool alone = std::atoi(variable("WORLD_SIZE").c_str()) <= 1;
+  limits.grid = flag("BNEXT_CUDA_GRID", alone);
+  limits.loops = allowed_loops(alone);
   limits.late = flag("BNEXT_CUDA_LATE", true);
   return limits;
 }

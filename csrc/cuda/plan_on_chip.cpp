@@ -52,11 +52,13 @@ void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
   plan.num_steps = static_cast<int>(ceil_div(plan.chunk, at_once));
   const int64_t slot = int64_t{num_tensors} * plan.threads * kPackBytes;
   const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
-  plan.held_steps = static_cast<int>(fit >= plan.num_steps ? plan.num_steps : fit / kOnChipBatch * kOnChipBatch);
+  // A slab that comes after another has its batches in other places, so all of these are for whole batches.
+  const int64_t all = plan.loops ? round_up(plan.num_steps, kOnChipBatch) : plan.num_steps;
+  plan.held_steps = static_cast<int>(fit >= all ? all : fit / kOnChipBatch * kOnChipBatch);
   plan.layout = make_layout(plan, plan.held_steps * slot);
   // Where places are used again, the one that is copied to has to be free.
   const int held = on_chip_batches(plan.held_steps);
-  plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kMostGroups, held - 1) : kMostGroups;
+  plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kMostGroups, held - 1) : std::min(kMostGroups, held);
   set_step(plan, at_once);
 }
 
@@ -85,6 +87,7 @@ struct Team {
   Family family = Family::kResident;
   int64_t blocks = 1, at_once = 0;  // at_once: of a grid, how many teams there are
   int64_t shared_bytes = 0;
+  bool loops = false;  // other families have as many teams as run at once, and not one for each slab
   int threads = 0;
 };
 
@@ -95,11 +98,15 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.family = team.family;
   plan.cluster = team.family == Family::kCluster ? static_cast<int>(team.blocks) : 1;
   plan.num_splits = team.blocks;
-  plan.num_teams = grid ? team.at_once : plan.num_slabs;
+  plan.loops = grid || team.loops;
   plan.chunk = ceil_div(plan.num_items, team.blocks);
-  plan.num_blocks = plan.num_teams * team.blocks;
   plan.threads = team.threads;
   hold(std::min(limits.shared_bytes, team.shared_bytes), num_tensors, plan);
+  plan.num_teams = std::min(plan.num_slabs, grid         ? team.at_once
+                                            : team.loops ? std::max<int64_t>(1, teams_at_once(plan, device))
+                                                         : plan.num_slabs);
+  plan.loops = plan.num_teams < plan.num_slabs;
+  plan.num_blocks = plan.num_teams * team.blocks;
   if (grid) {
     plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);
     plan.words_offset = plan.coefficient_offset;
@@ -194,9 +201,12 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     }
   };
   auto consider = [&](const Plan& walk) {
-    consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in}, kMaxOnChipThreads);
-    for (int cluster : kClusterSizes) {
-      consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in}, kMaxOnChipThreads);
+    for (bool loops : {false, true}) {
+      if (limits.loops == (loops ? Loops::kNever : Loops::kAlways)) continue;
+      consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in, loops}, kMaxOnChipThreads);
+      for (int cluster : kClusterSizes) {
+        consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in, loops}, kMaxOnChipThreads);
+      }
     }
     consider_grids(walk);
   };

@@ -1,5 +1,6 @@
 // What tests call through ctypes: one batch-norm pass on the shim, from a plain description of its tensors. The structs
 // are mirrored in library.py.
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstring>
@@ -35,13 +36,13 @@ struct Call {
   Vector stats_mean, stats_var, grad_mean, grad_var;
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
-  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, share_out, shared_bytes;
+  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, loops, share_out, shared_bytes;
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
   int64_t bytes_kept, late_threads, least_late_clocks, most_late_clocks, first_late_block;
-  int64_t planned_late_threads, planned_late_from;
+  int64_t planned_late_threads, planned_late_from, looped;
   double held, late_us;
   char plan[512], error[256];
 };
@@ -76,6 +77,9 @@ void run(Call& call, const Problem& problem) {
   cuda::DeviceInfo device;
   device.num_sms = static_cast<int>(call.num_sms);
   device.threads_per_sm = static_cast<int>(call.threads_per_sm);
+  for (int i = 0; i < cuda::kNumClusterSizes; ++i) {
+    device.active_clusters[i] = std::max(1, device.num_sms / cuda::kClusterSizes[i]);
+  }
   device.memory_gb_per_s = 4.0 * device.num_sms;  // slow: what plans cost is bytes, on tensors as small as tests'
   cuda::Limits limits;
   limits.threads = static_cast<int>(call.threads);
@@ -83,6 +87,7 @@ void run(Call& call, const Problem& problem) {
   limits.fused_splits = static_cast<int>(call.fused_splits);
   limits.family = static_cast<cuda::Family>(call.family);
   limits.team = static_cast<int>(call.team);
+  limits.loops = static_cast<cuda::Loops>(call.loops);
   limits.share_out = call.share_out != 0;
   limits.shared_bytes = call.shared_bytes;
   const cuda::Plan plan = cuda::make_plan(cuda::make_request(problem), device, limits);
@@ -110,6 +115,7 @@ void run(Call& call, const Problem& problem) {
   call.first_late_block = late.first_block;
   call.planned_late_threads = plan.num_late * plan.threads;
   call.planned_late_from = plan.late_from;
+  call.looped = plan.loops;
   call.late_us = plan.late_us;
   call.planned_bytes = plan.bytes_moved;
   call.fused = plan.fused;

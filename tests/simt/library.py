@@ -92,11 +92,11 @@ VECTORS = (
 )
 FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
-LIMITS += ("family", "team", "share_out", "shared_bytes")
+LIMITS += ("family", "team", "loops", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels", "bytes_kept")
 RESULTS += ("late_threads", "least_late_clocks", "most_late_clocks", "first_late_block")
-RESULTS += ("planned_late_threads", "planned_late_from")
+RESULTS += ("planned_late_threads", "planned_late_from", "looped")
 
 
 class Call(ctypes.Structure):
@@ -128,6 +128,7 @@ class Machine(NamedTuple):
     fused_splits: int = 64
     family: str = "streaming"
     team: int = 0
+    loops: int = 0  # never, where it is faster, always: the order of Loops
     share_out: int = 0
     shared_bytes: int = 1 << 30
 

@@ -16,6 +16,7 @@ def simulate(
     threads: int,
     traffic: float,
     stop: float,
+    later: float,
     late: float,
     reads: float,
     busy: tuple[float, int],
@@ -23,8 +24,9 @@ def simulate(
     """Microseconds that all blocks take, of so many threads, if per_sm of them fit on each SM.
 
     traffic: microseconds of memory's full speed that all move together, the share `reads` of it
-    before the stop. Of those that run at first, the second half begins `late` microseconds after
-    the first. busy: the share of the SMs, and the threads on each, that keep memory busy.
+    before the stop, which is `stop` long where a block is the first in its place, and `later`
+    else. Of those that run at first, the second half begins `late` microseconds after the first.
+    busy: the share of the SMs, and the threads on each, that keep memory busy.
     """
     generator = random.Random(0)
     busy_share, busy_threads = busy
@@ -35,11 +37,13 @@ def simulate(
         """Whether it moves data, and how much, or waits, and how long."""
         nonlocal left
         yield False, late if slot >= (slots + 1) // 2 else 0.0
+        length = stop
         while left:
             left -= 1
             yield True, move * reads
-            yield False, stop * generator.uniform(1 - JITTER, 1 + JITTER)
+            yield False, length * generator.uniform(1 - JITTER, 1 + JITTER)
             yield True, move * (1 - reads)
+            length = later
 
     running = {slot: steps(slot) for slot in range(slots)}
     now, todo = 0.0, {slot: next(running[slot]) for slot in running}

@@ -15,7 +15,7 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative, no_grid, no_late;
+  int64_t family, cumulative, no_grid, loops, no_late;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
   int64_t cooperative, overlaps;
@@ -25,7 +25,7 @@ struct Query {
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, shares_out, late_from, num_late;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, loop, shares_out, late_from, num_late;
   double held, microseconds, late_us;
   char text[512];
 };
@@ -79,6 +79,7 @@ void plan_run(Query* q) {
   Limits limits;
   limits.family = static_cast<Family>(q->family);
   limits.grid = q->no_grid == 0;
+  limits.loops = static_cast<Loops>(q->loops);
   limits.late = q->no_late == 0;
   const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
@@ -124,6 +125,7 @@ void plan_run(Query* q) {
   q->tensor_bytes = p.tensor_bytes;
   q->batches_ahead = p.batches_ahead;
   q->num_teams = p.num_teams;
+  q->loop = p.loops;
   q->shares_out = p.shares_out;
   q->late_from = p.late_from;
   q->num_late = p.num_late;
@@ -133,15 +135,16 @@ void plan_run(Query* q) {
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
 }
 
-// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop. Half of them begin late_us late.
-double plan_on_chip_time(double at_once, double threads, double blocks, double traffic, double stop,
+// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop, for `stop`, and then for `later`.
+// Half of them begin late_us late.
+double plan_on_chip_time(double at_once, double threads, double blocks, double traffic, double stop, double later,
                          int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
   Plan plan;
   plan.tensors_read = 2;
   plan.tensor_bytes = tensor_bytes;
   plan.bytes_moved = bytes_moved;
   plan.num_late = blocks > 1;
-  const double time = on_chip_time(plan, {1, at_once, threads, blocks}, traffic, stop);
+  const double time = on_chip_time(plan, {1, at_once, threads, blocks}, traffic, {stop, later});
   *late_us = plan.late_us;
   return time;
 }

@@ -15,9 +15,10 @@ namespace bnext::cuda {
 
 // ---- what a thread reads -----------------------------------------------------------------------------------------
 
-// A thread's batches, 0 to n - 1, and its slots, for `held` batches: batch b has place b % held. They are summed up in
-// order, so the last ones are there at the end; and mapped from the last one on, so that each place is free for the batch
-// that had it before, and gets it back. Either way some batches are on their way to their places all the time.
+// A thread's batches, 0 to n - 1, and its places for `held` of them, a ring. They are summed up in order, so the last ones are
+// there at the end; and mapped from the last one on, so that each place is free for the batch that had it before, and gets it
+// back. The last places to come free are for the first batches of the block's next tile, if it has one, which goes round the
+// ring the other way. So some batches are on their way to their places all the time.
 template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 class OnChip {
  public:
@@ -25,49 +26,77 @@ class OnChip {
   using Batch = typename Data::Batch;
 
   __device__ OnChip(const KernelArgs& args, const Tile& tile)
-      : args_(args), tile_(tile), batches_(on_chip_batches(args.num_steps)), held_(on_chip_batches(args.held_steps)) {}
+      : args_(args),
+        batches_(on_chip_batches(args.num_steps)),
+        held_(on_chip_batches(args.held_steps)),
+        again_(batches_ - held_),
+        first_(-args.batches_ahead),
+        loading_(args, tile) {}
 
   // Calls use(batch) for each batch as it arrives. begin() comes before them, when the first copies are on their way.
   template <typename Begin, typename F>
-  __device__ void load(Begin begin, F use) const {
-    const int ahead = args_.batches_ahead, again = batches_ - held_;  // that many lose their places
-    typename Data::Steps loading(args_, tile_), arrived = loading;
-    int to = 0, from = 0;
-    for (int b = -ahead; b < batches_; ++b) {
-      if (b + ahead < batches_) slots_.copy(loading, to, b + ahead < again ? Cache::kKeep : Cache::kLastUse);
+  __device__ void load(const Tile& tile, Begin begin, F use) {
+    const int ahead = args_.batches_ahead;
+    Steps arrived(args_, tile);
+    for (int b = first_; b < batches_; ++b) {
+      if (b + ahead < batches_) copy_next(b + ahead, copied_);
       commit_async();  // also an empty group: they are counted
-      if (++to == held_) to = 0;
+      copied_ = after(copied_);
       if (b == -1) begin();
       if (b < 0) continue;
       wait_async(ahead);
-      use(slots_.held(arrived, from, args_.held_steps));
-      if (++from == held_) from = 0;
+      use(slots_.held(arrived, used_, args_.held_steps));
+      used_ = after(used_);
     }
   }
 
-  // The same batches again, the last one first.
+  // The same batches again, the last one first. If there are more tiles, asks for the first batches of the next one: all but
+  // the last of those that are on their way when load() calls begin().
   template <typename F>
-  __device__ void revisit(F use) const {
-    const int again = batches_ - held_;  // that many have lost their places
-    typename Data::Steps steps(args_, tile_, batches_ * kOnChipBatch - 1), loading = steps;
-    if (again > 0) loading = typename Data::Steps(args_, tile_, again * kOnChipBatch - 1);
-    int place = (batches_ - 1) % held_;
+  __device__ void revisit(const Tile& tile, bool more, const Tile& next, F use) {
+    Steps steps(args_, tile, batches_ * kOnChipBatch - 1);
+    if (again_ > 0) loading_ = Steps(args_, tile, again_ * kOnChipBatch - 1);
+    const int early = more ? args_.batches_ahead - 1 : 0;  // batches of the next tile
+    backwards_ = !backwards_;
+    int place = after(used_);
     for (int b = batches_ - 1; b >= 0; --b) {
       // It was asked for held_ batches ago, and each has committed a group.
-      if (b < again) wait_async(held_ - 1);
+      if (b < again_) wait_async(held_ - 1);
       use(slots_.template held<true>(steps, place, args_.held_steps));
-      if (again > 0) {
-        if (b >= held_) slots_.template copy<true>(loading, place);
-        commit_async();
+      if (b >= held_) slots_.template copy<true>(loading_, place);
+      if (more && b == (early > 0 ? early - 1 : 0)) {
+        loading_ = Steps(args_, next);
+        copied_ = used_ = place;
       }
-      if (--place < 0) place = held_ - 1;
+      if (b < early) {
+        copy_next(early - 1 - b, copied_);
+        copied_ = after(copied_);
+      }
+      if (again_ > 0 || b < early) commit_async();
+      place = after(place);
     }
+    first_ = -1;
   }
 
  private:
+  using Steps = typename Data::Steps;
+
+  // The next batch, number b, to a place. If it will lose that, L2 should keep it.
+  __device__ void copy_next(int b, int place) {
+    slots_.copy(loading_, place, b < again_ ? Cache::kKeep : Cache::kLastUse);
+  }
+
+  __device__ int after(int place) const {
+    if (backwards_) return place == 0 ? held_ - 1 : place - 1;
+    return place + 1 == held_ ? 0 : place + 1;
+  }
+
   const KernelArgs& args_;
-  const Tile& tile_;
-  const int batches_, held_;
+  const int batches_, held_, again_;  // again_: so many lose their places, and are read again
+  int first_;                         // where load() begins: it asks for batches that come batches_ahead later
+  int copied_ = 0, used_ = 0;         // the places of the next batch to copy and to use
+  bool backwards_ = false;            // round the ring
+  Steps loading_;
   const Data slots_;
 };
 
@@ -160,13 +189,18 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, co
   }
 }
 
+// Until the cluster's other blocks have read what this one has left in its memory: before it leaves something else there, or ends.
+__device__ inline void await_readers(const KernelArgs& args) {
+  if (args.cluster_size > 1) cluster_wait();
+}
+
 // From what the block's parts have left to the coefficients of this thread's lanes.
-template <bool kRows, bool kBackward, bool kGrid, int kVec, typename Acc>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kGrid>& meetings,
+template <bool kRows, bool kBackward, Turns kTurns, int kVec, typename Acc>
+__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kTurns>& meetings,
                                       double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
   const Tile& tile = turn.tile;
   __syncthreads();
-  if constexpr (kGrid) {
+  if constexpr (kTurns == Turns::kGrid) {
     store_partials<!kBackward, kVec, Acc>(args, tile);
     meetings.exchange_sums(args, turn);
     if (kRows && args.shares_out) {
@@ -177,6 +211,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
       });
     }
   } else {
+    if (kTurns == Turns::kMany && turn.number > 0) await_readers(args);
     if (args.cluster_size > 1) {
       for_each_group(args, [&](int i, int lane, bool there, int) {
         const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
@@ -205,12 +240,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
-// A block's memory must not go while others of the cluster may read it.
-__device__ inline void leave_cluster(const KernelArgs& args) {
-  if (args.cluster_size > 1) cluster_wait();
-}
-
-template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
+template <typename T, int kVec, bool kRows, bool kWhole, Turns kTurns>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
@@ -218,55 +248,62 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Turn turn(args);
   count_batch(args, false);
-  const TeamMeetings<kGrid> meetings(args, turn);
+  const TeamMeetings<kTurns> meetings(args, turn);
   begin_late(args);
+  Data data(args, turn.tile);
+  bool more = false;
 
 #pragma unroll 1
   do {
-    const Data data(args, turn.tile);
     double first_input = 0;
     Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
     int count = 0, batches = 0;
-    data.load([&] { first_input = load_first_inputs<false, Acc>(args, turn.tile); },
-              [&](const typename Data::Batch& batch) {
-                if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
-                add_moments(batch.pack[0], batch.items, pivot, s1, s2);
-                count += count_positions<kRows>(batch.items);
-                if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
-              });
+    data.load(
+        turn.tile, [&] { first_input = load_first_inputs<false, Acc>(args, turn.tile); },
+        [&](const typename Data::Batch& batch) {
+          if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
+          add_moments(batch.pack[0], batch.items, pivot, s1, s2);
+          count += count_positions<kRows>(batch.items);
+          if (++batches == kPivotItems / kOnChipBatch) move_pivots<kRows>(args, pivot, s1, s2, count);
+        });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, false, kGrid>(args, turn, meetings, first_input, coefficients);
+    finish_on_chip<kRows, false, kTurns>(args, turn, meetings, first_input, coefficients);
 
-    data.revisit([&](const typename Data::Batch& batch) {
+    const Tile tile = turn.tile;
+    more = kTurns != Turns::kOne && turn.next(args);
+    data.revisit(tile, more, turn.tile, [&](const typename Data::Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kOnChipBatch; ++u) {
         const Pack<T, kVec>& x = batch.pack[0][u];
         store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
       }
     });
-  } while (kGrid && turn.next(args));
-  if (!kGrid) leave_cluster(args);
+  } while (more);
+  if (kTurns != Turns::kGrid) await_readers(args);
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole, bool kGrid>
+template <typename T, int kVec, bool kRows, bool kWhole, Turns kTurns>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Turn turn(args);
-  const TeamMeetings<kGrid> meetings(args, turn);
+  const TeamMeetings<kTurns> meetings(args, turn);
   begin_late(args);
+  Data data(args, turn.tile);
+  bool more = false;
 
 #pragma unroll 1
   do {
-    const Data data(args, turn.tile);
     double first_input = 0;
     Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
     data.load(
+        turn.tile,
         [&] {
-          if (kGrid && turn.number > 0) __syncthreads();  // the coefficients of the last turn may still be read
+          // The coefficients of the last turn may still be read.
+          if (kTurns != Turns::kOne && turn.number > 0) __syncthreads();
           first_input = load_first_inputs<true, Acc>(args, turn.tile);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
@@ -280,16 +317,18 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
         });
     leave_sums<kRows>(args, sum);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, true, kGrid>(args, turn, meetings, first_input, coefficients);
+    finish_on_chip<kRows, true, kTurns>(args, turn, meetings, first_input, coefficients);
 
-    data.revisit([&](const typename Data::Batch& batch) {
+    const Tile tile = turn.tile;
+    more = kTurns != Turns::kOne && turn.next(args);
+    data.revisit(tile, more, turn.tile, [&](const typename Data::Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kOnChipBatch; ++u) {
         store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
       }
     });
-  } while (kGrid && turn.next(args));
-  if (!kGrid) leave_cluster(args);
+  } while (more);
+  if (kTurns != Turns::kGrid) await_readers(args);
 }
 
 }  // namespace bnext::cuda

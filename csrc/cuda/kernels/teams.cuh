@@ -1,4 +1,4 @@
-// Teams of blocks that share a channel or a slab: which tile is a block's, which begin late, and where a grid's teams meet.
+// Teams of blocks that share a channel or a slab: which tiles are a block's, which begin late, and where a grid's teams meet.
 #pragma once
 
 #include <type_traits>
@@ -9,7 +9,11 @@
 
 namespace bnext::cuda {
 
-// What a block has to do: a part of its team's tile, or in a grid of one tile after the other.
+// How many tiles a block may have: one, or one after the other; or the latter in a grid. Kernels that loop keep more in
+// registers.
+enum class Turns { kOne, kMany, kGrid };
+
+// What a block has to do now: a part of its team's tile.
 struct Turn {
   Tile tile;
   int team, number = 0;
@@ -82,7 +86,7 @@ class Meetings {
 struct NoMeetings {
   __device__ NoMeetings(const KernelArgs&, const Turn&) {}
 };
-template <bool kGrid>
-using TeamMeetings = std::conditional_t<kGrid, Meetings, NoMeetings>;
+template <Turns kTurns>
+using TeamMeetings = std::conditional_t<kTurns == Turns::kGrid, Meetings, NoMeetings>;
 
 }  // namespace bnext::cuda
