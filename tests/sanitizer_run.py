@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import sys
+from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -17,9 +19,11 @@ from bnext._extension import _C
 
 # Whole packs, odd planes, C = 3, several blocks to a channel, one value for each plane; runs of
 # channels (halves); a channel of 384 KiB of x in float32, of which no block holds all; and more
-# channels than a GPU runs blocks.
+# channels than a GPU has SMs.
 SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
-SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 2400, 12, 12))
+SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
+# More channels, and more slabs of them, than a GPU runs blocks: these go on to further ones.
+LOOPING_SHAPES = ((8, 9600, 14, 14),)
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -39,29 +43,40 @@ def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor
     return [y, mean, var, *gradients, layer(x.detach()), *layer.buffers(), *over_dy]
 
 
+class Run(NamedTuple):
+    """Calls with what BNEXT_CUDA_FAMILY and BNEXT_CUDA_LOOPS say."""
+
+    family: str
+    loops: str = "1"
+    shapes: tuple[tuple[int, ...], ...] = SHAPES
+    modes: tuple[bool, ...] = (True, False)  # training
+
+
+RUNS = tuple(Run(family) for family in ("auto", *_C.cuda_families()))
+RUNS += tuple(Run(family, "always", LOOPING_SHAPES, (True,)) for family in ("resident", "cluster"))
+
+
 def main(device: str) -> int:
-    families = [(family, "1") for family in ("auto", *_C.cuda_families())]
-    for family, loops in (*families, ("resident", "always"), ("cluster", "always")):
-        os.environ |= {"BNEXT_CUDA_FAMILY": family, "BNEXT_CUDA_LOOPS": loops}
+    for run in RUNS:
+        os.environ |= {"BNEXT_CUDA_FAMILY": run.family, "BNEXT_CUDA_LOOPS": run.loops}
         _C.read_environment()
         ran = refused = 0
-        for shape in SHAPES:
-            for dtype in DTYPES:
-                for layout in LAYOUTS:
-                    for training in (True, False):
-                        x, dy = torch.randn(2, *shape, device=device, dtype=dtype).unbind()
-                        x, dy = (t.contiguous(memory_format=layout) for t in (x, dy))
-                        try:
-                            results = step(x, dy, training)
-                        except RuntimeError as error:
-                            if "cannot run" not in str(error):
-                                raise
-                            refused += 1
-                            continue
-                        ran += 1
-                        label = f"{family}, loops {loops}: {shape} {dtype} {layout}"
-                        assert all(bool(t.isfinite().all()) for t in results), label
-        print(f"{family}, loops {loops}: {ran} steps, {refused} refused", flush=True)
+        for shape, dtype, layout, training in product(run.shapes, DTYPES, LAYOUTS, run.modes):
+            x, dy = torch.randn(2, *shape, device=device, dtype=dtype).unbind()
+            x, dy = (t.contiguous(memory_format=layout) for t in (x, dy))
+            try:
+                results = step(x, dy, training)
+            except RuntimeError as error:
+                if "cannot run" not in str(error):
+                    raise
+                refused += 1
+                continue
+            ran += 1
+            label = f"{run.family}, loops {run.loops}: {shape} {dtype} {layout}"
+            assert all(bool(t.isfinite().all()) for t in results), label
+            if device == "cuda" and run.loops == "always":
+                assert all(plan["loops"] for plan in _C.cuda_plans(x, device, "", True)), label
+        print(f"{run.family}, loops {run.loops}: {ran} steps, {refused} refused", flush=True)
     return 0
 
 

@@ -207,8 +207,14 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     else:
         # Where blocks go on to further slabs, all run at once, and some have two and more.
         assert q.loop or q.num_teams == slabs, text
-        per_sm = q.num_blocks // device.num_sms
-        assert not q.loop or per_sm * q.threads <= 512 or q.cluster > 1, text
+        if q.loop:
+            together = device.num_sms
+            if q.family_chosen == CLUSTER:
+                together = q.cluster * device.active_clusters[(2, 4, 8, 16).index(q.cluster)]
+            per_sm = ceil_div(q.num_blocks, together)
+            assert per_sm * q.threads <= 512, text
+            each = ceil_div(q.shared_bytes + KB, 128) * 128
+            assert per_sm == 1 or per_sm * each <= device.shared_bytes_per_sm, text
         assert q.workspace_bytes == 0, text
     if q.family_chosen == CLUSTER:
         assert device.arch >= 90, text
@@ -235,8 +241,9 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     assert 0 < slots < q.shared_bytes <= device.shared_bytes_opt_in, text
     assert 0 < q.held <= 1, text
     assert (q.held == 1) == (q.held_steps >= q.num_steps), text
-    # Places are for whole batches of two, but if each batch keeps its own.
+    # Places are for whole batches of two, but if each batch keeps its own: then for its steps.
     assert q.held_steps % 2 == 0 or (q.held == 1 and not q.loop), text
+    assert q.held_steps <= q.num_steps + q.loop * (q.num_steps % 2), text
     # A place that is copied to is free: behind the one that is used come all others but one.
     assert 1 <= q.batches_ahead <= min(6, ceil_div(q.num_steps, 2)), text
     assert q.held == 1 or q.batches_ahead < q.held_steps // 2, text
@@ -421,16 +428,16 @@ def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
     late. Of blocks with few threads on an SM none are."""
     sms, off, gained = 24, [], []
     busy = library().plan_busy_share(), library().plan_busy_threads()
-    for blocks, move, stop, goes_on, moved in itertools.product(
-        (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25), (3, 6, 12), (1.5, 3, 4.5), (0.4, 1), (3, 4)
+    for blocks, move, stop, spared, moved in itertools.product(
+        (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25), (3, 6, 12), (1.5, 3, 4.5), (0, 0.6), (3, 4)
     ):
         if blocks <= at_once - 1:  # so many are never side by side
             continue
-        late, later = ctypes.c_double(), stop * goes_on
+        late, later = ctypes.c_double(), stop * (1 - spared)
         traffic = move * blocks * min(1, threads / busy[1])
         places = (min(at_once, blocks), threads, blocks)
         time = library().plan_on_chip_time(*places, traffic, stop, later, 1, moved, late)
-        run = (sms, at_once, round(sms * blocks), threads, traffic, stop, later)
+        run = (sms, at_once, round(sms * blocks), threads, traffic, stop, later, spared > 0)
         simulated = functools.partial(simulate, *run, reads=2 / moved, busy=busy)
         found, together = simulated(late=late.value), simulated(late=0.0)
         text = f"{blocks} blocks of {move}, {stop} and {later} us: {found}, by the model {time}"

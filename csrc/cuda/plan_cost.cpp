@@ -31,11 +31,12 @@ constexpr double kStepUs = 0.1;     // of a step that is held: memory waits whil
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
 // Registers of a thread, or a few more: what ptxas takes.
-constexpr int kRegisters = 80, kRegistersForHalves = 96, kRegistersForHalvesFrom100 = 112;
+constexpr int kRegisters = 80, kRegistersForHalves = 96, kRegistersForHalvesFrom100 = 120;
 constexpr int kMaxBlocksPerSm = 32;
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
-  const int64_t by_memory = device.shared_bytes_per_sm / (plan.layout.bytes + kReservedSharedBytes);
+  const int64_t bytes = round_up(plan.layout.bytes + kReservedSharedBytes, kSharedUnit);
+  const int64_t by_memory = device.shared_bytes_per_sm / bytes;
   // Kernels that loop may take what launch bounds allow.
   const int registers = plan.loops                     ? device.registers_per_sm / kMaxOnChipThreads
                         : dtype_bytes(plan.dtype) != 2 ? kRegisters
@@ -59,11 +60,12 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
 
 // Of on-chip blocks, without what teams tell each other. While a block that goes on maps its last steps, memory has the next
-// slab's first ones to bring.
-Stops on_chip_stops(const Plan& plan) {
+// slab's first ones to bring, if copies are asynchronous.
+Stops on_chip_stops(const Plan& plan, const DeviceInfo& device) {
   const double reduction = reduction_time(plan), first = reduction + plan.held_steps * kStepUs;
   if (!plan.loops) return {first, first};
-  const int waits = std::max(0, plan.held_steps - (plan.batches_ahead - 1) * kOnChipBatch);
+  const int covered = device.arch >= 80 ? (plan.batches_ahead - 1) * kOnChipBatch : 0;
+  const int waits = std::max(0, plan.held_steps - covered);
   return {first, reduction - kBeginUs + waits * kStepUs};
 }
 
@@ -122,7 +124,7 @@ double blocks_time(Plan& plan, const DeviceInfo& device) {
   const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(per_sm, on_sm),
                   static_cast<double>(plan.threads), on_sm};
   if (on_sm > 1) set_late_half(plan, std::min(plan.num_blocks, int64_t{sms} * per_sm) / plan.cluster);
-  const Stops stops = on_chip_stops(plan);
+  const Stops stops = on_chip_stops(plan, device);
   const double more = plan.cluster > 1 ? kClusterUs : 0;
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at), {stops.first + more, stops.later + more});
 }
@@ -133,7 +135,7 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
   const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns};
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
-  const Stops stops = on_chip_stops(plan);
+  const Stops stops = on_chip_stops(plan, device);
   const double more = meeting_time(plan, device);
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at), {stops.first + more, stops.later + more});
 }

@@ -38,7 +38,7 @@ struct Places {
 // simulation of tests/simt/overlap.py.
 double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& stops);
 
-// What plans are compared by: predicted microseconds, with a handicap for grids.
+// What plans are compared by: predicted microseconds, with a handicap for grids and for blocks that go on.
 double compared_time(const Plan& plan);
 
 // Predicted microseconds. Leaves in the plan which blocks should begin late, and by how much.

@@ -98,14 +98,17 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.family = team.family;
   plan.cluster = team.family == Family::kCluster ? static_cast<int>(team.blocks) : 1;
   plan.num_splits = team.blocks;
-  plan.loops = grid || team.loops;
   plan.chunk = ceil_div(plan.num_items, team.blocks);
   plan.threads = team.threads;
-  hold(std::min(limits.shared_bytes, team.shared_bytes), num_tensors, plan);
-  plan.num_teams = std::min(plan.num_slabs, grid         ? team.at_once
-                                            : team.loops ? std::max<int64_t>(1, teams_at_once(plan, device))
-                                                         : plan.num_slabs);
-  plan.loops = plan.num_teams < plan.num_slabs;
+  const int64_t shared_bytes = std::min(limits.shared_bytes, team.shared_bytes);
+  plan.num_teams = grid ? team.at_once : plan.num_slabs;
+  plan.loops = grid ? plan.num_teams < plan.num_slabs : team.loops;
+  hold(shared_bytes, num_tensors, plan);
+  if (team.loops) {
+    plan.num_teams = std::clamp<int64_t>(teams_at_once(plan, device), 1, plan.num_slabs);
+    plan.loops = plan.num_teams < plan.num_slabs;
+    if (!plan.loops) hold(shared_bytes, num_tensors, plan);  // for one slab each
+  }
   plan.num_blocks = plan.num_teams * team.blocks;
   if (grid) {
     plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);

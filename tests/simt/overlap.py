@@ -17,6 +17,7 @@ def simulate(
     traffic: float,
     stop: float,
     later: float,
+    goes_on: bool,
     late: float,
     reads: float,
     busy: tuple[float, int],
@@ -25,21 +26,20 @@ def simulate(
 
     traffic: microseconds of memory's full speed that all move together, the share `reads` of it
     before the stop, which is `stop` long where a block is the first in its place, and `later`
-    else. Of those that run at first, the second half begins `late` microseconds after the first.
+    else. goes_on: a place has blocks of its own, as many as the others; else the next one that is
+    left. Of those that run at first, the second half begins `late` microseconds after the first.
     busy: the share of the SMs, and the threads on each, that keep memory busy.
     """
     generator = random.Random(0)
     busy_share, busy_threads = busy
     slots = min(sms * per_sm, blocks)
-    left, move = blocks, traffic / blocks
+    left, move = iter(range(blocks)), traffic / blocks
 
     def steps(slot: int) -> Iterator[tuple[bool, float]]:
         """Whether it moves data, and how much, or waits, and how long."""
-        nonlocal left
         yield False, late if slot >= (slots + 1) // 2 else 0.0
         length = stop
-        while left:
-            left -= 1
+        for _ in range(slot, blocks, slots) if goes_on else left:
             yield True, move * reads
             yield False, length * generator.uniform(1 - JITTER, 1 + JITTER)
             yield True, move * (1 - reads)

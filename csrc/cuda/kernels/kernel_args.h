@@ -112,8 +112,8 @@ struct KernelArgs {
   int lane_parts, lane_columns;  // group_lanes as so many times channel_columns, and the rest
   Divider by_columns;            // of lanes, by channel_columns
 
-  // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. In a grid a team has one slab
-  // after the other, those that are num_teams apart.
+  // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. Where there are fewer teams than
+  // slabs, a team has one after the other, those that are num_teams apart.
   int cluster_size;
   int num_teams, num_slabs;
   bool shares_out;               // a grid's blocks finish a slab's channels between them, and not each of them all
