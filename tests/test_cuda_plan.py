@@ -93,6 +93,7 @@ def library() -> ctypes.CDLL:
         "knows_family",
         "divide",
         "allows_late",
+        "cache_keeps",
     )
     for name in numbers:
         getattr(lib, f"plan_{name}").restype = ctypes.c_int64
@@ -450,6 +451,12 @@ def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
     else:
         assert statistics.mean(off) < 0.1
         assert statistics.mean(gained) > 0.04
+
+
+def test_a_plan_is_made_once() -> None:
+    """Those of a network are kept; and of however many shapes, each call gets its own."""
+    assert library().plan_cache_keeps(200) == 3 * 200
+    assert library().plan_cache_keeps(2000) >= 0
 
 
 def test_the_environment_is_read_when_one_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,11 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <array>
 #include <mutex>
 #include <vector>
 
 #include "launch.h"
+#include "plan_cache.h"
 #include "plan_names.h"
 #include "plan_on_chip.h"
 
@@ -69,32 +69,6 @@ const DeviceInfo& device_info(at::Device device) {
 
 namespace {
 
-// A plan takes some microseconds to make, and a network asks for the same ones again and again.
-const Plan& find_plan(const Request& request, at::Device device, const Limits& limits) {
-  struct Entry {
-    Request request;
-    int device = -1;
-    Limits limits;
-    Plan plan;
-  };
-  thread_local std::array<Entry, 64> entries;
-  const Geometry& g = request.geometry;
-  uint64_t key = 0;
-  for (int64_t part : {g.num_channels, g.size[0], g.size[1], g.size[2], static_cast<int64_t>(request.pass),
-                       static_cast<int64_t>(limits.grid)}) {
-    key = (key ^ static_cast<uint64_t>(part)) *
-          0x9e3779b97f4a7c15u;  // a multiplier that spreads bits: 2^64 / golden ratio
-  }
-  Entry& entry = entries[key >> 58];
-  if (entry.device != device.index() || !(entry.limits == limits) || !(entry.request == request)) {
-    entry.plan = make_plan(request, device_info(device), limits);
-    entry.request = request;
-    entry.device = device.index();
-    entry.limits = limits;
-  }
-  return entry.plan;
-}
-
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
@@ -103,7 +77,7 @@ void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAStreamCaptureModeGuard first_call_may_be_captured(cudaStreamCaptureModeRelaxed);
   Limits limits = limits_of_environment();
   for (;;) {
-    const Plan& plan = find_plan(make_request(problem), device, limits);
+    const Plan& plan = cached_plan(make_request(problem), device.index(), device_info(device), limits);
     TORCH_CHECK(plan.error.empty(), "bnext has no way to run this on ", device, ": ", to_string(plan));
     // Back to the allocator when this returns, which is safe: it hands memory on in the order of the stream.
     const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));

@@ -27,7 +27,10 @@ PLANS = (
     *("csrc/cuda/plan.cpp", "csrc/cuda/plan_cost.cpp", "csrc/cuda/plan_on_chip.cpp"),
     "csrc/layout.cpp",
 )
-PLAN_SOURCES = ("tests/simt/plan_driver.cpp", "csrc/cuda/plan_names.cpp", *PLANS)
+PLAN_SOURCES = (
+    *("tests/simt/plan_driver.cpp", "csrc/cuda/plan_cache.cpp", "csrc/cuda/plan_names.cpp"),
+    *PLANS,
+)
 SIMT_SOURCES = (
     *("tests/simt/driver.cpp", "tests/simt/faults.cpp", "tests/simt/simt.cpp"),
     *("csrc/cuda/launch.cu", *PLANS),

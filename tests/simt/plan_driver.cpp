@@ -1,8 +1,10 @@
 // make_plan for tests, through ctypes. The structs are mirrored in tests/test_cuda_plan.py.
 #include <cstdio>
+#include <vector>
 
 #include "cuda/kernels/kernel_args.h"
 #include "cuda/plan.h"
+#include "cuda/plan_cache.h"
 #include "cuda/plan_cost.h"
 #include "cuda/plan_names.h"
 #include "layout.h"
@@ -147,6 +149,31 @@ double plan_on_chip_time(double at_once, double threads, double blocks, double t
   const double time = on_chip_time(plan, {1, at_once, threads, blocks}, traffic, {stop, later});
   *late_us = plan.late_us;
   return time;
+}
+
+// Asks for the plans of so many shapes, and for the same ones again; each on two devices that differ, and without loops. How many
+// were still where they had been. -1: a plan was not what make_plan says.
+int64_t plan_cache_keeps(int64_t shapes) {
+  const DeviceInfo large, small{75, 40, 1024, 48 << 10, 4 << 20, 64 << 10, 64 << 10, 64 << 10, {0, 0, 0, 0}};
+  Limits no_loops;
+  no_loops.loops = Loops::kNever;
+  std::vector<const Plan*> first;
+  int64_t kept = 0;
+  for (int round = 0; round < 2; ++round) {
+    for (int64_t i = 0; i < 3 * shapes; ++i) {
+      Request request;
+      request.geometry.num_channels = 8 * (1 + i / 3);
+      request.geometry.size[1] = 8;
+      request.geometry.size[2] = 784;
+      const DeviceInfo& info = i % 3 == 1 ? small : large;
+      const Limits& limits = i % 3 == 2 ? no_loops : Limits{};
+      const Plan& plan = cached_plan(request, i % 3 == 1, info, limits);
+      if (plan != make_plan(request, info, limits)) return -1;
+      if (round == 0) first.push_back(&plan);
+      kept += round == 1 && first[i] == &plan;
+    }
+  }
+  return kept;
 }
 
 int64_t plan_allows_late(int64_t read_again) {
