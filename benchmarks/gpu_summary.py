@@ -223,7 +223,7 @@ def over_floor(rows: Iterable[dict[str, Any]]) -> str:
         all_kept = plan["bytes_moved"] == plan["bytes_min"]
         kept = "–" if plan["family"] == "streaming" else "all" if all_kept else "in part"
         dtype = "halves" if x.element_size() == 2 else row["dtype"]
-        slabs = "–" if plan["family"] == "streaming" else "several" if plan["loops"] else "one"
+        slabs = "–" if plan["family"] == "streaming" else "several" if plan["persistent"] else "one"
         key = (plan["family"], plan["walk"], kept, slabs, row["direction"], dtype)
         predicted = plan["microseconds"] - plan["microseconds_min"]
         found[key].append((1e3 * (row["ms"] - row["floor_ms"]), predicted))

@@ -382,13 +382,13 @@ PROVIDERS: dict[str, type[Provider]] = {
     kind.name: kind for kind in (Bnext, Cudnn, Native, Inductor, CudnnFrontend, Formula)
 }
 
-# Besides the contestants: bnext with each family of its CUDA kernels, with blocks that end after a
-# channel or a slab, and with all blocks beginning together.
+# Besides the contestants: bnext with each family of its CUDA kernels, with no persistent blocks,
+# and with all blocks beginning together.
 VARIANTS = (
     *(
         functools.partial(Variant, family, "BNEXT_CUDA_FAMILY", family)
         for family in _C.cuda_families()
     ),
-    functools.partial(Variant, "one-slab", "BNEXT_CUDA_LOOPS", "0"),
+    functools.partial(Variant, "one-slab", "BNEXT_CUDA_PERSISTENT", "0"),
     functools.partial(Variant, "together", "BNEXT_CUDA_LATE", "0"),
 )

@@ -67,7 +67,7 @@ std::string explain_cpu(const at::Tensor& input);
 // One pass with every output, by one family of CUDA kernels.
 struct PlanReport {
   std::string pass, family, walk;
-  bool loops = false;  // blocks go on to further slabs
+  bool persistent = false;  // blocks go on to further slabs
   std::string text;
   std::string error;  // why it cannot run; empty if it can
   int64_t bytes_moved = 0, bytes_min = 0;

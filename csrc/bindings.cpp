@@ -182,7 +182,7 @@ std::string py_explain_cpu(py::handle input) { return explain_cpu(Arguments{"exp
 py::list py_cuda_plans(py::handle input, const std::string& device, const std::string& family, bool training) {
   py::list reports;
   for (const PlanReport& r : cuda_plans(Arguments{"explain"}.tensor(input, "input"), device, family, training)) {
-    reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "loops"_a = r.loops,
+    reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "persistent"_a = r.persistent,
                             "text"_a = r.text, "error"_a = r.error, "bytes_moved"_a = r.bytes_moved,
                             "bytes_min"_a = r.bytes_min, "microseconds"_a = r.microseconds,
                             "microseconds_min"_a = r.microseconds_min));

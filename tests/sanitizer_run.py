@@ -1,4 +1,4 @@
-"""A few small calls of every kernel family, for compute-sanitizer to watch: it takes no tests.
+"""A few calls of every kernel family for compute-sanitizer to watch, most of them small.
 
 python tests/sanitizer_run.py [cpu]. Prints what ran; a result that is not finite is an error.
 Allocations have to be the device's own for the tool to see their ends:
@@ -22,8 +22,8 @@ from bnext._extension import _C
 # channels than a GPU has SMs.
 SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 1, 1))
 SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
-# More channels, and more slabs of them, than a GPU runs blocks: these go on to further ones.
-LOOPING_SHAPES = ((8, 9600, 14, 14),)
+# More channels, and more slabs of them, than GPUs run blocks: persistent ones have several.
+PERSISTENT_SHAPES = ((8, 12288, 14, 14),)
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -44,21 +44,22 @@ def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor
 
 
 class Run(NamedTuple):
-    """Calls with what BNEXT_CUDA_FAMILY and BNEXT_CUDA_LOOPS say."""
+    """Calls with what BNEXT_CUDA_FAMILY and BNEXT_CUDA_PERSISTENT say."""
 
     family: str
-    loops: str = "1"
+    persistent: str = "1"
     shapes: tuple[tuple[int, ...], ...] = SHAPES
     modes: tuple[bool, ...] = (True, False)  # training
 
 
 RUNS = tuple(Run(family) for family in ("auto", *_C.cuda_families()))
-RUNS += tuple(Run(family, "always", LOOPING_SHAPES, (True,)) for family in ("resident", "cluster"))
+RUNS += (Run("resident", "always", PERSISTENT_SHAPES, (True,)),)
+RUNS += (Run("cluster", "always", PERSISTENT_SHAPES, (True,)),)
 
 
 def main(device: str) -> int:
     for run in RUNS:
-        os.environ |= {"BNEXT_CUDA_FAMILY": run.family, "BNEXT_CUDA_LOOPS": run.loops}
+        os.environ |= {"BNEXT_CUDA_FAMILY": run.family, "BNEXT_CUDA_PERSISTENT": run.persistent}
         _C.read_environment()
         ran = refused = 0
         for shape, dtype, layout, training in product(run.shapes, DTYPES, LAYOUTS, run.modes):
@@ -72,11 +73,12 @@ def main(device: str) -> int:
                 refused += 1
                 continue
             ran += 1
-            label = f"{run.family}, loops {run.loops}: {shape} {dtype} {layout}"
+            label = f"{run.family}, persistent {run.persistent}: {shape} {dtype} {layout}"
             assert all(bool(t.isfinite().all()) for t in results), label
-            if device == "cuda" and run.loops == "always":
-                assert all(plan["loops"] for plan in _C.cuda_plans(x, device, "", True)), label
-        print(f"{run.family}, loops {run.loops}: {ran} steps, {refused} refused", flush=True)
+            if device == "cuda" and run.persistent == "always":
+                assert all(plan["persistent"] for plan in _C.cuda_plans(x, device, "", True)), label
+        name = f"{run.family}, persistent {run.persistent}"
+        print(f"{name}: {ran} steps, {refused} refused", flush=True)
     return 0
 
 

@@ -167,19 +167,19 @@ def large_case(
 
 @pytest.mark.parametrize("layout", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("loops", ["1", "always"])
+@pytest.mark.parametrize("persistent", ["1", "always"])
 def test_resnet50(
     family: str,
-    loops: str,
+    persistent: str,
     dtype: torch.dtype,
     layout: str,
     gpu: str,
     environment: Callable[[str, str], None],
 ) -> None:
-    """Also where blocks and clusters have more slabs than the plan would give them."""
-    if loops == "always" and family not in ("resident", "cluster"):
-        pytest.skip("only blocks and clusters go on where a plan says so")
-    environment("BNEXT_CUDA_LOOPS", loops)
+    """Also with persistent blocks and clusters where the plan would not have them."""
+    if persistent == "always" and family not in ("resident", "cluster"):
+        pytest.skip("BNEXT_CUDA_PERSISTENT is for blocks and clusters")
+    environment("BNEXT_CUDA_PERSISTENT", persistent)
     ran = 0
     for channels, side in RESNET50:
         case = large_case((32, channels, side, side), dtype, layout, gpu)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sanitizer_run
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,8 +147,22 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "auto, loops 1: 64 steps, 0 refused" in done.stdout
-    assert "cluster, loops always: 4 steps, 0 refused" in done.stdout
+    assert "auto, persistent 1: 64 steps, 0 refused" in done.stdout
+    assert "cluster, persistent always: 4 steps, 0 refused" in done.stdout
+
+
+def test_what_the_sanitizer_runs_is_persistent(environment: Callable[[str, str], None]) -> None:
+    """Where it should be, on every kind of device that has such blocks."""
+    environment("BNEXT_CUDA_PERSISTENT", "always")
+    for run in sanitizer_run.RUNS:
+        if run.persistent != "always":
+            continue
+        for device, shape, dtype, layout in itertools.product(
+            _C.cuda_devices(), run.shapes, sanitizer_run.DTYPES, sanitizer_run.LAYOUTS
+        ):
+            x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
+            for plan in _C.cuda_plans(x, device, run.family, True):
+                assert plan["persistent"] or plan["error"], (device, plan["text"])
 
 
 def test_tests_that_are_all_skipped_are_no_success(
@@ -267,7 +284,7 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
     for number, name, variable, usual, value in (
         (0, "streaming", "BNEXT_CUDA_FAMILY", "auto", "streaming"),
-        (-2, "one-slab", "BNEXT_CUDA_LOOPS", "1", "0"),
+        (-2, "one-slab", "BNEXT_CUDA_PERSISTENT", "1", "0"),
         (-1, "together", "BNEXT_CUDA_LATE", "1", "0"),
     ):
         seen.clear()

@@ -181,19 +181,19 @@ def test_who_gets_a_grid(environment: Callable[[str, str], None]) -> None:
         bnext.explain(x, "h100")
 
 
-def test_whose_blocks_go_on(environment: Callable[[str, str], None]) -> None:
-    """They have no room to give to other streams: not where these send gradients."""
+def test_who_has_persistent_blocks(environment: Callable[[str, str], None]) -> None:
+    """They hold their SMs, so there are none where other streams send gradients."""
     x = torch.empty(256, 512, 28, 28, device="meta")
-    for world, loops, go_on in (
+    for world, persistent, wanted in (
         *(("", "", True), ("1", "", True), ("8", "", False)),
         *(("8", "1", True), ("1", "0", False), ("8", "always", True)),
     ):
         environment("WORLD_SIZE", world)
-        environment("BNEXT_CUDA_LOOPS", loops)
+        environment("BNEXT_CUDA_PERSISTENT", persistent)
         found = plans(bnext.explain(x, "h100"))
-        assert [" slabs each" in plan for plan in found] == [go_on] * 2, (world, loops)
-    environment("BNEXT_CUDA_LOOPS", "no")
-    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_LOOPS should be 0, 1 or always, not no"):
+        assert [" slabs each" in plan for plan in found] == [wanted] * 2, (world, persistent)
+    environment("BNEXT_CUDA_PERSISTENT", "no")
+    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_PERSISTENT should be 0, 1 or al"):
         bnext.explain(x, "h100")
 
 

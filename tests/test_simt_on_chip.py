@@ -17,8 +17,9 @@ pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
 GRID = RESIDENT._replace(family="grid")
-LOOPS = RESIDENT._replace(loops=2, num_sms=1)  # blocks go on to further slabs
-LOOPING_CLUSTER = CLUSTER._replace(loops=2, num_sms=2)
+# Blocks that go on to further slabs.
+PERSISTENT = RESIDENT._replace(persistent_limit=simt.ALWAYS, num_sms=1)
+PERSISTENT_CLUSTER = CLUSTER._replace(persistent_limit=simt.ALWAYS, num_sms=2, team=2)
 SHARED_OUT = GRID._replace(share_out=1)  # each warp finishes some of a slab's channels
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
@@ -37,12 +38,12 @@ WAYS = {
     "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(team=2)),
     "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
     "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(team=4)),
-    "planes, loops": ("nchw", (4, 5, 16, 16), LOOPS),
-    "planes, cluster, loops": ("nchw", (4, 5, 16, 16), LOOPING_CLUSTER._replace(team=2)),
-    "rows, loops": ("channels_last", (3, 200, 5, 9), LOOPS),
-    "rows, cluster, loops": ("channels_last", (3, 160, 7, 7), LOOPING_CLUSTER._replace(team=2)),
-    "runs, loops": ("nchw", (12, 56, 7, 7), LOOPS),
-    "runs, cluster, loops": ("nchw", (16, 48, 7, 7), LOOPING_CLUSTER._replace(team=4)),
+    "planes, persistent": ("nchw", (4, 5, 16, 16), PERSISTENT),
+    "planes, cluster, persistent": ("nchw", (4, 5, 16, 32), PERSISTENT_CLUSTER),
+    "rows, persistent": ("channels_last", (3, 200, 5, 9), PERSISTENT),
+    "rows, cluster, persistent": ("channels_last", (3, 160, 7, 7), PERSISTENT_CLUSTER),
+    "runs, persistent": ("nchw", (12, 56, 7, 7), PERSISTENT),
+    "runs, cluster, persistent": ("nchw", (16, 48, 7, 7), PERSISTENT_CLUSTER),
     # some teams, and one, that have one slab after the other
     "planes, grid": ("nchw", (4, 5, 8, 16), GRID._replace(team=2)),
     "planes, one team": ("nchw", (4, 3, 16, 16), GRID._replace(team=4)),
@@ -58,12 +59,12 @@ AGAIN = {
     "skewed": ("nchw", (4, 5, 17, 15), CLUSTER._replace(team=2)),
     "again": ("nchw", (4, 3, 32, 32), CLUSTER._replace(team=2, shared_bytes=10000)),
     "rows, again": ("channels_last", (4, 16, 16, 16), RESIDENT._replace(shared_bytes=14000)),
-    "skewed, loops": ("nchw", (4, 5, 17, 15), LOOPS),
-    "again, loops": ("nchw", (4, 5, 32, 32), LOOPING_CLUSTER._replace(team=2, shared_bytes=10000)),
-    "rows, again, loops": (
+    "skewed, persistent": ("nchw", (4, 5, 17, 15), PERSISTENT),
+    "again, persistent": ("nchw", (4, 5, 32, 32), PERSISTENT_CLUSTER._replace(shared_bytes=10000)),
+    "rows, again, persistent": (
         "channels_last",
         (4, 144, 16, 16),
-        LOOPS._replace(shared_bytes=14000),
+        PERSISTENT._replace(shared_bytes=14000),
     ),
     "again, grid": ("nchw", (4, 5, 32, 32), GRID._replace(team=2, shared_bytes=10000)),
     "rows, again, grid": (
@@ -120,6 +121,7 @@ def test_layouts(dtypes: str, layout: str) -> None:
 def test_every_byte_moves_once(way: str) -> None:
     """2 tensors forward, 3 backward, whole packs: the plan says so, and the kernels do it."""
     layout, shape, machine = WAYS[way]
+    overlapped = 0
     for dtypes in ("float32", "float16", "float64"):
         case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
         tensor_bytes = case.input.numel() * case.input.element_size()
@@ -130,7 +132,12 @@ def test_every_byte_moves_once(way: str) -> None:
             assert call.bytes_stored == tensor_bytes
             assert call.bytes_loaded == (tensors - 1) * tensor_bytes
             assert (call.run_length > 1) == ("runs" in way)
-            assert call.looped or "loops" not in way
+            assert call.persistent or "persistent" not in way
+            # While a slab is mapped, the next one's first batches are on their way.
+            early = call.persistent and call.batches_ahead > 2
+            assert (call.bytes_stored_meanwhile > 0) == early
+            overlapped += early
+    assert overlapped or "persistent" not in way
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -146,18 +153,14 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
     layout, shape, shared_bytes, _ = TIGHT[walk]
     shares = set()
     for dtypes in ("float32", "float16"):
-        for family in ("resident", "cluster", "grid"):
+        for kind in (RESIDENT, CLUSTER._replace(team=2), GRID._replace(team=2), PERSISTENT):
             case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
             tensor_bytes = case.input.numel() * case.input.element_size()
             for tensors, check in ((2, check_forward), (3, check_backward)):
                 least = 1.0
                 # From all on chip to nothing: every plan on the way there is right.
                 for share in (1, 0.8, 0.6, 0.4, 0.3):
-                    machine = RESIDENT._replace(
-                        family=family,
-                        team=2 if family != "resident" else 0,
-                        shared_bytes=int(share * shared_bytes),
-                    )
+                    machine = kind._replace(shared_bytes=int(share * shared_bytes))
                     try:
                         call = check(case, walk, machine=machine).call
                     except simt.NoPlanError as error:
@@ -180,6 +183,8 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
         ("channels_last", 4, RESIDENT),
         ("nchw", 4, CLUSTER._replace(team=2)),
         ("nchw", 16, GRID._replace(team=2, threads=256)),
+        ("nchw", 4, RESIDENT._replace(persistent_limit=simt.ALWAYS)),
+        ("nchw", 4, CLUSTER._replace(persistent_limit=simt.ALWAYS, team=2)),
     ],
 )
 def test_half_of_the_blocks_begin_late(layout: str, size: int, machine: simt.Machine) -> None:

@@ -61,8 +61,8 @@ RUNS = {
         ("nchw", (4, 2, 32, 32), RESIDENT._replace(shared_bytes=18000)),  # in part
         ("nchw", (4, 2, 16, 16), CLUSTER),
         ("channels_last", (4, 16, 8, 8), CLUSTER),
-        ("nchw", (4, 9, 16, 16), RESIDENT._replace(loops=2, num_sms=2)),
-        ("nchw", (4, 5, 16, 16), CLUSTER._replace(loops=2, num_sms=2)),
+        ("nchw", (4, 9, 16, 16), RESIDENT._replace(persistent_limit=simt.ALWAYS, num_sms=2)),
+        ("nchw", (4, 5, 16, 16), CLUSTER._replace(persistent_limit=simt.ALWAYS, num_sms=2)),
         ("nchw", (4, 7, 8, 8), GRID),
         ("channels_last", (4, 96, 8, 8), GRID),
         ("channels_last", (4, 96, 8, 8), GRID._replace(share_out=1)),

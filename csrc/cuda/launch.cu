@@ -114,17 +114,17 @@ LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes, int
   return shape;
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole, Turns kTurns>
+template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
   LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
-  shape.cooperative = kTurns == Turns::kGrid;
+  shape.cooperative = kBlocks == Blocks::kGrid;
   if (plan.count) {
     const cudaError_t error = launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
     if (error != cudaSuccess) return error;
   }
   const bool backward = plan.pass == Pass::kBackward;
-  return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole, kTurns>>(shape, stream, args)
-                  : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kTurns>>(shape, stream, args);
+  return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args)
+                  : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
@@ -165,13 +165,12 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
 template <typename T, int kVec, bool kRows, bool kWhole>
 cudaError_t run_family(const Stages& stages, const Plan& plan, cudaStream_t stream) {
   if constexpr (kVec > 1) {
-    if (plan.family == Family::kGrid) {
-      return run_on_chip<T, kVec, kRows, kWhole, Turns::kGrid>(stages.apply, plan, stream);
+    const KernelArgs& args = stages.apply;
+    if (plan.family == Family::kGrid) return run_on_chip<T, kVec, kRows, kWhole, Blocks::kGrid>(args, plan, stream);
+    if (plan.on_chip) {
+      return plan.persistent ? run_on_chip<T, kVec, kRows, kWhole, Blocks::kPersistent>(args, plan, stream)
+                             : run_on_chip<T, kVec, kRows, kWhole, Blocks::kOneTile>(args, plan, stream);
     }
-    if (plan.on_chip && plan.loops) {
-      return run_on_chip<T, kVec, kRows, kWhole, Turns::kMany>(stages.apply, plan, stream);
-    }
-    if (plan.on_chip) return run_on_chip<T, kVec, kRows, kWhole, Turns::kOne>(stages.apply, plan, stream);
   }
   return run_stages<T, kVec, kRows, kWhole>(stages, plan, stream);
 }
@@ -267,13 +266,13 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
 // All on-chip kernels have the same launch bounds, and a block that fills an SM's memory may have as many threads as they
 // allow: one kernel, with that many, stands for all.
 int active_clusters(int cluster, int64_t shared_bytes) {
-  return count_clusters<&on_chip_backward_kernel<float, 4, false, true, Turns::kOne>>(
+  return count_clusters<&on_chip_backward_kernel<float, 4, false, true, Blocks::kOneTile>>(
       on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
 }
 
 // Or so many of their threads, in several blocks.
 int active_blocks(int blocks, int64_t shared_bytes) {
-  return count_blocks<&on_chip_backward_kernel<float, 4, false, true, Turns::kGrid>>(
+  return count_blocks<&on_chip_backward_kernel<float, 4, false, true, Blocks::kGrid>>(
       on_chip_shape(blocks, kMaxOnChipThreads / blocks, shared_bytes));
 }
 

@@ -171,7 +171,7 @@ std::string stages_text(const Plan& plan) {
     if (plan.family == Family::kGrid) {
       text += " in " + std::to_string(plan.num_teams) + (plan.num_teams == 1 ? " team" : " teams");
     }
-    if (plan.loops) {
+    if (plan.persistent) {
       text += format(", %.3g slabs each", static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams));
     }
     text += ", ";
@@ -278,18 +278,20 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
 
 bool operator==(const Request& a, const Request& b) {
   auto fields = [](const Request& r) {
-    const Geometry& g = r.geometry;
-    const auto geometry = std::tie(g.num_channels, g.size[0], g.size[1], g.size[2], g.walk, g.unit_stride, g.dtype);
-    return std::tuple_cat(geometry, std::tie(r.pass, r.training, r.output, r.sums, r.reads_x, r.aligned, r.dense_rows,
-                                             r.dense_channels, r.cumulative));
+    // A field that is not named here is an error of the compiler's.
+    const auto& [g, pass, training, output, sums, reads_x, aligned, dense_rows, dense_channels, cumulative] = r;
+    const auto& [num_channels, size, walk, unit_stride, dtype] = g;
+    return std::tie(num_channels, size[0], size[1], size[2], walk, unit_stride, dtype, pass, training, output, sums,
+                    reads_x, aligned, dense_rows, dense_channels, cumulative);
   };
   return fields(a) == fields(b);
 }
 
 bool operator==(const Limits& a, const Limits& b) {
   auto fields = [](const Limits& l) {
-    return std::tie(l.family, l.grid, l.loops, l.late, l.threads, l.batches, l.fused_splits, l.share_out,
-                    l.shared_bytes, l.team);
+    // A field that is not named here is an error of the compiler's.
+    const auto& [family, grid, persistent, late, threads, batches, fused_splits, share_out, shared_bytes, team] = l;
+    return std::tie(family, grid, persistent, late, threads, batches, fused_splits, share_out, shared_bytes, team);
   };
   return fields(a) == fields(b);
 }
@@ -301,9 +303,10 @@ bool operator==(const Plan& a, const Plan& b) {
     const auto stages =
         std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads, p.finish_shared_bytes,
                  p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip = std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.loops, p.shares_out, p.words_offset,
-                                  p.num_steps, p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held,
-                                  p.layout.bytes, p.microseconds, p.batches_ahead, p.late_from, p.num_late, p.late_us);
+    const auto on_chip =
+        std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.persistent, p.shares_out, p.words_offset, p.num_steps,
+                 p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds,
+                 p.batches_ahead, p.late_from, p.num_late, p.late_us);
     return std::tuple_cat(choice, stages, on_chip);
   };
   return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);

@@ -37,9 +37,9 @@ struct DeviceInfo {
 enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
 constexpr Family kLastFamily = Family::kGrid;
 
-// Whether blocks and clusters of the on-chip families go on to further slabs, where they would else make room for others that
-// begin anew. (A grid's always do.)
-enum class Loops : uint8_t { kNever, kWhereFaster, kAlways };
+// Whether blocks and clusters of the on-chip families are persistent: they go on to further slabs, instead of making room for
+// others that begin anew. (A grid's always do.)
+enum class Persistent : uint8_t { kNever, kWhereFaster, kAlways };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -68,8 +68,8 @@ Request make_request(const BackwardProblem& problem);
 // Upper bounds that a caller may lower: tests run small blocks, benchmarks other families.
 struct Limits {
   Family family = Family::kAuto;
-  bool grid = true;                   // kAuto may choose it: its launch waits until the device has room for all of it
-  Loops loops = Loops::kWhereFaster;  // blocks that loop hold on to their SMs until all slabs are done
+  bool grid = true;  // kAuto may choose it: its launch waits until the device has room for all of it
+  Persistent persistent = Persistent::kWhereFaster;  // such blocks hold their SMs until all slabs are done
   bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
@@ -106,7 +106,7 @@ struct Plan {
   bool on_chip = false, count = false;
   int cluster = 1;                    // blocks that see each other's memory
   int64_t num_teams = 1;              // of num_splits blocks each
-  bool loops = false;                 // there are fewer teams than slabs: each has one slab after the other
+  bool persistent = false;            // there are fewer teams than slabs: each has one slab after the other
   bool shares_out = false;            // as in KernelArgs
   int64_t words_offset = 0;           // of the words at which teams meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs

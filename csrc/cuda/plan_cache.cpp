@@ -5,7 +5,7 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr size_t kMostPlans = 1024;  // less than a megabyte; then it begins again
+constexpr size_t kMostPlans = 1024;  // less than a megabyte; then all are dropped
 
 struct Key {
   Request request;
@@ -30,15 +30,22 @@ struct Hash {
   }
 };
 
+std::unordered_map<Key, Plan, Hash>& plans_of_thread() {
+  thread_local std::unordered_map<Key, Plan, Hash> plans;
+  return plans;
+}
+
 }  // namespace
 
 const Plan& cached_plan(const Request& request, int device, const DeviceInfo& info, const Limits& limits) {
-  thread_local std::unordered_map<Key, Plan, Hash> plans;
+  auto& plans = plans_of_thread();
   const Key key{request, device, limits};
   const auto found = plans.find(key);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMostPlans) plans.clear();
   return plans.emplace(key, make_plan(request, info, limits)).first->second;
 }
+
+size_t count_cached_plans() { return plans_of_thread().size(); }
 
 }  // namespace bnext::cuda

@@ -14,7 +14,7 @@ constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
 // code was made shorter; these are guesses.
 constexpr double kReductionUs = 1.5;
 constexpr double kRowsReductionUs = 2.5;
-constexpr double kBeginUs = 0.7;  // what of these a block is spared that goes on to another slab
+constexpr double kBeginUs = 0.7;  // what of these a persistent block is spared from its second slab on
 constexpr double kL2Time = 0.6;   // of a byte from L2, with a byte from memory as 1
 constexpr double kL2Share = 0.5;  // of L2 that still holds what was read a while ago
 
@@ -23,8 +23,8 @@ constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a 
 constexpr double kTripUs = 0.7;     // to L2
 // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
 constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
-constexpr double kGridHandicap = 1.1;    // its launch waits for what other streams have running
-constexpr double kLoopsHandicap = 1.02;  // its blocks cannot go where other streams leave room
+constexpr double kGridHandicap = 1.1;         // its launch waits for what other streams have running
+constexpr double kPersistentHandicap = 1.02;  // its blocks cannot go where other streams leave room
 constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
 constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
@@ -37,8 +37,8 @@ constexpr int kMaxBlocksPerSm = 32;
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t bytes = round_up(plan.layout.bytes + kReservedSharedBytes, kSharedUnit);
   const int64_t by_memory = device.shared_bytes_per_sm / bytes;
-  // Kernels that loop may take what launch bounds allow.
-  const int registers = plan.loops                     ? device.registers_per_sm / kMaxOnChipThreads
+  // Persistent kernels may take what launch bounds allow.
+  const int registers = plan.persistent                ? device.registers_per_sm / kMaxOnChipThreads
                         : dtype_bytes(plan.dtype) != 2 ? kRegisters
                         : device.arch < 100            ? kRegistersForHalves
                                                        : kRegistersForHalvesFrom100;
@@ -59,11 +59,11 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
 
 double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
 
-// Of on-chip blocks, without what teams tell each other. While a block that goes on maps its last steps, memory has the next
-// slab's first ones to bring, if copies are asynchronous.
-Stops on_chip_stops(const Plan& plan, const DeviceInfo& device) {
-  const double reduction = reduction_time(plan), first = reduction + plan.held_steps * kStepUs;
-  if (!plan.loops) return {first, first};
+// Of on-chip blocks whose teams take `exchange` to tell each other what they have found. While a block maps its last steps,
+// memory has those of the next slab to bring, if copies are asynchronous.
+Stops on_chip_stops(const Plan& plan, const DeviceInfo& device, double exchange) {
+  const double reduction = reduction_time(plan) + exchange, first = reduction + plan.held_steps * kStepUs;
+  if (!plan.persistent) return {first, first};
   const int covered = device.arch >= 80 ? (plan.batches_ahead - 1) * kOnChipBatch : 0;
   const int waits = std::max(0, plan.held_steps - covered);
   return {first, reduction - kBeginUs + waits * kStepUs};
@@ -123,10 +123,9 @@ double blocks_time(Plan& plan, const DeviceInfo& device) {
   const double on_sm = static_cast<double>(plan.num_slabs * plan.num_splits) / sms;
   const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(per_sm, on_sm),
                   static_cast<double>(plan.threads), on_sm};
-  if (on_sm > 1) set_late_half(plan, std::min(plan.num_blocks, int64_t{sms} * per_sm) / plan.cluster);
-  const Stops stops = on_chip_stops(plan, device);
-  const double more = plan.cluster > 1 ? kClusterUs : 0;
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), {stops.first + more, stops.later + more});
+  if (on_sm > 1) set_late_half(plan, std::min(plan.num_teams, teams_at_once(plan, device)));
+  const Stops stops = on_chip_stops(plan, device, plan.cluster > 1 ? kClusterUs : 0);
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stops);
 }
 
 double grid_time(Plan& plan, const DeviceInfo& device) {
@@ -135,9 +134,8 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
   const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns};
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
-  const Stops stops = on_chip_stops(plan, device);
-  const double more = meeting_time(plan, device);
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), {stops.first + more, stops.later + more});
+  const Stops stops = on_chip_stops(plan, device, meeting_time(plan, device));
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stops);
 }
 
 }  // namespace
@@ -192,7 +190,7 @@ double meeting_time(const Plan& plan, const DeviceInfo& device) {
 }
 
 double compared_time(const Plan& plan) {
-  return plan.microseconds * (plan.family == Family::kGrid ? kGridHandicap : plan.loops ? kLoopsHandicap : 1);
+  return plan.microseconds * (plan.family == Family::kGrid ? kGridHandicap : plan.persistent ? kPersistentHandicap : 1);
 }
 
 double predict_floor(int64_t bytes, const DeviceInfo& device) {

@@ -16,8 +16,8 @@ int active_clusters(const DeviceInfo& device, int cluster);
 // Microseconds in which a grid's team tells its blocks what they have found, in each turn: by plan.shares_out.
 double meeting_time(const Plan& plan, const DeviceInfo& device);
 
-// Of a plan that loops, how many teams run at once. Nothing waits for all of them, but a second wave would be a few with many
-// slabs each. (Grids have limits of their own.)
+// How many persistent teams of this plan run at once. There should not be more: a second wave would take as long as the first.
+// (Grids have limits of their own.)
 int64_t teams_at_once(const Plan& plan, const DeviceInfo& device);
 
 // Microseconds in which a block moves nothing because it adds up: with its first slab, and with each that it goes on to.
@@ -26,7 +26,7 @@ struct Stops {
 };
 
 // Where on-chip blocks run: on a share `sms` of the SMs, each of which has `at_once` of them side by side, with so many threads
-// each, and `blocks` slabs' in all, on average, whether blocks go on to further slabs or make room for others.
+// each, and `blocks` tiles in all, on average, in as many blocks or in fewer.
 struct Places {
   double sms, at_once, threads, blocks;
 };
@@ -38,7 +38,7 @@ struct Places {
 // simulation of tests/simt/overlap.py.
 double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& stops);
 
-// What plans are compared by: predicted microseconds, with a handicap for grids and for blocks that go on.
+// What plans are compared by: predicted microseconds, with a handicap for grids and persistent blocks.
 double compared_time(const Plan& plan);
 
 // Predicted microseconds. Leaves in the plan which blocks should begin late, and by how much.

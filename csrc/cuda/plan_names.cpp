@@ -97,9 +97,9 @@ Family family_named(const std::string& name, const std::string& source) {
 
 namespace {
 
-Loops allowed_loops(bool otherwise) {
-  if (variable("BNEXT_CUDA_LOOPS") == "always") return Loops::kAlways;
-  return flag("BNEXT_CUDA_LOOPS", otherwise, "0, 1 or always") ? Loops::kWhereFaster : Loops::kNever;
+Persistent allowed_persistent(bool otherwise) {
+  if (variable("BNEXT_CUDA_PERSISTENT") == "always") return Persistent::kAlways;
+  return flag("BNEXT_CUDA_PERSISTENT", otherwise, "0, 1 or always") ? Persistent::kWhereFaster : Persistent::kNever;
 }
 
 struct Environment {
@@ -121,7 +121,7 @@ Limits parse_environment() {
   // One of several processes will have kernels beside its own, that send gradients.
   const bool alone = std::atoi(variable("WORLD_SIZE").c_str()) <= 1;
   limits.grid = flag("BNEXT_CUDA_GRID", alone);
-  limits.loops = allowed_loops(alone);
+  limits.persistent = allowed_persistent(alone);
   limits.late = flag("BNEXT_CUDA_LATE", true);
   return limits;
 }

@@ -28,10 +28,11 @@ std::vector<Family> all_families();
 Family family_named(const std::string& name, const std::string& source);
 
 // What the environment says: read by the first call, and again by read_environment(). Not by every call: it would take its
-// time, and Python's threads may be changing the environment meanwhile. BNEXT_CUDA_FAMILY names the family that all take, for
-// tests and measurements. BNEXT_CUDA_GRID, 0 or 1, says whether kAuto may choose grid; without it, it may where WORLD_SIZE
-// does not say that there are several processes; and BNEXT_CUDA_LOOPS the same of blocks and clusters that go on to further
-// slabs, whichever family is asked for ("always": also where others would be faster). BNEXT_CUDA_LATE=0: no block begins late, for measurements.
+// time, and Python's threads may be changing the environment meanwhile.
+// BNEXT_CUDA_FAMILY: the family that all take, for tests and measurements.
+// BNEXT_CUDA_GRID, 0 or 1: whether kAuto may choose grid. BNEXT_CUDA_PERSISTENT, 0, 1 or always: as Persistent says, in every
+// family. Without them: yes, unless WORLD_SIZE says that there are several processes.
+// BNEXT_CUDA_LATE, 0 or 1: whether blocks may begin late, for measurements.
 // Throws std::runtime_error when they say anything else.
 Limits limits_of_environment();
 void read_environment();

@@ -52,13 +52,13 @@ void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
   plan.num_steps = static_cast<int>(ceil_div(plan.chunk, at_once));
   const int64_t slot = int64_t{num_tensors} * plan.threads * kPackBytes;
   const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
-  // A slab that comes after another has its batches in other places, so all of these are for whole batches.
-  const int64_t all = plan.loops ? round_up(plan.num_steps, kOnChipBatch) : plan.num_steps;
+  // A slab that comes after another has its batches in other places, so every place is for a whole batch.
+  const int64_t all = plan.persistent ? round_up(plan.num_steps, kOnChipBatch) : plan.num_steps;
   plan.held_steps = static_cast<int>(fit >= all ? all : fit / kOnChipBatch * kOnChipBatch);
   plan.layout = make_layout(plan, plan.held_steps * slot);
   // Where places are used again, the one that is copied to has to be free.
   const int held = on_chip_batches(plan.held_steps);
-  plan.batches_ahead = plan.held_steps < plan.num_steps ? std::min(kMostGroups, held - 1) : std::min(kMostGroups, held);
+  plan.batches_ahead = std::min(kMostGroups, plan.held_steps < plan.num_steps ? held - 1 : held);
   set_step(plan, at_once);
 }
 
@@ -87,7 +87,7 @@ struct Team {
   Family family = Family::kResident;
   int64_t blocks = 1, at_once = 0;  // at_once: of a grid, how many teams there are
   int64_t shared_bytes = 0;
-  bool loops = false;  // other families have as many teams as run at once, and not one for each slab
+  bool persistent = false;  // not of a grid: as many teams as run at once, and not one for each slab
   int threads = 0;
 };
 
@@ -102,12 +102,12 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.threads = team.threads;
   const int64_t shared_bytes = std::min(limits.shared_bytes, team.shared_bytes);
   plan.num_teams = grid ? team.at_once : plan.num_slabs;
-  plan.loops = grid ? plan.num_teams < plan.num_slabs : team.loops;
+  plan.persistent = team.persistent || plan.num_teams < plan.num_slabs;
   hold(shared_bytes, num_tensors, plan);
-  if (team.loops) {
+  if (team.persistent) {
     plan.num_teams = std::clamp<int64_t>(teams_at_once(plan, device), 1, plan.num_slabs);
-    plan.loops = plan.num_teams < plan.num_slabs;
-    if (!plan.loops) hold(shared_bytes, num_tensors, plan);  // for one slab each
+    plan.persistent = plan.num_teams < plan.num_slabs;
+    if (!plan.persistent) hold(shared_bytes, num_tensors, plan);  // for one slab each
   }
   plan.num_blocks = plan.num_teams * team.blocks;
   if (grid) {
@@ -204,11 +204,11 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     }
   };
   auto consider = [&](const Plan& walk) {
-    for (bool loops : {false, true}) {
-      if (limits.loops == (loops ? Loops::kNever : Loops::kAlways)) continue;
-      consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in, loops}, kMaxOnChipThreads);
+    for (bool persistent : {false, true}) {
+      if (limits.persistent == (persistent ? Persistent::kNever : Persistent::kAlways)) continue;
+      consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in, persistent}, kMaxOnChipThreads);
       for (int cluster : kClusterSizes) {
-        consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in, loops}, kMaxOnChipThreads);
+        consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in, persistent}, kMaxOnChipThreads);
       }
     }
     consider_grids(walk);

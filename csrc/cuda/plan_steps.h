@@ -11,7 +11,7 @@ constexpr int kMinThreads = 64;
 constexpr int64_t kLineBytes = 128;                     // of a cache
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
 constexpr int64_t kReservedSharedBytes = 1 << 10;       // of each block, by the driver
-constexpr int64_t kSharedUnit = 256;                    // an SM's memory is handed out in so many bytes, or in fewer
+constexpr int64_t kSharedUnit = 256;  // of an SM's memory, as it is handed out: so many bytes, or fewer
 
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

@@ -36,13 +36,14 @@ struct Call {
   Vector stats_mean, stats_var, grad_mean, grad_var;
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
-  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, loops, share_out, shared_bytes;
+  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, persistent_limit, share_out,
+      shared_bytes;
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
-  int64_t bytes_kept, late_threads, least_late_clocks, most_late_clocks, first_late_block;
-  int64_t planned_late_threads, planned_late_from, looped;
+  int64_t bytes_kept, bytes_stored_meanwhile, late_threads, least_late_clocks, most_late_clocks, first_late_block;
+  int64_t planned_late_threads, planned_late_from, persistent, batches_ahead;
   double held, late_us;
   char plan[512], error[256];
 };
@@ -87,7 +88,7 @@ void run(Call& call, const Problem& problem) {
   limits.fused_splits = static_cast<int>(call.fused_splits);
   limits.family = static_cast<cuda::Family>(call.family);
   limits.team = static_cast<int>(call.team);
-  limits.loops = static_cast<cuda::Loops>(call.loops);
+  limits.persistent = static_cast<cuda::Persistent>(call.persistent_limit);
   limits.share_out = call.share_out != 0;
   limits.shared_bytes = call.shared_bytes;
   const cuda::Plan plan = cuda::make_plan(cuda::make_request(problem), device, limits);
@@ -108,6 +109,7 @@ void run(Call& call, const Problem& problem) {
   call.bytes_loaded = simt::bytes_loaded();
   call.bytes_stored = simt::bytes_stored();
   call.bytes_kept = simt::bytes_kept();
+  call.bytes_stored_meanwhile = simt::bytes_stored_meanwhile();
   const simt::Late late = simt::late();
   call.late_threads = late.threads;
   call.least_late_clocks = late.least_clocks;
@@ -115,7 +117,8 @@ void run(Call& call, const Problem& problem) {
   call.first_late_block = late.first_block;
   call.planned_late_threads = plan.num_late * plan.threads;
   call.planned_late_from = plan.late_from;
-  call.looped = plan.loops;
+  call.persistent = plan.persistent;
+  call.batches_ahead = plan.batches_ahead;
   call.late_us = plan.late_us;
   call.planned_bytes = plan.bytes_moved;
   call.fused = plan.fused;

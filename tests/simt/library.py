@@ -94,12 +94,13 @@ VECTORS = (
     *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
 FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
+NEVER, WHERE_FASTER, ALWAYS = range(3)  # the order of Persistent
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
-LIMITS += ("family", "team", "loops", "share_out", "shared_bytes")
+LIMITS += ("family", "team", "persistent_limit", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
-RESULTS += ("num_splits", "run_length", "slab_channels", "bytes_kept")
+RESULTS += ("num_splits", "run_length", "slab_channels", "bytes_kept", "bytes_stored_meanwhile")
 RESULTS += ("late_threads", "least_late_clocks", "most_late_clocks", "first_late_block")
-RESULTS += ("planned_late_threads", "planned_late_from", "looped")
+RESULTS += ("planned_late_threads", "planned_late_from", "persistent", "batches_ahead")
 
 
 class Call(ctypes.Structure):
@@ -131,7 +132,7 @@ class Machine(NamedTuple):
     fused_splits: int = 64
     family: str = "streaming"
     team: int = 0
-    loops: int = 0  # never, where it is faster, always: the order of Loops
+    persistent_limit: int = NEVER
     share_out: int = 0
     shared_bytes: int = 1 << 30
 

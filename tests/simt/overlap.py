@@ -17,7 +17,7 @@ def simulate(
     traffic: float,
     stop: float,
     later: float,
-    goes_on: bool,
+    persistent: bool,
     late: float,
     reads: float,
     busy: tuple[float, int],
@@ -25,10 +25,10 @@ def simulate(
     """Microseconds that all blocks take, of so many threads, if per_sm of them fit on each SM.
 
     traffic: microseconds of memory's full speed that all move together, the share `reads` of it
-    before the stop, which is `stop` long where a block is the first in its place, and `later`
-    else. goes_on: a place has blocks of its own, as many as the others; else the next one that is
-    left. Of those that run at first, the second half begins `late` microseconds after the first.
-    busy: the share of the SMs, and the threads on each, that keep memory busy.
+    before the stop. The first stop in a slot is `stop` long, later ones `later`. persistent: blocks
+    are dealt out to slots at the start; else a slot takes the next one that is left. Of those that
+    run at first, the second half begins `late` microseconds after the first. busy: the share of the
+    SMs, and the threads on each, that keep memory busy.
     """
     generator = random.Random(0)
     busy_share, busy_threads = busy
@@ -39,7 +39,7 @@ def simulate(
         """Whether it moves data, and how much, or waits, and how long."""
         yield False, late if slot >= (slots + 1) // 2 else 0.0
         length = stop
-        for _ in range(slot, blocks, slots) if goes_on else left:
+        for _ in range(slot, blocks, slots) if persistent else left:
             yield True, move * reads
             yield False, length * generator.uniform(1 - JITTER, 1 + JITTER)
             yield True, move * (1 - reads)

@@ -17,7 +17,7 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative, no_grid, loops, no_late;
+  int64_t family, cumulative, no_grid, persistent_limit, no_late;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
   int64_t cooperative, overlaps;
@@ -27,7 +27,7 @@ struct Query {
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, loop, shares_out, late_from, num_late;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late;
   double held, microseconds, late_us;
   char text[512];
 };
@@ -81,7 +81,7 @@ void plan_run(Query* q) {
   Limits limits;
   limits.family = static_cast<Family>(q->family);
   limits.grid = q->no_grid == 0;
-  limits.loops = static_cast<Loops>(q->loops);
+  limits.persistent = static_cast<Persistent>(q->persistent_limit);
   limits.late = q->no_late == 0;
   const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
@@ -127,7 +127,7 @@ void plan_run(Query* q) {
   q->tensor_bytes = p.tensor_bytes;
   q->batches_ahead = p.batches_ahead;
   q->num_teams = p.num_teams;
-  q->loop = p.loops;
+  q->persistent = p.persistent;
   q->shares_out = p.shares_out;
   q->late_from = p.late_from;
   q->num_late = p.num_late;
@@ -151,12 +151,12 @@ double plan_on_chip_time(double at_once, double threads, double blocks, double t
   return time;
 }
 
-// Asks for the plans of so many shapes, and for the same ones again; each on two devices that differ, and without loops. How many
-// were still where they had been. -1: a plan was not what make_plan says.
+// Asks for the plans of so many shapes, and for the same ones again; each on two devices that differ, and with no persistent
+// blocks. How many were still where they had been. -1: a plan was not what make_plan says.
 int64_t plan_cache_keeps(int64_t shapes) {
   const DeviceInfo large, small{75, 40, 1024, 48 << 10, 4 << 20, 64 << 10, 64 << 10, 64 << 10, {0, 0, 0, 0}};
-  Limits no_loops;
-  no_loops.loops = Loops::kNever;
+  Limits one_slab;
+  one_slab.persistent = Persistent::kNever;
   std::vector<const Plan*> first;
   int64_t kept = 0;
   for (int round = 0; round < 2; ++round) {
@@ -166,7 +166,7 @@ int64_t plan_cache_keeps(int64_t shapes) {
       request.geometry.size[1] = 8;
       request.geometry.size[2] = 784;
       const DeviceInfo& info = i % 3 == 1 ? small : large;
-      const Limits& limits = i % 3 == 2 ? no_loops : Limits{};
+      const Limits& limits = i % 3 == 2 ? one_slab : Limits{};
       const Plan& plan = cached_plan(request, i % 3 == 1, info, limits);
       if (plan != make_plan(request, info, limits)) return -1;
       if (round == 0) first.push_back(&plan);
@@ -175,6 +175,8 @@ int64_t plan_cache_keeps(int64_t shapes) {
   }
   return kept;
 }
+
+int64_t plan_cache_size() { return static_cast<int64_t>(count_cached_plans()); }
 
 int64_t plan_allows_late(int64_t read_again) {
   if (read_again != 0) read_environment();

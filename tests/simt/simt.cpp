@@ -60,7 +60,7 @@ struct Machine {
   bool cooperative = false, overlaps = false;
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
   std::vector<Range> loads, stores;
-  int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0;
+  int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, bytes_stored_meanwhile = 0;
   Late late;
   int launches = 0;
   std::string error;
@@ -392,6 +392,11 @@ void* check_store(void* to, size_t bytes) {
     range->stored[i] = true;
   }
   m.bytes_stored += bytes;
+  for (const auto& group : current().in_flight) {
+    if (group.empty()) continue;
+    m.bytes_stored_meanwhile += bytes;
+    break;
+  }
   return to;
 }
 
@@ -434,7 +439,7 @@ void begin(const Session& session) {
   m.random.seed(session.seed);
   m.loads.clear();
   m.stores.clear();
-  m.bytes_loaded = m.bytes_stored = m.bytes_kept = 0;
+  m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.bytes_stored_meanwhile = 0;
   m.late = {};
   m.launches = 0;
   m.error.clear();
@@ -455,6 +460,7 @@ const std::string& error() { return m.error; }
 int64_t bytes_loaded() { return m.bytes_loaded; }
 int64_t bytes_stored() { return m.bytes_stored; }
 int64_t bytes_kept() { return m.bytes_kept; }
+int64_t bytes_stored_meanwhile() { return m.bytes_stored_meanwhile; }
 Late late() { return m.late; }
 const std::vector<std::string>& barriers() { return m.barriers; }
 

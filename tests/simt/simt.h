@@ -115,6 +115,8 @@ const std::string& error();
 int64_t bytes_loaded();
 int64_t bytes_stored();
 int64_t bytes_kept();
+// By threads that had copies on their way.
+int64_t bytes_stored_meanwhile();
 // How many threads began late, by how many clocks at least and at most, and the first block of them.
 struct Late {
   int64_t threads = 0, least_clocks = INT64_MAX, most_clocks = 0, first_block = INT64_MAX;

@@ -1,4 +1,4 @@
-// The on-chip families: training passes that read their tensors once. A team has a channel, a slab of channels, or a run of
+// The on-chip families: training passes that read their tensors once. At a time, a team has a channel, a slab of channels, or a run of
 // them: one block (family resident), a cluster of blocks (family cluster), or any number of blocks that tell each other
 // through memory what they have found (family grid). Each thread keeps the packs that it reads in shared memory, in slots
 // that no other thread looks at, until the sums of all blocks are there. Where there are too few slots, what was read first
@@ -17,8 +17,8 @@ namespace bnext::cuda {
 
 // A thread's batches, 0 to n - 1, and its places for `held` of them, a ring. They are summed up in order, so the last ones are
 // there at the end; and mapped from the last one on, so that each place is free for the batch that had it before, and gets it
-// back. The last places to come free are for the first batches of the block's next tile, if it has one, which goes round the
-// ring the other way. So some batches are on their way to their places all the time.
+// back. The places that come free last are for the first batches of the block's next tile, if there is one; that tile goes
+// round the ring the other way. So some batches are on their way to their places all the time.
 template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 class OnChip {
  public:
@@ -50,8 +50,8 @@ class OnChip {
     }
   }
 
-  // The same batches again, the last one first. If there are more tiles, asks for the first batches of the next one: all but
-  // the last of those that are on their way when load() calls begin().
+  // The same batches again, the last one first. If there are more tiles, asks for the next one's first batches: all that are
+  // kept ahead, but for the one that load() asks for before begin().
   template <typename F>
   __device__ void revisit(const Tile& tile, bool more, const Tile& next, F use) {
     Steps steps(args_, tile, batches_ * kOnChipBatch - 1);
@@ -64,7 +64,7 @@ class OnChip {
       if (b < again_) wait_async(held_ - 1);
       use(slots_.template held<true>(steps, place, args_.held_steps));
       if (b >= held_) slots_.template copy<true>(loading_, place);
-      if (more && b == (early > 0 ? early - 1 : 0)) {
+      if (more && b == early) {
         loading_ = Steps(args_, next);
         copied_ = used_ = place;
       }
@@ -189,18 +189,18 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, co
   }
 }
 
-// Until the cluster's other blocks have read what this one has left in its memory: before it leaves something else there, or ends.
+// Waits until the cluster's other blocks have read this one's totals: before it leaves others in their place, or ends.
 __device__ inline void await_readers(const KernelArgs& args) {
   if (args.cluster_size > 1) cluster_wait();
 }
 
 // From what the block's parts have left to the coefficients of this thread's lanes.
-template <bool kRows, bool kBackward, Turns kTurns, int kVec, typename Acc>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kTurns>& meetings,
+template <bool kRows, bool kBackward, Blocks kBlocks, int kVec, typename Acc>
+__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kBlocks>& meetings,
                                       double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
   const Tile& tile = turn.tile;
   __syncthreads();
-  if constexpr (kTurns == Turns::kGrid) {
+  if constexpr (kBlocks == Blocks::kGrid) {
     store_partials<!kBackward, kVec, Acc>(args, tile);
     meetings.exchange_sums(args, turn);
     if (kRows && args.shares_out) {
@@ -211,7 +211,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
       });
     }
   } else {
-    if (kTurns == Turns::kMany && turn.number > 0) await_readers(args);
+    if (kBlocks == Blocks::kPersistent && turn.number > 0) await_readers(args);
     if (args.cluster_size > 1) {
       for_each_group(args, [&](int i, int lane, bool there, int) {
         const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
@@ -240,7 +240,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
-template <typename T, int kVec, bool kRows, bool kWhole, Turns kTurns>
+template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Turn turn(args);
   count_batch(args, false);
-  const TeamMeetings<kTurns> meetings(args, turn);
+  const TeamMeetings<kBlocks> meetings(args, turn);
   begin_late(args);
   Data data(args, turn.tile);
   bool more = false;
@@ -268,10 +268,10 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
         });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, false, kTurns>(args, turn, meetings, first_input, coefficients);
+    finish_on_chip<kRows, false, kBlocks>(args, turn, meetings, first_input, coefficients);
 
     const Tile tile = turn.tile;
-    more = kTurns != Turns::kOne && turn.next(args);
+    more = kBlocks != Blocks::kOneTile && turn.next(args);
     data.revisit(tile, more, turn.tile, [&](const typename Data::Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kOnChipBatch; ++u) {
@@ -280,17 +280,17 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
       }
     });
   } while (more);
-  if (kTurns != Turns::kGrid) await_readers(args);
+  if (kBlocks != Blocks::kGrid) await_readers(args);
 }
 
-template <typename T, int kVec, bool kRows, bool kWhole, Turns kTurns>
+template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
 __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
   constexpr int kLanes = kSumLanes<kRows, kVec>;
   Turn turn(args);
-  const TeamMeetings<kTurns> meetings(args, turn);
+  const TeamMeetings<kBlocks> meetings(args, turn);
   begin_late(args);
   Data data(args, turn.tile);
   bool more = false;
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
         turn.tile,
         [&] {
           // The coefficients of the last turn may still be read.
-          if (kTurns != Turns::kOne && turn.number > 0) __syncthreads();
+          if (kBlocks != Blocks::kOneTile && turn.number > 0) __syncthreads();
           first_input = load_first_inputs<true, Acc>(args, turn.tile);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
@@ -317,10 +317,10 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
         });
     leave_sums<kRows>(args, sum);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, true, kTurns>(args, turn, meetings, first_input, coefficients);
+    finish_on_chip<kRows, true, kBlocks>(args, turn, meetings, first_input, coefficients);
 
     const Tile tile = turn.tile;
-    more = kTurns != Turns::kOne && turn.next(args);
+    more = kBlocks != Blocks::kOneTile && turn.next(args);
     data.revisit(tile, more, turn.tile, [&](const typename Data::Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kOnChipBatch; ++u) {
@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
       }
     });
   } while (more);
-  if (kTurns != Turns::kGrid) await_readers(args);
+  if (kBlocks != Blocks::kGrid) await_readers(args);
 }
 
 }  // namespace bnext::cuda

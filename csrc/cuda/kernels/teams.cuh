@@ -9,9 +9,9 @@
 
 namespace bnext::cuda {
 
-// How many tiles a block may have: one, or one after the other; or the latter in a grid. Kernels that loop keep more in
-// registers.
-enum class Turns { kOne, kMany, kGrid };
+// Blocks with one tile; persistent ones, with one tile after the other, which keep more in registers; and those of a grid: the
+// same, and their teams meet.
+enum class Blocks { kOneTile, kPersistent, kGrid };
 
 // What a block has to do now: a part of its team's tile.
 struct Turn {
@@ -86,7 +86,7 @@ class Meetings {
 struct NoMeetings {
   __device__ NoMeetings(const KernelArgs&, const Turn&) {}
 };
-template <Turns kTurns>
-using TeamMeetings = std::conditional_t<kTurns == Turns::kGrid, Meetings, NoMeetings>;
+template <Blocks kBlocks>
+using TeamMeetings = std::conditional_t<kBlocks == Blocks::kGrid, Meetings, NoMeetings>;
 
 }  // namespace bnext::cuda
