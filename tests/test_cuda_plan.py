@@ -196,6 +196,12 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     assert q.family_chosen == GRID or q.num_splits == q.cluster, text
     slabs = q.num_slabs if q.walk == 1 else channels
     assert 1 <= q.num_teams <= q.num_slabs == slabs, text
+    sms = device.num_sms  # that run its blocks
+    if q.family_chosen == CLUSTER:
+        assert device.arch >= 90, text
+        clusters = device.active_clusters[(2, 4, 8, 16).index(q.cluster)]
+        assert clusters > 0, text
+        sms = min(sms, clusters * q.cluster)
     if q.family_chosen == GRID:
         # All blocks run at once: an SM has memory and registers for its share of them.
         per_sm = ceil_div(q.num_blocks, device.num_sms)
@@ -210,10 +216,7 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
         # All persistent blocks run at once, and there are no fewer than can.
         assert q.persistent or q.num_teams == slabs, text
         if q.persistent:
-            together = device.num_sms
-            if q.family_chosen == CLUSTER:
-                together = q.cluster * device.active_clusters[(2, 4, 8, 16).index(q.cluster)]
-            per_sm = ceil_div(q.num_blocks, together)
+            per_sm = ceil_div(q.num_blocks, sms)
             each = ceil_div(q.shared_bytes + KB, 256) * 256
 
             def have_room(blocks: int) -> bool:
@@ -221,21 +224,14 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
                 return blocks * q.threads <= 512 and blocks * each <= device.shared_bytes_per_sm
 
             assert per_sm == 1 or have_room(per_sm), text
-            assert q.num_blocks % together > 0 or not have_room(per_sm + 1), text
+            assert q.num_blocks % sms > 0 or not have_room(per_sm + 1), text
         assert q.workspace_bytes == 0, text
-    if q.family_chosen == CLUSTER:
-        assert device.arch >= 90, text
-        assert device.active_clusters[(2, 4, 8, 16).index(q.cluster)] > 0, text
     # Whole teams begin late, no more than half; and only where an SM has more than one block to do.
     assert (q.num_late > 0) == (q.late_us > 0), text
     assert 0 <= q.late_us <= q.microseconds / 2, text
     if q.num_late > 0:
         assert q.late_from % q.num_splits == q.num_late % q.num_splits == 0, text
         assert 0 < q.num_late <= q.late_from <= q.num_blocks - q.num_late, text
-        sms = device.num_sms
-        if q.family_chosen == CLUSTER:
-            clusters = device.active_clusters[(2, 4, 8, 16).index(q.cluster)]
-            sms = min(sms, clusters * q.cluster)
         assert q.num_splits * slabs > sms or q.num_slabs > q.num_teams, text
     # Every item is in exactly one block, and no thread has more steps than it takes.
     assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
@@ -457,7 +453,7 @@ def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
         simulated = functools.partial(simulate, *run, reads=2 / moved, busy=busy)
         found, together = simulated(late=late.value), simulated(late=0.0)
         text = f"{blocks} blocks of {move}, {stop} and {later} us: {found}, by the model {time}"
-        assert 0.75 < time / found < 1.35, text
+        assert 0.75 < time / found < (1.35 if spared else 1.3), text
         assert found < 1.08 * together, f"{text}; {together} where all begin together"
         off.append(abs(time / found - 1))
         gained.append(1 - found / together)

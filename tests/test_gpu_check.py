@@ -148,6 +148,7 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "auto, persistent 1: 64 steps, 0 refused" in done.stdout
+    assert "streaming, persistent 1: 64 steps" in done.stdout
     assert "cluster, persistent always: 4 steps, 0 refused" in done.stdout
 
 

@@ -193,7 +193,8 @@ def test_who_has_persistent_blocks(environment: Callable[[str, str], None]) -> N
         found = plans(bnext.explain(x, "h100"))
         assert [" slabs each" in plan for plan in found] == [wanted] * 2, (world, persistent)
     environment("BNEXT_CUDA_PERSISTENT", "no")
-    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_PERSISTENT should be 0, 1 or al"):
+    message = r"^BNEXT_CUDA_PERSISTENT should be 0, 1 or always, not no"
+    with pytest.raises(RuntimeError, match=message):
         bnext.explain(x, "h100")
 
 

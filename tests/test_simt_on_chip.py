@@ -133,7 +133,8 @@ def test_every_byte_moves_once(way: str) -> None:
             assert call.bytes_loaded == (tensors - 1) * tensor_bytes
             assert (call.run_length > 1) == ("runs" in way)
             assert call.persistent or "persistent" not in way
-            # While a slab is mapped, the next one's first batches are on their way.
+            # While a slab is mapped, the next one's first batches are on their way: all but the
+            # last, each behind the stores of the batch whose place it gets.
             early = call.persistent and call.batches_ahead > 2
             assert (call.bytes_stored_meanwhile > 0) == early
             overlapped += early
