@@ -32,7 +32,7 @@ INSTALLED := $(VENV)/.stamp-installed
 NVCC = $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CUDA_TREE := build/cuda-check
 # These do not touch the extension: `make test` has run them.
-CUDA_CHECK_ARGS := $(addprefix --ignore-glob=tests/test_,benchmarks*.py build.py simt*.py cuda_plan.py)
+CUDA_CHECK_ARGS := $(addprefix --ignore-glob=tests/test_,benchmarks*.py build.py simt_shim.py cuda_plan.py)
 
 say = @printf '\n==> %s\n' "$(1)"
 fail = printf '\nbnext: %s\n' "$(1)" >&2; exit 1

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
+import kernel_code
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from simt import library as simt
 
 import bnext
 from bnext._extension import _C
@@ -70,3 +77,56 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> Path:
+    if not kernel_code.asked_for():
+        pytest.skip('BNEXT_STATIC_ARCHS is not set; "make cuda-check" sets it')
+    try:
+        return kernel_code.toolkit() / "bin/nvcc"
+    except LookupError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def compilations(
+    nvcc: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Future[kernel_code.Compiled]]:
+    """All architectures that are asked for and known to nvcc, as many at a time as there are
+    cores."""
+    folder = tmp_path_factory.mktemp("kernels")
+    known = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout
+    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
+    source = kernel_code.ROOT / "csrc/cuda/launch.cu"
+    wanted = [arch for arch in kernel_code.asked_for() if f"sm_{arch}" in known.split()]
+    submit = pool.submit
+    return {a: submit(kernel_code.compile_kernels, nvcc, source, a, folder) for a in wanted}
+
+
+@pytest.fixture(scope="session")
+def ptx(compilations: dict[int, Future[kernel_code.Compiled]]) -> Callable[[int], simt.Ptx]:
+    """What nvcc has made of the kernels for an architecture."""
+
+    @cache
+    def load(arch: int) -> simt.Ptx:
+        if arch not in compilations:
+            pytest.skip(f"sm_{arch}: not asked for, or this nvcc does not know it")
+        return simt.Ptx(compilations[arch].result().ptx)
+
+    return load
+
+
+@pytest.fixture(
+    params=[arch for arch in kernel_code.RUN_ARCHS if arch in kernel_code.asked_for()] or [None],
+    ids=lambda arch: f"sm_{arch}" if arch else "sources",
+)
+def kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the shim runs: the kernels' sources, or what nvcc has made of them."""
+    if simt.compiler() is None:
+        pytest.skip("no C++ compiler here")
+    if request.param is None:
+        yield
+        return
+    with request.getfixturevalue("ptx")(request.param):
+        yield

@@ -1,8 +1,4 @@
-"""What ptxas and the machine code say of every CUDA kernel. Needs nvcc, no GPU, no torch headers.
-
-One compilation takes half a minute of a core: BNEXT_STATIC_ARCHS="75 90" names the architectures,
-"all" stands for all of them, and without it nothing is compiled. `make cuda-check` sets it.
-"""
+"""What ptxas and the machine code say of every CUDA kernel. Needs nvcc, no GPU: kernel_code.py."""
 
 from __future__ import annotations
 
@@ -12,17 +8,14 @@ import os
 import re
 import subprocess
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from kernel_code import ARCHS, Compiled, asked_for, compile_kernels, toolkit
 
-ROOT = Path(__file__).resolve().parent.parent
-ARCHS = (75, 80, 86, 90, 100, 120)
 CLUSTER_ARCH = 90  # the first one with thread-block clusters
-NOT_ASKED = 'BNEXT_STATIC_ARCHS is not set; "make cuda-check" sets it'
 
 # Kernels that load or store no activations in packs, by their mangled names; all others have to.
 # Single elements: the pack size, the template's first number, is 1.
@@ -34,83 +27,6 @@ READS_ONLY = re.compile(r"statistics_kernel|reduce_kernelI\w*?Lb[01]ELb0EE")
 WIDE_LOAD = re.compile(r"LDG(STS)?\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMALDG")
 WIDE_STORE = re.compile(r"STG\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMASTG")
 LOCAL = re.compile(r"(LDL|STL)\b")
-
-
-class Kernel(NamedTuple):
-    """What ptxas reports of one entry function."""
-
-    name: str
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    registers: int
-
-
-class Compiled(NamedTuple):
-    cubin: Path
-    kernels: list[Kernel]
-
-
-def toolkit() -> Path:
-    """Where nvcc is, found as the build finds it."""
-    spec = importlib.util.spec_from_file_location("bnext_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    setup_py = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup_py)
-    return setup_py.find_toolkit(os.environ)
-
-
-def asked_for() -> list[int]:
-    text = os.environ.get("BNEXT_STATIC_ARCHS", "")
-    if text == "all":
-        return list(ARCHS)
-    return [int(arch) for arch in text.replace(",", " ").split()]
-
-
-def parse_ptxas(log: str) -> list[Kernel]:
-    """One Kernel for each entry function. Functions that entries call are not looked at alone."""
-    pattern = re.compile(
-        r"Compiling entry function '(\w+)'.*?"
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
-        r"Used (\d+) registers",
-        re.DOTALL,
-    )
-    return [Kernel(m[1], *(int(m[i]) for i in range(2, 6))) for m in pattern.finditer(log)]
-
-
-def compile_cubin(nvcc: Path, source: Path, arch: int, folder: Path) -> Compiled:
-    cubin = folder / f"{source.stem}-{arch}.cubin"
-    command = [str(nvcc), "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas", "-v", "-cubin"]
-    run = subprocess.run(
-        [*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    kernels = parse_ptxas(run.stderr)
-    assert len(kernels) == run.stderr.count("Compiling entry function")
-    return Compiled(cubin, kernels)
-
-
-@pytest.fixture(scope="session")
-def nvcc() -> Path:
-    if not asked_for():
-        pytest.skip(NOT_ASKED)
-    try:
-        return toolkit() / "bin/nvcc"
-    except LookupError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
-def compilations(
-    nvcc: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, Future[Compiled]]:
-    """All architectures, as many at a time as there are cores."""
-    folder = tmp_path_factory.mktemp("cubin")
-    known = subprocess.run([str(nvcc), "--list-gpu-code"], capture_output=True, text=True).stdout
-    pool = ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
-    source = ROOT / "csrc/cuda/launch.cu"
-    wanted = [arch for arch in asked_for() if f"sm_{arch}" in known.split()]
-    return {a: pool.submit(compile_cubin, nvcc, source, a, folder) for a in wanted}
 
 
 @pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
@@ -225,7 +141,7 @@ def test_the_gates_can_fail(nvcc: Path, tmp_path: Path) -> None:
     """A kernel with an array that registers cannot hold, and one for packs that moves floats."""
     source = tmp_path / "bad.cu"
     source.write_text(SPILLING)
-    compiled = compile_cubin(nvcc, source, 90, tmp_path)
+    compiled = compile_kernels(nvcc, source, 90, tmp_path)
     stacks = {kernel.name: kernel.stack for kernel in compiled.kernels}
     assert sorted(stacks.values()) == [0, 0, 256]
     functions = disassemble(compiled.cubin)

@@ -9,7 +9,7 @@ import torch
 from simt import library as simt
 from simt.checks import bits, both, check_backward, check_forward, far_apart
 
-pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 # One layout for each way through the kernels: packs, scalars, folds, packs that begin anywhere.
 LAYOUTS = (

@@ -12,7 +12,7 @@ from simt import library as simt
 from simt.checks import bits, both, check_backward, check_forward, far_apart
 from test_simt import LAYOUTS, SHAPES
 
-pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 RESIDENT = simt.Machine(family="resident", batches=32)
 CLUSTER = RESIDENT._replace(family="cluster")
@@ -76,6 +76,15 @@ AGAIN = {
 EVERY_WAY = WAYS | AGAIN
 
 
+def copies_are_asynchronous() -> bool:
+    return simt.arch() >= 80
+
+
+def needs_clusters() -> None:
+    if simt.arch() < 90:
+        pytest.skip("no clusters before sm_90")
+
+
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("family", ["resident", "cluster", "grid"])
@@ -135,15 +144,16 @@ def test_every_byte_moves_once(way: str) -> None:
             assert call.persistent or "persistent" not in way
             # While a slab is mapped, the next one's first batches are on their way: all but the
             # last, each behind the stores of the batch whose place it gets.
-            early = call.persistent and call.batches_ahead > 2
+            early = call.persistent and call.batches_ahead > 2 and copies_are_asynchronous()
             assert (call.bytes_stored_meanwhile > 0) == early
             overlapped += early
-    assert overlapped or "persistent" not in way
+    assert overlapped or "persistent" not in way or not copies_are_asynchronous()
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_largest_cluster(layout: str) -> None:
     """16 blocks; in NCHW, the last two have nothing to read."""
+    needs_clusters()
     for dtypes in ("float32", "float16"):
         case = cases.make_case((17, 8, 4, 4), dtypes, layout=layout, grad_layout=layout)
         both(case, "16 blocks", machine=CLUSTER._replace(team=16))
@@ -154,7 +164,7 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
     layout, shape, shared_bytes, _ = TIGHT[walk]
     shares = set()
     for dtypes in ("float32", "float16"):
-        for kind in (RESIDENT, CLUSTER._replace(team=2), GRID._replace(team=2), PERSISTENT):
+        for kind in (RESIDENT, PERSISTENT, GRID._replace(team=2), CLUSTER._replace(team=2)):
             case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
             tensor_bytes = case.input.numel() * case.input.element_size()
             for tensors, check in ((2, check_forward), (3, check_backward)):
@@ -173,7 +183,8 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
                     if walk != "skewed":
                         assert call.bytes_loaded + call.bytes_stored == call.planned_bytes
                         # L2 should keep what is read again, and nothing else.
-                        assert call.bytes_kept == call.planned_bytes - tensors * tensor_bytes
+                        twice = call.planned_bytes - tensors * tensor_bytes
+                        assert call.bytes_kept == (twice if copies_are_asynchronous() else 0)
     assert min(shares) < 0.8, shares
 
 
@@ -190,6 +201,8 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
 )
 def test_half_of_the_blocks_begin_late(layout: str, size: int, machine: simt.Machine) -> None:
     """Where SMs have more than one block to do, and threads enough; and nobody else."""
+    if machine.family == "cluster":
+        needs_clusters()
     for channels in (2, 256):
         case = cases.make_case((8, channels, size, size), layout=layout, grad_layout=layout)
         for check in (check_forward, check_backward):
@@ -198,8 +211,9 @@ def test_half_of_the_blocks_begin_late(layout: str, size: int, machine: simt.Mac
             assert (call.late_threads > 0) == (channels > 2)
             if call.late_threads > 0:
                 assert call.first_late_block == call.planned_late_from > 0
-                # 1700 clocks are about a microsecond.
-                assert call.least_late_clocks == call.most_late_clocks == int(1700 * call.late_us)
+                assert call.least_late_clocks == call.most_late_clocks
+                # 1700 clocks are about a microsecond. They end while a thread sleeps.
+                assert 0 <= call.most_late_clocks - int(1700 * call.late_us) < 20
 
 
 def test_only_training_has_a_second_pass() -> None:

@@ -11,7 +11,7 @@ from test_simt import LAYOUTS, MACHINES
 from test_simt_on_chip import CLUSTER, GRID, RESIDENT, SHARED_OUT
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 ON_CHIP = {"resident": RESIDENT, "cluster": CLUSTER._replace(team=2)}
 ON_CHIP |= {"grid": GRID._replace(team=2), "shared out": SHARED_OUT._replace(team=2)}

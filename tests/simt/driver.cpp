@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <string>
 
 #include "cuda/launch.h"
 #include "layout.h"
@@ -78,8 +80,10 @@ void run(Call& call, const Problem& problem) {
   cuda::DeviceInfo device;
   device.num_sms = static_cast<int>(call.num_sms);
   device.threads_per_sm = static_cast<int>(call.threads_per_sm);
+  // Before sm_90, neither.
+  device.overlaps = cuda::can_overlap();
   for (int i = 0; i < cuda::kNumClusterSizes; ++i) {
-    device.active_clusters[i] = std::max(1, device.num_sms / cuda::kClusterSizes[i]);
+    device.active_clusters[i] = device.overlaps ? std::max(1, device.num_sms / cuda::kClusterSizes[i]) : 0;
   }
   device.memory_gb_per_s = 4.0 * device.num_sms;  // slow: what plans cost is bytes, on tensors as small as tests'
   cuda::Limits limits;
@@ -101,7 +105,13 @@ void run(Call& call, const Problem& problem) {
     if (t->data != nullptr) simt::allow_load(t->storage, t->storage_bytes);
   }
   if (call.out.data != nullptr) simt::allow_store(call.out.storage, call.out.storage_bytes);
+  const int64_t sizes[] = {8, 4, 2, 2};  // in the order of DType
+  for (const Vector* v = &call.weight; v <= &call.grad_var; ++v) {
+    if (v->data != nullptr) simt::allow_any(v->data, ((call.size[1] - 1) * v->stride + 1) * sizes[v->dtype]);
+  }
+  if (call.num_batches_tracked != nullptr) simt::allow_any(call.num_batches_tracked, sizeof(int64_t));
   Workspace workspace(plan.workspace_bytes);
+  simt::allow_any(workspace.data(), plan.workspace_bytes, true);
   const cudaError_t error = cuda::launch(problem, plan, workspace.data(), nullptr);
   const char* message = workspace.overrun() ? "a kernel wrote beyond the workspace" : simt::error().c_str();
   if (error != cudaSuccess && *message == '\0') message = "launch returned an error";
@@ -132,6 +142,29 @@ void run(Call& call, const Problem& problem) {
 }  // namespace
 
 extern "C" {
+
+// The number of the file, or 0 and what is wrong with it.
+int64_t simt_load_ptx(const char* path, char* error, int64_t error_bytes) {
+  try {
+    return simt::load_ptx(path);
+  } catch (const std::exception& what) {
+    std::snprintf(error, error_bytes, "%s", what.what());
+    return 0;
+  }
+}
+
+void simt_forget_ptx(int64_t number) { simt::forget_ptx(static_cast<int>(number)); }
+
+void simt_use_ptx(int64_t number) { simt::use_ptx(static_cast<int>(number)); }
+
+const char* simt_kernels_run() {
+  static std::string names;
+  names = simt::ptx_kernels_run();
+  return names.c_str();
+}
+
+// What the kernels were compiled for; the sources take every way.
+int64_t simt_arch() { return simt::has_ptx() ? simt::ptx_arch() : cuda::kClusterArch; }
 
 int64_t simt_call_bytes() { return sizeof(Call); }
 

@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +33,8 @@ PLAN_SOURCES = (
     *PLANS,
 )
 SIMT_SOURCES = (
-    *("tests/simt/driver.cpp", "tests/simt/faults.cpp", "tests/simt/simt.cpp"),
+    *("tests/simt/driver.cpp", "tests/simt/faults.cpp", "tests/simt/ptx.cpp"),
+    "tests/simt/simt.cpp",
     *("csrc/cuda/launch.cu", *PLANS),
 )
 MESSAGE_BYTES = 512
@@ -158,10 +160,44 @@ def library() -> ctypes.CDLL:
     lib.simt_num_barriers.restype = ctypes.c_int64
     lib.simt_barrier.restype = ctypes.c_char_p
     lib.simt_barrier.argtypes = (ctypes.c_int64,)
-    lib.simt_run.restype = lib.simt_fault.restype = None
+    lib.simt_kernels_run.restype = ctypes.c_char_p
+    lib.simt_arch.restype = ctypes.c_int64
+    lib.simt_load_ptx.restype = ctypes.c_int64
+    lib.simt_load_ptx.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
+    lib.simt_forget_ptx.argtypes = lib.simt_use_ptx.argtypes = (ctypes.c_int64,)
+    for name in ("run", "fault", "forget_ptx", "use_ptx"):
+        getattr(lib, f"simt_{name}").restype = None
     lib.simt_fault.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
     assert lib.simt_call_bytes() == ctypes.sizeof(Call)
     return lib
+
+
+class Ptx:
+    """Kernels as nvcc compiled them. Within `with`, they run in place of the sources."""
+
+    def __init__(self, path: Path) -> None:
+        error = ctypes.create_string_buffer(MESSAGE_BYTES)
+        self.number = library().simt_load_ptx(os.fsencode(path), error, len(error))
+        if self.number == 0:
+            raise ValueError(error.value.decode())
+        weakref.finalize(self, library().simt_forget_ptx, self.number)
+
+    def __enter__(self) -> Ptx:
+        library().simt_use_ptx(self.number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        library().simt_use_ptx(0)
+
+
+def kernels_run() -> list[str]:
+    """Within Ptx: its kernels that have run, by name."""
+    return library().simt_kernels_run().decode().split()
+
+
+def arch() -> int:
+    """What the kernels that run were compiled for: 90 for sm_90, and for the sources."""
+    return library().simt_arch()
 
 
 def barriers() -> list[str]:
@@ -218,7 +254,10 @@ def run(
         setattr(call, name, vector_struct(vectors.get(name)))
     if num_batches_tracked is not None:
         call.num_batches_tracked = num_batches_tracked.data_ptr()
-    for name, value in (machine or Machine())._asdict().items():
+    machine = machine or Machine()
+    if machine.family == "cluster" and arch() < 90:
+        machine = machine._replace(family="grid")  # teams as large, without clusters
+    for name, value in machine._asdict().items():
         setattr(call, name, FAMILIES.index(value) if name == "family" else value)
     schedule = schedule or Schedule()
     call.seed, call.skipped_barriers = schedule.seed, " ".join(schedule.skipped_barriers).encode()

@@ -22,6 +22,13 @@ struct Copy {
   size_t bytes;
 };
 
+// A store to memory that kernels leave for each other: other blocks may not see it yet.
+struct Pending {
+  unsigned char* to;
+  std::vector<unsigned char> value;
+  int barriers;  // of the block, which the thread had passed
+};
+
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   ucontext_t context;
@@ -31,10 +38,13 @@ struct Fiber {
   int line = 0;                // of the barrier or the shuffle
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
+  int barriers = 0;            // of the block, passed
   std::string arrived_at;
-  const unsigned* word = nullptr;  // that it waits for, to be `bits` under `mask`
+  const unsigned* word = nullptr;  // that it waits for, to be `bits` under `mask`, or to be something else
   unsigned bits = 0, mask = 0;
-  bool depends = false;                     // it has waited for the kernels before
+  bool something_else = false;
+  bool depends = false;  // it has waited for the kernels before
+  std::vector<Pending> pending;
   std::vector<Copy> copies;                 // begun, and in no group yet
   std::deque<std::vector<Copy>> in_flight;  // groups
   uint64_t slot[2] = {0, 0};  // values left for other lanes, alternating: a fast lane cannot overwrite what is read
@@ -46,20 +56,36 @@ struct Range {
   std::vector<bool> stored;  // for outputs: one flag per byte
 };
 
+// When a thread of a block has touched a word of shared memory: how many barriers it had passed, and clusters' barriers had
+// arrived at.
+struct Touch {
+  int fiber = -1, barriers = 0, arrived = 0;
+};
+
+// Of 4 bytes of shared memory. Of two reads the later one stands for both, unless the threads differ.
+struct Word {
+  Touch written, read, read_by_another;
+};
+
 struct Machine {
   Session session;
   std::mt19937_64 random;
-  std::deque<Fiber> fibers;  // of all blocks of a cluster, or of a cooperative launch
-  // Of each fiber, side by side: they are looked at whenever another one runs.
-  std::vector<State> states;
-  std::vector<uint32_t> priorities;
+  std::deque<Fiber> fibers;   // of all blocks of a cluster, or of a cooperative launch
+  std::vector<State> states;  // of each fiber; set_state changes them
+  // The order in which fibers are preferred, where each of them is in it, and one bit for each place: whether it is ready.
+  std::vector<unsigned> order, position;
+  std::vector<uint64_t> ready;
+  std::vector<unsigned> at_word;  // fibers
+  unsigned num_done = 0;
   jmp_buf scheduler;
   // cluster: blocks that run at the same time, also in a cooperative launch.
   unsigned fiber = 0, first_block = 0, num_threads = 0, cluster = 1, num_blocks = 0;
   const std::function<void()>* kernel = nullptr;
   bool cooperative = false, overlaps = false;
   std::vector<std::vector<unsigned char>> shared;  // one for each block of a cluster
-  std::vector<Range> loads, stores;
+  std::vector<std::vector<Word>> words;            // the same, in words
+  std::vector<Range> loads, stores, others, left;
+  unsigned grid_words[2] = {0, 0};
   int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, bytes_stored_meanwhile = 0;
   Late late;
   int launches = 0;
@@ -79,15 +105,16 @@ std::string where() {
   return " (thread " + std::to_string(thread()) + " of block " + std::to_string(m.first_block + rank()) + ")";
 }
 
+void set_state(unsigned fiber, State state) {
+  m.states[fiber] = state;
+  const uint64_t bit = uint64_t{1} << m.position[fiber] % 64;
+  uint64_t& word = m.ready[m.position[fiber] / 64];
+  word = state == State::kReady ? word | bit : word & ~bit;
+}
+
 // Back to the scheduler until it picks this fiber again.
 void yield() {
   if (_setjmp(current().resume) == 0) _longjmp(m.scheduler, 1);
-}
-
-// Ends the launch. The fibers are left where they are and start anew in the next launch.
-[[noreturn]] void fail(const std::string& what) {
-  if (m.error.empty()) m.error = what + where();
-  _longjmp(m.scheduler, 2);
 }
 
 void fiber_main() {
@@ -99,7 +126,8 @@ void fiber_main() {
     for (const auto& group : current().in_flight) {
       if (!group.empty()) fail("an asynchronous copy that nobody waits for");
     }
-    m.states[m.fiber] = State::kDone;
+    set_state(m.fiber, State::kDone);
+    m.num_done += 1;
     yield();
   }
 }
@@ -127,7 +155,7 @@ void release_warp(unsigned first) {
       fail("lanes of a warp are at different shuffles");
     }
   }
-  for (unsigned i = first; i < first + kWarp; ++i) m.states[i] = State::kReady;
+  for (unsigned i = first; i < first + kWarp; ++i) set_state(i, State::kReady);
 }
 
 void release_block(unsigned first) {
@@ -137,7 +165,7 @@ void release_block(unsigned first) {
   }
   for (unsigned i = first; i < first + m.num_threads; ++i) {
     if (m.fibers[i].line != leader.line || m.fibers[i].file != leader.file) fail("threads are at different barriers");
-    m.states[i] = State::kReady;
+    set_state(i, State::kReady);
   }
 }
 
@@ -150,7 +178,7 @@ void release_cluster() {
     Fiber& fiber = m.fibers[i];
     if (fiber.arrived_at != m.fibers[0].arrived_at) fail("threads are at different cluster barriers");
     fiber.arrived = false;
-    if (m.states[i] == State::kAtClusterBarrier) m.states[i] = State::kReady;
+    if (m.states[i] == State::kAtClusterBarrier) set_state(i, State::kReady);
   }
   for (unsigned i = 0; i < num_fibers(); ++i) m.fibers[i].passed += 1;
 }
@@ -162,23 +190,44 @@ bool has_ended(unsigned rank) {
   return true;
 }
 
-// The same for groups of threads.
-void draw_priorities(unsigned together) {
+// A random order of groups of so many fibers.
+void draw_order(unsigned together) {
+  std::vector<unsigned> groups(num_fibers() / together);
+  for (unsigned i = 0; i < groups.size(); ++i) groups[i] = i;
+  std::shuffle(groups.begin(), groups.end(), m.random);
   for (unsigned i = 0; i < num_fibers(); ++i) {
-    const bool follows = i % together != 0;
-    m.priorities[i] = follows ? m.priorities[i - 1] : static_cast<uint32_t>(m.random());
+    m.order[i] = groups[i / together] * together + i % together;
+    m.position[m.order[i]] = i;
+  }
+  for (unsigned i = 0; i < num_fibers(); ++i) set_state(i, m.states[i]);
+}
+
+// The fiber that so many ready ones are preferred to.
+unsigned find_ready(unsigned others) {
+  for (unsigned i = 0;; ++i) {
+    uint64_t word = m.ready[i];
+    const auto count = static_cast<unsigned>(__builtin_popcountll(word));
+    if (others >= count) {
+      others -= count;
+      continue;
+    }
+    for (; others > 0; --others) word &= word - 1;
+    return m.order[64 * i + static_cast<unsigned>(__builtin_ctzll(word))];
   }
 }
 
 // Four kinds of schedule. Uniformly random order rarely lets one warp run far ahead of another, and that is what shows
 // some missing barriers; so others prefer threads, warps or blocks, in a random order that is drawn anew now and then.
-unsigned pick(const std::vector<unsigned>& ready) {
+unsigned preferred_together() {
   const unsigned kinds[] = {0, 1, kWarp, m.num_threads};
-  const unsigned together = kinds[m.session.seed % 4];
-  if (together == 0) return ready[m.random() % ready.size()];
-  if (m.random() % (8 * num_fibers()) == 0) draw_priorities(together);
-  return *std::max_element(ready.begin(), ready.end(),
-                           [](unsigned a, unsigned b) { return m.priorities[a] < m.priorities[b]; });
+  return kinds[m.session.seed % 4];
+}
+
+unsigned pick(unsigned num_ready) {
+  const unsigned together = preferred_together();
+  if (together == 0) return find_ready(static_cast<unsigned>(m.random() % num_ready));
+  if (m.random() % (8 * num_fibers()) == 0) draw_order(together);
+  return find_ready(0);
 }
 
 void start_fiber(Fiber& fiber) {
@@ -207,42 +256,77 @@ void report_deadlock() {
   m.error += where() + " does";
 }
 
+// What this thread has stored, and what others had when they met it at a barrier of the block.
+void release_stores() {
+  for (unsigned i = rank() * m.num_threads; i < (rank() + 1) * m.num_threads; ++i) {
+    std::vector<Pending> kept;
+    for (Pending& store : m.fibers[i].pending) {
+      if (i != m.fiber && store.barriers >= current().barriers) {
+        kept.push_back(std::move(store));
+      } else {
+        std::memcpy(store.to, store.value.data(), store.value.size());
+      }
+    }
+    m.fibers[i].pending = std::move(kept);
+  }
+}
+
+bool word_has_come(const Fiber& fiber) { return ((*fiber.word & fiber.mask) == fiber.bits) != fiber.something_else; }
+
+// Until a word of global memory is `bits` under `mask`, or is not.
+void await_word(const unsigned* word, unsigned bits, unsigned mask, bool something_else, const char* file, int line) {
+  Fiber& fiber = current();
+  set_state(m.fiber, State::kAtWord);
+  m.at_word.push_back(m.fiber);
+  fiber.word = word;
+  fiber.bits = bits;
+  fiber.mask = mask;
+  fiber.something_else = something_else;
+  fiber.file = file;
+  fiber.line = line;
+  yield();
+}
+
 void run_cluster(unsigned first_block) {
   m.first_block = first_block;
   for (auto& memory : m.shared) std::fill(memory.begin(), memory.end() - kGuardBytes, kPoison);
+  for (auto& words : m.words) std::fill(words.begin(), words.end(), Word{});
   for (unsigned i = 0; i < num_fibers(); ++i) {
     Fiber& fiber = m.fibers[i];
     m.states[i] = State::kReady;
     fiber.num_shuffles = 0;
     fiber.arrived = false;
-    fiber.passed = fiber.waited = 0;
+    fiber.passed = fiber.waited = fiber.barriers = 0;
     fiber.depends = !m.overlaps;
+    fiber.pending.clear();
     fiber.copies.clear();
     fiber.in_flight.clear();
   }
-  const unsigned kinds[] = {1, 1, kWarp, m.num_threads};
-  draw_priorities(kinds[m.session.seed % 4]);
-  std::vector<unsigned> ready;
+  m.num_done = 0;
+  m.at_word.clear();
+  draw_order(std::max(preferred_together(), 1u));
   for (;;) {
-    ready.clear();
-    bool all_done = true;
-    for (unsigned i = 0; i < num_fibers(); ++i) {
-      State& state = m.states[i];
-      const Fiber& waits = m.fibers[i];
-      if (state == State::kAtWord && (*waits.word & waits.mask) == waits.bits) state = State::kReady;
-      if (state == State::kReady) ready.push_back(i);
-      all_done = all_done && state == State::kDone;
+    for (unsigned i : m.at_word) {
+      if (m.states[i] == State::kAtWord && word_has_come(m.fibers[i])) set_state(i, State::kReady);
     }
-    if (all_done) break;
-    if (ready.empty()) return report_deadlock();
+    m.at_word.erase(
+        std::remove_if(m.at_word.begin(), m.at_word.end(), [](unsigned i) { return m.states[i] != State::kAtWord; }),
+        m.at_word.end());
+    if (m.num_done == num_fibers()) break;
+    unsigned num_ready = 0;
+    for (const uint64_t word : m.ready) num_ready += static_cast<unsigned>(__builtin_popcountll(word));
+    if (num_ready == 0) return report_deadlock();
     // Runs until it waits or ends. Those that wait for others are looked at again when the others arrive.
-    m.fiber = pick(ready);
+    m.fiber = pick(num_ready);
     Fiber& fiber = current();
     const int from = _setjmp(m.scheduler);
     if (from == 2) return;
     if (from == 1) continue;
     if (fiber.started) _longjmp(fiber.resume, 1);
     start_fiber(fiber);
+  }
+  for (unsigned i = 0; i < num_fibers(); ++i) {
+    for (const Pending& store : m.fibers[i].pending) std::memcpy(store.to, store.value.data(), store.value.size());
   }
   for (unsigned rank = 0; rank < m.cluster; ++rank) {
     const auto& memory = m.shared[rank];
@@ -259,7 +343,21 @@ Range* find(std::vector<Range>& ranges, uintptr_t begin, uintptr_t end) {
   return nullptr;
 }
 
+// Whether barriers keep the current thread's next access apart from one before.
+bool ordered(const Touch& before) {
+  const unsigned other = static_cast<unsigned>(before.fiber);
+  if (before.fiber < 0 || other == m.fiber) return true;
+  if (other / m.num_threads == rank() && before.barriers < current().barriers) return true;
+  return before.arrived < current().waited;
+}
+
 }  // namespace
+
+// The fibers are left where they are and start anew in the next launch.
+void fail(const std::string& what) {
+  if (m.error.empty()) m.error = what + where();
+  _longjmp(m.scheduler, 2);
+}
 
 Index thread_index() { return {thread()}; }
 Index block_index() { return {m.first_block + rank()}; }
@@ -270,11 +368,12 @@ unsigned char* shared_memory() { return m.shared[rank()].data(); }
 
 void barrier(const char* file, int line) {
   if (skipped(file, line)) return;
-  m.states[m.fiber] = State::kAtBarrier;
+  set_state(m.fiber, State::kAtBarrier);
   current().file = file;
   current().line = line;
   release_block(rank() * m.num_threads);
   yield();
+  current().barriers += 1;
 }
 
 void cluster_arrive(const char* file, int line) {
@@ -292,7 +391,7 @@ void cluster_wait(const char* file, int line) {
   if (!fiber.arrived && fiber.passed == fiber.waited) fail("a thread waits at the cluster's barrier without arriving");
   fiber.waited += 1;
   if (fiber.passed >= fiber.waited) return;
-  m.states[m.fiber] = State::kAtClusterBarrier;
+  set_state(m.fiber, State::kAtClusterBarrier);
   fiber.file = file;
   fiber.line = line;
   yield();
@@ -310,20 +409,13 @@ const void* cluster_memory(const void* own, size_t bytes, unsigned rank_of_other
 // Others may run at once, before this thread does anything more.
 void arrive_at(unsigned* word, unsigned amount, const char* file, int line) {
   if (skipped(file, line)) return;
+  release_stores();
   *word += amount;
   yield();
 }
 
 void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line) {
-  if (skipped(file, line)) return;
-  Fiber& fiber = current();
-  m.states[m.fiber] = State::kAtWord;
-  fiber.word = word;
-  fiber.bits = bits;
-  fiber.mask = mask;
-  fiber.file = file;
-  fiber.line = line;
-  yield();
+  if (!skipped(file, line)) await_word(word, bits, mask, false, file, line);
 }
 
 void wait_for_kernels(const char* file, int line) {
@@ -365,7 +457,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line) {
   Fiber& fiber = current();
   const unsigned turn = fiber.num_shuffles++ % 2;
   fiber.slot[turn] = bits;
-  m.states[m.fiber] = State::kAtShuffle;
+  set_state(m.fiber, State::kAtShuffle);
   fiber.line = line;
   const unsigned self = m.fiber;
   release_warp(self / kWarp * kWarp);
@@ -400,6 +492,69 @@ void* check_store(void* to, size_t bytes) {
   return to;
 }
 
+const void* load_anywhere(const void* from, size_t bytes, bool from_l2) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+  if (find(m.left, begin, begin + bytes) != nullptr) {
+    check_dependency();
+    if (!from_l2) fail("a load that L1 may answer with what was there before");
+    for (const Pending& store : current().pending) {
+      if (store.to < static_cast<const unsigned char*>(from) + bytes && from < store.to + store.value.size())
+        fail("a load of what this thread has not released");
+    }
+  } else if (find(m.others, begin, begin + bytes) == nullptr) {
+    return check_load(from, bytes);
+  }
+  if (begin % bytes != 0) fail("a load of " + std::to_string(bytes) + " bytes is misaligned");
+  return from;
+}
+
+void store_anywhere(void* to, const void* value, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(to);
+  const bool left = find(m.left, begin, begin + bytes) != nullptr;
+  if (!left && find(m.others, begin, begin + bytes) == nullptr) {
+    std::memcpy(check_store(to, bytes), value, bytes);
+    return;
+  }
+  check_dependency();
+  if (begin % bytes != 0) fail("a store of " + std::to_string(bytes) + " bytes is misaligned");
+  if (!left) {
+    std::memcpy(to, value, bytes);
+    return;
+  }
+  const auto* first = static_cast<const unsigned char*>(value);
+  current().pending.push_back({static_cast<unsigned char*>(to), {first, first + bytes}, current().barriers});
+}
+
+unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int other, const void* value) {
+  const unsigned block = other < 0 ? rank() : static_cast<unsigned>(other);
+  if (block >= m.cluster || (m.cooperative && other >= 0)) fail("a load from a block that is not in the cluster");
+  if (offset + bytes > m.shared[block].size() - kGuardBytes) fail("an access outside the block's shared memory");
+  if (offset % bytes != 0) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+  if (has_ended(block)) fail("a load from a block that has ended");
+  const Touch now = {static_cast<int>(m.fiber), current().barriers, current().passed + current().arrived};
+  // Several threads may store what they all have.
+  const bool same = value != nullptr && std::memcmp(m.shared[block].data() + offset, value, bytes) == 0;
+  for (uint64_t i = offset / 4; i < (offset + bytes + 3) / 4; ++i) {
+    Word& word = m.words[block][i];
+    const bool clear =
+        (same || ordered(word.written)) && (!stores || (ordered(word.read) && ordered(word.read_by_another)));
+    if (!clear) fail("two threads race for byte " + std::to_string(4 * i) + " of shared memory");
+    if (stores) {
+      word = {now, {}, {}};
+    } else {
+      if (word.read.fiber != now.fiber) word.read_by_another = word.read;
+      word.read = now;
+    }
+  }
+  return m.shared[block].data() + offset;
+}
+
+void await_change(const unsigned* word, unsigned seen, const char* file, int line) {
+  await_word(word, seen, ~0u, true, file, line);
+}
+
+unsigned* grid_memory() { return m.cooperative ? m.grid_words : nullptr; }
+
 void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative, size_t shared_bytes, bool overlaps,
               const std::function<void()>& kernel) {
   if (!m.error.empty()) return;
@@ -420,9 +575,12 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative,
   m.cooperative = cooperative;
   m.overlaps = overlaps;
   if (m.fibers.size() < num_fibers()) m.fibers.resize(num_fibers());
-  m.states.assign(m.fibers.size(), State::kDone);
-  m.priorities.resize(m.fibers.size());
+  m.states.assign(num_fibers(), State::kDone);
+  m.order.resize(num_fibers());
+  m.position.resize(num_fibers());
+  m.ready.assign((num_fibers() + 63) / 64, 0);
   m.shared.assign(m.cluster, std::vector<unsigned char>(shared_bytes + kGuardBytes, kGuard));
+  m.words.assign(has_ptx() ? m.cluster : 0, std::vector<Word>((shared_bytes + 3) / 4));
   std::vector<unsigned> order(grid / m.cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), m.random);
@@ -437,8 +595,9 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative,
 void begin(const Session& session) {
   m.session = session;
   m.random.seed(session.seed);
-  m.loads.clear();
-  m.stores.clear();
+  for (auto* ranges : {&m.loads, &m.stores, &m.others, &m.left}) ranges->clear();
+  allow_any(m.grid_words, sizeof m.grid_words);
+  m.grid_words[1] = 0;
   m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.bytes_stored_meanwhile = 0;
   m.late = {};
   m.launches = 0;
@@ -454,6 +613,11 @@ void allow_load(const void* data, size_t bytes) {
 void allow_store(const void* data, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
   m.stores.push_back({begin, begin + bytes, std::vector<bool>(bytes)});
+}
+
+void allow_any(const void* data, size_t bytes, bool left) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
+  (left ? m.left : m.others).push_back({begin, begin + bytes, {}});
 }
 
 const std::string& error() { return m.error; }

@@ -18,6 +18,8 @@
 #include <string>
 #include <vector>
 
+#include "ptx.h"
+
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
@@ -93,8 +95,27 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative,
 template <typename Args>
 void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluster, bool cooperative,
             size_t shared_bytes, bool overlaps, cudaStream_t, const Args& args) {
-  run_grid(grid, block, cluster, cooperative, shared_bytes, overlaps, [=] { kernel(args); });
+  run_grid(grid, block, cluster, cooperative, shared_bytes, overlaps,
+           [=] { has_ptx() ? run_ptx(reinterpret_cast<const void*>(kernel), &args, sizeof args) : kernel(args); });
 }
+
+// ---- for PTX, which does not say what it loads and stores -----------------------------------------------------------
+
+// Ends the launch with an error.
+[[noreturn]] void fail(const std::string& what);
+
+// Check an access by its address. What kernels leave for each other has to be loaded from L2; and stores there arrive when
+// some thread releases them, or when the block has ended.
+const void* load_anywhere(const void* from, size_t bytes, bool from_l2);
+void store_anywhere(void* to, const void* value, size_t bytes);
+// What lies so many bytes into the shared memory of this block, or of one of the cluster.
+unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int rank = -1, const void* value = nullptr);
+
+// Until the word is no longer what was seen there.
+void await_change(const unsigned* word, unsigned seen, const char* file, int line);
+
+// What the barrier of a cooperative launch needs; nullptr in other launches.
+unsigned* grid_memory();
 
 // ---- for the driver ----------------------------------------------------------------------------------------------
 
@@ -110,6 +131,8 @@ void begin(const Session& session);
 // Bytes that kernels may load, or store to, each of them once.
 void allow_load(const void* data, size_t bytes);
 void allow_store(const void* data, size_t bytes);
+// Other memory of the call, and whether kernels leave something there for each other.
+void allow_any(const void* data, size_t bytes, bool left = false);
 
 const std::string& error();
 int64_t bytes_loaded();

@@ -77,7 +77,7 @@ int count_blocks(const LaunchShape&) {
 }
 template <auto kKernel>
 int compiled_arch() {
-  return kClusterArch;
+  return simt::has_ptx() ? simt::ptx_arch() : kClusterArch;
 }
 #else
 

@@ -1,0 +1,30 @@
+// Kernels as nvcc has compiled them: reads PTX and runs it on the shim, thread by thread, in place of what the C++ compiler
+// makes of the same sources. So what the shim cannot see in those is executed too: inline assembly, the branches for each
+// architecture, conversions in pairs, the grid barrier of CUDA's headers.
+//
+// It reports, beside what simt.h says: an access outside the memory of the call; shared memory that two threads touch, one of them
+// to write, without a barrier between them; a relaxed arrival at the cluster's barrier that leaves stores unfenced. Of the order
+// that the memory model promises, and of time, it knows nothing: memory is always up to date, and a clock is what a thread slept.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace simt {
+
+// Reads a file and returns its number, from 1 on. Throws std::runtime_error.
+int load_ptx(const std::string& path);
+void forget_ptx(int number);
+// From now on launches run the kernels of this file; 0: what was compiled with the shim.
+void use_ptx(int number);
+
+// Of the file in use, if there is one:
+bool has_ptx();
+// The architecture that it was compiled for: 90 for sm_90.
+int ptx_arch();
+// Kernels that have run, by name, each with a space behind it.
+std::string ptx_kernels_run();
+// Runs the kernel of this function, as one thread of the shim.
+void run_ptx(const void* function, const void* args, size_t bytes);
+
+}  // namespace simt

@@ -1,0 +1,160 @@
+"""The kernels' PTX on the SIMT shim. `make cuda-check` has the shim's other tests run it as well;
+here is what it alone shows: of the instructions that keep threads apart none can be left out."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import cases
+import pytest
+from kernel_code import Compiled
+from simt import library as simt
+from simt.checks import check_backward, check_forward
+from test_simt_on_chip import EVERY_WAY, GRID, PERSISTENT_CLUSTER
+from test_simt_shim import RUNS
+
+pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
+
+ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.MULTILINE)
+# What goes, and what comes in its place: in one place after the other.
+ONE_BY_ONE = {
+    "barrier": (r"\tbar\.sync \t0;", ""),
+    "arrival at the cluster's barrier": (r"\tbarrier\.cluster\.arrive\.relaxed;", ""),
+    "wait at the cluster's barrier": (r"\tbarrier\.cluster\.wait\.acquire;", ""),
+    "fence": (r"\tfence\.release\.sync_restrict\S*;", ""),
+    "arrival": (r"\tred\.release\.gpu\.global\.add\.u32 \[%rd\d+\], %r\d+;", ""),
+    "meeting": (r"\tld\.acquire\.gpu\.global\.u32 (%r\d+), \S*;", r"\tmov.u32 \1, -1;"),
+}
+# In all places of a kernel: these are in branches and loops of which few runs take all.
+ALL_AT_ONCE = {
+    "another block's memory": (
+        r"mapa\.shared::cluster\.u32 remote, (%r\d+), %r\d+;",
+        r"mov.u32 remote, \1;",
+    ),
+    "wait for copies": (r"\tcp\.async\.wait_group \d;", ""),
+    "wait for kernels": (r"\tgriddepcontrol\.wait;", ""),
+    "load from L2": (r"\tld\.global\.cg\.u64", "\tld.global.u64"),
+}
+Run = Callable[[int], object]
+
+
+def all_runs() -> Iterator[Run]:
+    """Passes that take each way through the kernels, each for a seed."""
+    ways = [
+        *EVERY_WAY.values(),
+        # planes that share packs, and runs, for blocks that have one slab after the other
+        ("nchw", (4, 5, 17, 15), PERSISTENT_CLUSTER),
+        ("nchw", (4, 5, 17, 15), GRID._replace(team=2)),
+        ("nchw", (16, 160, 7, 7), GRID._replace(team=2)),
+        *RUNS["streaming"],
+        ("nchw", (4, 5, 17, 15), simt.Machine()),
+        ("sliced_w", (3, 5, 7, 6), simt.Machine()),
+        ("misaligned_channels_last", (3, 5, 7, 6), simt.Machine()),
+    ]
+    for layout, shape, machine in ways:
+        for mode in ("train", "eval") if machine.family == "streaming" else ("train",):
+            case = cases.make_case(shape, layout=layout, grad_layout=layout, mode=mode)
+            for check in (check_forward, check_backward):
+                yield lambda seed, check=check, case=case, machine=machine: check(
+                    case, "", machine=machine, schedule=simt.Schedule(seed)
+                )
+
+
+def goes_wrong(run: Run, seeds: int) -> bool:
+    """Whether a result is wrong or the shim reports an error."""
+    try:
+        for seed in range(seeds):
+            run(seed)
+    except (AssertionError, simt.ShimError):
+        return True
+    return False
+
+
+class Module:
+    """The PTX of the kernels of float32, changed here and there."""
+
+    def __init__(self, ptx: str, path: Path) -> None:
+        begins = [m.start() for m in ENTRY.finditer(ptx)]
+        parts = (ptx[a:b] for a, b in itertools.pairwise([*begins, len(ptx)]))
+        named = {ENTRY.match(part)[1]: part for part in parts}
+        self.header = ptx[: begins[0]]
+        self.kernels = {name: text for name, text in named.items() if "_kernelIf" in name}
+        self.path = path
+        self.runs: dict[str, list[Run]] = {name: [] for name in self.kernels}
+        for run in all_runs():
+            with self.load():
+                assert not goes_wrong(run, 4)
+                for name in simt.kernels_run():
+                    self.runs[name].append(run)
+
+    def load(self, **changed: str) -> simt.Ptx:
+        self.path.write_text(self.header + "".join((self.kernels | changed).values()))
+        return simt.Ptx(self.path)
+
+    def notices(self, name: str, text: str) -> bool:
+        """Whether a run that the kernel is part of goes wrong if this is its text."""
+        with self.load(**{name: text}):
+            return any(goes_wrong(run, 4) for run in self.runs[name])
+
+
+@pytest.fixture(scope="module")
+def module(
+    compilations: dict[int, Future[Compiled]], tmp_path_factory: pytest.TempPathFactory
+) -> Module:
+    if 90 not in compilations:
+        pytest.skip("sm_90: not asked for, or this nvcc does not know it")
+    ptx = compilations[90].result().ptx.read_text()
+    return Module(ptx, tmp_path_factory.mktemp("ptx") / "mutant.ptx")
+
+
+def test_the_runs_reach_all_kernels(module: Module) -> None:
+    assert [name for name, runs in module.runs.items() if not runs] == []
+
+
+@pytest.mark.parametrize("what", [*ONE_BY_ONE, *ALL_AT_ONCE])
+def test_without_it_results_are_wrong(what: str, module: Module) -> None:
+    tried, missed = 0, []
+    for name, text in module.kernels.items():
+        if what in ALL_AT_ONCE:
+            mutant, places = re.subn(*ALL_AT_ONCE[what], text)
+            # One load from L2 is that of num_batches_tracked, which no block before has read.
+            changed = {0: mutant} if places > (what == "load from L2") else {}
+        else:
+            pattern, instead = ONE_BY_ONE[what]
+            changed = {
+                m.start(): text[: m.start()] + m.expand(instead) + text[m.end() :]
+                for m in re.finditer(pattern, text)
+            }
+        for place, mutant in changed.items():
+            tried += 1
+            if not module.notices(name, mutant):
+                missed.append((name, text.count("\n", 0, place) + 1))
+    assert tried > 0
+    if what == "barrier":
+        # Before blocks meet. Of planes, a block has one channel, and its sums are left by the
+        # thread that arrives: there the barrier is for nobody. (Rows need it.)
+        names = {name for name, _ in missed}
+        assert len(names) == len(missed) == 4
+        assert all(re.search("kernelIfLi4ELb0ELb[01]ELNS0_6BlocksE2", name) for name in names)
+    else:
+        assert missed == []
+
+
+def test_what_it_does_not_know(tmp_path: Path) -> None:
+    """An error that names the line."""
+    entry = ".target sm_90\n.visible .entry a_kernel(\n.param .b8 a_kernel_param_0[8]\n)\n"
+    for statement, error in (
+        ("vadd.s32 \t%r1, %r2, %r3", "line 7: does not know the instruction 'vadd.s32'"),
+        ("mov.u32 \t%r1, %laneid", "line 7: does not know the operand '%laneid'"),
+        ("bra \t$L__BB0_1", "line 8: no label '$L__BB0_1'"),
+    ):
+        path = tmp_path / "unknown.ptx"
+        path.write_text(entry + "{\n\t.reg .b32 \t%r<4>;\n\t" + statement + ";\n}\n")
+        with pytest.raises(ValueError, match=re.escape(error)):
+            simt.Ptx(path)
+    with pytest.raises(ValueError, match="no kernels"):
+        simt.Ptx(tmp_path / "missing.ptx")
