@@ -38,6 +38,8 @@ WAYS = {
     "folded": ("channels_last", (4, 6, 8, 8), CLUSTER._replace(team=2)),
     "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
     "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(team=4)),
+    "runs, slices": ("nchw", (40, 16, 7, 7), RESIDENT._replace(threads=512)),
+    "runs, slices, cluster": ("nchw", (40, 8, 7, 7), CLUSTER._replace(team=2, threads=256)),
     "planes, persistent": ("nchw", (4, 5, 16, 16), PERSISTENT),
     "planes, cluster, persistent": ("nchw", (4, 5, 16, 32), PERSISTENT_CLUSTER),
     "rows, persistent": ("channels_last", (3, 200, 5, 9), PERSISTENT),

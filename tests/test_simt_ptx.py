@@ -14,7 +14,7 @@ import pytest
 from kernel_code import Compiled
 from simt import library as simt
 from simt.checks import check_backward, check_forward
-from test_simt_on_chip import EVERY_WAY, GRID, PERSISTENT_CLUSTER
+from test_simt_on_chip import EVERY_WAY, GRID, PERSISTENT, PERSISTENT_CLUSTER, RESIDENT
 from test_simt_shim import RUNS
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
@@ -50,6 +50,9 @@ def all_runs() -> Iterator[Run]:
         ("nchw", (4, 5, 17, 15), PERSISTENT_CLUSTER),
         ("nchw", (4, 5, 17, 15), GRID._replace(team=2)),
         ("nchw", (16, 160, 7, 7), GRID._replace(team=2)),
+        # runs that are added up in slices
+        ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=256)),
+        ("nchw", (40, 20, 7, 7), PERSISTENT._replace(threads=256)),
         *RUNS["streaming"],
         ("nchw", (4, 5, 17, 15), simt.Machine()),
         ("sliced_w", (3, 5, 7, 6), simt.Machine()),
@@ -142,6 +145,24 @@ def test_without_it_results_are_wrong(what: str, module: Module) -> None:
         assert all(re.search("kernelIfLi4ELb0ELb[01]ELNS0_6BlocksE2", name) for name in names)
     else:
         assert missed == []
+
+
+@pytest.mark.parametrize(
+    ("size", "dtypes"), [(7, "float32"), (7, "float16"), (14, "float16"), (28, "float16")]
+)
+def test_a_blocks_threads_share_the_work(
+    size: int, dtypes: str, ptx: Callable[[int], simt.Ptx]
+) -> None:
+    """In blocks as large as on a GPU: while a few warps add up, the others wait, and so does
+    memory. The longest way is half as long again as the mean at most."""
+    machine = simt.Machine(num_sms=132, threads_per_sm=2048, threads=512, family="resident")
+    case = cases.make_case((16, 64, size, size), dtypes)
+    for check in (check_forward, check_backward):
+        with ptx(90):
+            call = check(case, "", machine=machine._replace(batches=64)).call
+        assert call.run_length > 1 or size == 28
+        mean = call.instructions / call.threads_run
+        assert call.most_instructions <= 1.5 * mean, call.plan.decode()
 
 
 def test_what_it_does_not_know(tmp_path: Path) -> None:

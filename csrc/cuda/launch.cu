@@ -3,6 +3,7 @@
 
 #include "kernels/on_chip.cuh"
 #include "kernels/streaming.cuh"
+#include "plan_steps.h"
 
 namespace bnext::cuda {
 namespace {
@@ -31,8 +32,9 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.num_parts = count_parts(plan.threads, plan.block_packs);
   args.group_lanes = count_group_lanes(plan.threads, plan.slab_channels);
   while (1 << args.group_shift < args.group_lanes) ++args.group_shift;
-  args.lane_parts = args.group_lanes / args.channel_columns;
-  args.lane_columns = args.group_lanes % args.channel_columns;
+  args.slices = static_cast<int>(slices_of(plan));
+  args.lane_parts = args.slices * args.group_lanes / args.channel_columns;
+  args.lane_columns = args.slices * args.group_lanes % args.channel_columns;
 }
 
 constexpr double kClocksPerMicrosecond = 1700;  // of SMs since Turing: 1400 to 2600

@@ -30,6 +30,14 @@ inline void set_step(Plan& plan, int64_t distance) {
   plan.step[2] = distance % plan.size[2];
 }
 
+// How many groups of lanes share a channel's sums. Those of a grid, and of streaming, go through the workspace anyway.
+inline int64_t slices_of(const Plan& plan) {
+  if (!plan.on_chip || plan.family == Family::kGrid || plan.walk != Walk::kRows) return 1;
+  const int64_t columns = plan.block_packs * plan.vec / plan.slab_channels;
+  return count_slices(plan.threads, static_cast<int>(plan.slab_channels),
+                      static_cast<int>(columns * count_parts(plan.threads, plan.block_packs)));
+}
+
 // What a block of this plan has in its shared memory behind `slots` bytes.
 inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   const int64_t acc = acc_bytes(plan.dtype), columns = plan.walk == Walk::kRows ? plan.block_packs * plan.vec : 1;
@@ -38,8 +46,8 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   layout.parts = slots;
   layout.counts = layout.parts + kNumSums * parts * columns * acc;
   layout.totals = round_up(layout.counts + parts * 4, kPackBytes);
-  layout.coefficients =
-      round_up(layout.totals + (plan.cluster > 1 ? kNumSums * plan.slab_channels * 8 : 0), kPackBytes);
+  const int64_t slices = slices_of(plan), totals = plan.cluster > 1 || slices > 1 ? slices : 0;
+  layout.coefficients = round_up(layout.totals + totals * kNumSums * plan.slab_channels * 8, kPackBytes);
   layout.bytes = layout.coefficients + 4 * plan.slab_channels * acc;
   return layout;
 }

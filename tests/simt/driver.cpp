@@ -45,7 +45,8 @@ struct Call {
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
   int64_t bytes_kept, bytes_stored_meanwhile, late_threads, least_late_clocks, most_late_clocks, first_late_block;
-  int64_t planned_late_threads, planned_late_from, persistent, batches_ahead;
+  int64_t planned_late_threads, planned_late_from, persistent, batches_ahead, threads_run;
+  int64_t instructions, most_instructions;  // of PTX
   double held, late_us;
   char plan[512], error[256];
 };
@@ -129,6 +130,9 @@ void run(Call& call, const Problem& problem) {
   call.planned_late_from = plan.late_from;
   call.persistent = plan.persistent;
   call.batches_ahead = plan.batches_ahead;
+  call.threads_run = plan.num_blocks * plan.threads;
+  call.instructions = simt::instructions().all;
+  call.most_instructions = simt::instructions().most;
   call.late_us = plan.late_us;
   call.planned_bytes = plan.bytes_moved;
   call.fused = plan.fused;

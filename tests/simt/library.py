@@ -103,6 +103,7 @@ RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", 
 RESULTS += ("num_splits", "run_length", "slab_channels", "bytes_kept", "bytes_stored_meanwhile")
 RESULTS += ("late_threads", "least_late_clocks", "most_late_clocks", "first_late_block")
 RESULTS += ("planned_late_threads", "planned_late_from", "persistent", "batches_ahead")
+RESULTS += ("threads_run", "instructions", "most_instructions")
 
 
 class Call(ctypes.Structure):

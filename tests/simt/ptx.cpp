@@ -788,11 +788,13 @@ void run_ptx(const void* function, const void* args, size_t bytes) {
   t.registers[kBlockSize] = block_size().x;
   t.registers[kGridSize] = grid_size().x;
   t.registers[kArgs] = reinterpret_cast<uint64_t>(args);
-  for (int64_t steps = 0; t.next != kEnd; ++steps) {
+  int64_t steps = 0;
+  for (; t.next != kEnd; ++steps) {
     if (steps > kMostSteps) fail("runs for ever");
     const Instruction& i = kernel.code[t.next++];
     if (i.predicate < 0 || t.get<bool>(i.predicate) != i.negated) i.execute(t, i);
   }
+  count_instructions(steps);
   if (t.first_clock >= 0) count_late_thread(static_cast<int>(t.last_clock - t.first_clock));
 }
 

@@ -88,6 +88,7 @@ struct Machine {
   unsigned grid_words[2] = {0, 0};
   int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, bytes_stored_meanwhile = 0;
   Late late;
+  Instructions instructions;
   int launches = 0;
   std::string error;
   std::vector<std::string> barriers;
@@ -553,6 +554,11 @@ void await_change(const unsigned* word, unsigned seen, const char* file, int lin
   await_word(word, seen, ~0u, true, file, line);
 }
 
+void count_instructions(int64_t count) {
+  m.instructions.all += count;
+  m.instructions.most = std::max(m.instructions.most, count);
+}
+
 unsigned* grid_memory() { return m.cooperative ? m.grid_words : nullptr; }
 
 void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative, size_t shared_bytes, bool overlaps,
@@ -600,6 +606,7 @@ void begin(const Session& session) {
   m.grid_words[1] = 0;
   m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.bytes_stored_meanwhile = 0;
   m.late = {};
+  m.instructions = {};
   m.launches = 0;
   m.error.clear();
 }
@@ -626,6 +633,7 @@ int64_t bytes_stored() { return m.bytes_stored; }
 int64_t bytes_kept() { return m.bytes_kept; }
 int64_t bytes_stored_meanwhile() { return m.bytes_stored_meanwhile; }
 Late late() { return m.late; }
+Instructions instructions() { return m.instructions; }
 const std::vector<std::string>& barriers() { return m.barriers; }
 
 }  // namespace simt

@@ -114,6 +114,9 @@ unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int rank
 // Until the word is no longer what was seen there.
 void await_change(const unsigned* word, unsigned seen, const char* file, int line);
 
+// By a thread that ends.
+void count_instructions(int64_t count);
+
 // What the barrier of a cooperative launch needs; nullptr in other launches.
 unsigned* grid_memory();
 
@@ -140,6 +143,11 @@ int64_t bytes_stored();
 int64_t bytes_kept();
 // By threads that had copies on their way.
 int64_t bytes_stored_meanwhile();
+// Of PTX: by all threads, and by the one that had most.
+struct Instructions {
+  int64_t all = 0, most = 0;
+};
+Instructions instructions();
 // How many threads began late, by how many clocks at least and at most, and the first block of them.
 struct Late {
   int64_t threads = 0, least_clocks = INT64_MAX, most_clocks = 0, first_block = INT64_MAX;

@@ -211,14 +211,18 @@ __device__ inline int64_t tile_channel(const KernelArgs& args, const Tile& tile,
 // Calls f(channel of the block, lane of its group, whether there is such a channel, how often before) in groups of
 // neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in shuffles.
 template <typename F>
-__device__ inline void for_each_group(const KernelArgs& args, F f) {
+__device__ inline void for_each_group(const KernelArgs& args, int channels, F f) {
   const int thread = threadIdx.x, of_warp = (thread & ~(kWarpSize - 1)) >> args.group_shift;
-  const int groups = static_cast<int>(blockDim.x) >> args.group_shift, last = args.slab_channels - 1;
+  const int groups = static_cast<int>(blockDim.x) >> args.group_shift, last = channels - 1;
 #pragma unroll 1
   for (int round = 0; round * groups + of_warp <= last; ++round) {
     const int channel = round * groups + (thread >> args.group_shift);
     f(channel <= last ? channel : last, thread & (args.group_lanes - 1), channel <= last, round);
   }
+}
+template <typename F>
+__device__ inline void for_each_group(const KernelArgs& args, F f) {
+  for_each_group(args, args.slab_channels, f);
 }
 
 // All of so many neighbouring lanes get the sums.
@@ -243,7 +247,8 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
   return merged.totals(count == args.num_positions ? args.inverse_positions : 1 / count);
 }
 
-// A channel's totals of the block, from its columns of all parts. For a group of lanes, after a barrier.
+// A channel's totals of the block, from its columns of all parts. For a group of lanes, after a barrier; or for one of several
+// groups, whose lanes go on counting where those before have stopped: then of a slice of them.
 template <bool kMoments, int kVec, typename Acc>
 __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, int lane) {
   const Acc* parts = shared_at<const Acc>(args.layout.parts);

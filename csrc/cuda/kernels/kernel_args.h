@@ -49,9 +49,9 @@ enum class Source : uint8_t {
 
 // Where a block keeps what in its shared memory, as offsets in bytes. On chip, slots for packs come first.
 struct SharedLayout {
-  int64_t parts = 0;         // sums of the block's parts, [kNumSums][num_parts][columns]; see block_sums.cuh
-  int64_t counts = 0;        // [num_parts], of statistics
-  int64_t totals = 0;        // clusters: [kNumSums][slab_channels], what the block has found, for the others to read
+  int64_t parts = 0;   // sums of the block's parts, [kNumSums][num_parts][columns]; see block_sums.cuh
+  int64_t counts = 0;  // [num_parts], of statistics
+  int64_t totals = 0;  // clusters, and slices: [slices][kNumSums][slab_channels], for other blocks and warps to read
   int64_t coefficients = 0;  // [slab_channels]
   int64_t bytes = 0;
 };
@@ -109,7 +109,8 @@ struct KernelArgs {
   // Sums are added up by parts, and then by groups of lanes, one group for each channel: see block_sums.cuh.
   bool parts_are_warps;
   int num_parts, group_lanes, group_shift;
-  int lane_parts, lane_columns;  // group_lanes as so many times channel_columns, and the rest
+  int slices;                    // groups that add up parts of the same channel, each some of them
+  int lane_parts, lane_columns;  // the lanes of all of these, as so many times channel_columns, and the rest
   Divider by_columns;            // of lanes, by channel_columns
 
   // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. Where there are fewer teams than
@@ -154,6 +155,15 @@ constexpr int count_group_lanes(int threads, int slab_channels) {
   int lanes = kRoles;
   while (lanes < kWarpSize && 2 * lanes * slab_channels <= threads) lanes *= 2;
   return lanes;
+}
+// Where a channel has many columns (runs of channels), one group would go round long, and the other warps would wait for it. A
+// second stage, with a barrier before it, is worth it from some rounds on.
+constexpr int count_slices(int threads, int slab_channels, int numbers_of_channel) {
+  constexpr int kRounds = 4;
+  if (count_group_lanes(threads, slab_channels) < kWarpSize) return 1;
+  const int wanted = (numbers_of_channel + kRounds * kWarpSize - 1) / (kRounds * kWarpSize);
+  const int groups = threads / kWarpSize / slab_channels;
+  return wanted < groups ? wanted : groups > 0 ? groups : 1;
 }
 // The finish kernel: three numbers for each warp.
 constexpr int64_t finish_shared(int threads) { return kNumSums * (threads / kWarpSize) * 8; }

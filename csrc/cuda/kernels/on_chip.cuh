@@ -123,20 +123,39 @@ __device__ inline double load_first_inputs(const KernelArgs& args, const Tile& t
   return first;
 }
 
-// A channel's totals from all blocks of the cluster, for a group of lanes: each reads those of a block or two. Blocks are
-// added up in an order that never changes.
-template <bool kMoments>
-__device__ inline ChannelTotals add_blocks(const KernelArgs& args, int channel, int lane) {
+// Leaves the totals of the block's channels for add_totals, slice by slice. Planes have one.
+template <bool kRows, bool kMoments, int kVec, typename Acc>
+__device__ inline void leave_totals(const KernelArgs& args) {
+  const int channels = args.slab_channels;
+  for_each_group(args, (kRows ? args.slices : 1) * channels, [&](int i, int lane, bool there, int) {
+    const int slice = kRows ? static_cast<int>(args.by_slab.divide(i)) : 0, channel = i - slice * channels;
+    const ChannelTotals totals = add_parts<kMoments, kVec, Acc>(args, channel, slice * args.group_lanes + lane);
+    double* to = shared_at<double>(args.layout.totals) + slice * kNumSums * channels + channel;
+    if (!there || lane > 0) return;
+#pragma unroll
+    for (int k = 0; k < kNumSums; ++k) to[k * channels] = totals.value[k];
+  });
+}
+
+// A channel's totals from all slices, and all blocks of the cluster, for a group of lanes: each reads those of one or two.
+// They are added up in an order that never changes.
+template <bool kRows, bool kMoments>
+__device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, int lane) {
   const double* own = shared_at<const double>(args.layout.totals) + channel;
   const int stride = args.slab_channels;
+  auto load = [&](const double* at, int rank) {
+    return args.cluster_size > 1 ? load_cluster(at, static_cast<unsigned>(rank)) : *at;
+  };
   Moments moments;
   double sum[kNumSums] = {};
-  const double first_mean = kMoments ? load_cluster(own + stride, 0) : 0;
+  const double first_mean = kMoments ? load(own + stride, 0) : 0;
   moments.point = is_finite(first_mean) ? first_mean : 0;
-  for (int rank = lane; rank < args.cluster_size; rank += args.group_lanes) {
+  const int blocks = args.cluster_size, shift = popcount(static_cast<unsigned>(blocks - 1));  // a power of two
+  for (int i = lane; i < (kRows ? args.slices : 1) * blocks; i += args.group_lanes) {
+    const int slice = kRows ? i >> shift : 0, rank = i & (blocks - 1);
     double value[kNumSums];
 #pragma unroll
-    for (int k = 0; k < kNumSums; ++k) value[k] = load_cluster(own + k * stride, rank);
+    for (int k = 0; k < kNumSums; ++k) value[k] = load(own + (slice * kNumSums + k) * stride, rank);
     if (kMoments) {
       moments.add(value[0], value[1], 0, value[2]);
     } else {
@@ -212,30 +231,27 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
     }
   } else {
     if (kBlocks == Blocks::kPersistent && turn.number > 0) await_readers(args);
+    const bool sliced = kRows && args.slices > 1, two_stages = args.cluster_size > 1 || sliced;
+    if (two_stages) leave_totals<kRows, !kBackward, kVec, Acc>(args);
     if (args.cluster_size > 1) {
-      for_each_group(args, [&](int i, int lane, bool there, int) {
-        const ChannelTotals totals = add_parts<!kBackward, kVec, Acc>(args, i, lane);
-        double* to = shared_at<double>(args.layout.totals) + i;
-        if (!there || lane > 0) return;
-#pragma unroll
-        for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
-      });
       cluster_arrive();
       cluster_wait();
+    } else if (sliced) {
+      __syncthreads();
     }
     finish_groups<kBackward, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
-      return args.cluster_size > 1 ? add_blocks<!kBackward>(args, i, lane)
-                                   : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+      return two_stages ? add_totals<kRows, !kBackward>(args, i, lane)
+                        : add_parts<!kBackward, kVec, Acc>(args, i, lane);
     });
     // This thread reads no other block's memory any more: what it has read has been used.
     if (args.cluster_size > 1) cluster_arrive();
   }
   __syncthreads();
   const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+  int channel[kVec];
+  find_slab_channels<kRows>(args, channel);
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    coefficients[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)] : coefficients[0];
-  }
+  for (int v = 0; v < kVec; ++v) coefficients[v] = kRows || v == 0 ? shared[channel[v]] : coefficients[0];
 }
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
@@ -307,10 +323,10 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
           first_input = load_first_inputs<true, Acc>(args, turn.tile);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+          int channel[kVec];
+          find_slab_channels<kRows>(args, channel);
 #pragma unroll
-          for (int v = 0; v < kVec; ++v) {
-            mean[v] = kRows || v == 0 ? shared[slab_channel<kRows, kVec>(args, v)].centre : mean[0];
-          }
+          for (int v = 0; v < kVec; ++v) mean[v] = kRows || v == 0 ? shared[channel[v]].centre : mean[0];
         },
         [&](const typename Data::Batch& batch) {
           add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);

@@ -99,9 +99,11 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
       leave_constants<Acc>(args, tile, true, false);
       __syncthreads();
       const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+      int channel[kVec];
+      find_slab_channels<kRows>(args, channel);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
-        const Coefficients<Acc>& of_channel = shared[slab_channel<kRows, kVec>(args, v)];
+        const Coefficients<Acc>& of_channel = shared[channel[v]];
         mean[v] = has_x ? of_channel.centre : Acc(0);
         scale[v] = of_channel.scale_dy;
       }
@@ -143,9 +145,11 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
   }
   wait_for_kernels();
   if (args.source != Source::kFinished) __syncthreads();
+  int slab_channel[kVec];
+  find_slab_channels<kRows>(args, slab_channel);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    const int i = slab_channel<kRows, kVec>(args, v);
+    const int i = slab_channel[v];
     if (!kRows && v > 0) {
       found[v] = found[0];
     } else if (args.source == Source::kFinished) {

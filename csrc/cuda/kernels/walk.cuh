@@ -153,13 +153,24 @@ __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   return static_cast<int>(args.by_batch.divide(static_cast<unsigned>(items) + args.by_batch.divisor - 1));
 }
 
-// Of a lane of this thread, its channel among those of the block. Rows have as many columns as their packs have elements.
+// Of this thread's lanes, their channels among those of the block. Rows have as many columns as their packs have elements.
 template <bool kRows, int kVec>
-__device__ inline int slab_channel(const KernelArgs& args, int lane) {
-  if (!kRows) return 0;
-  const int column = static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec + lane;
-  if (args.channel_columns == 1) return column;
-  return static_cast<int>(args.by_slab.remainder(args.by_run.divide(column)));
+__device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)[kVec]) {
+  const int column = kRows ? static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec : 0;
+  if (!kRows || args.channel_columns == 1) {
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) channel[v] = kRows ? column + v : 0;
+    return;
+  }
+  const int run = static_cast<int>(args.by_run.divide(column));
+  int next = static_cast<int>(args.by_slab.remainder(run)), left = (run + 1) * args.run_length - column;
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+    channel[v] = next;
+    if (--left > 0) continue;
+    left = args.run_length;
+    if (++next == args.slab_channels) next = 0;
+  }
 }
 
 // View k of a batch of items. An aligned pack is read whole also where only some of its lanes are in the item: they share
