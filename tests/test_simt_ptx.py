@@ -6,12 +6,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import cases
 import pytest
-from kernel_code import Compiled
 from simt import library as simt
 from simt.checks import check_backward, check_forward
 from test_simt_on_chip import EVERY_WAY, GRID, PERSISTENT, PERSISTENT_CLUSTER, RESIDENT
@@ -105,13 +103,8 @@ class Module:
 
 
 @pytest.fixture(scope="module")
-def module(
-    compilations: dict[int, Future[Compiled]], tmp_path_factory: pytest.TempPathFactory
-) -> Module:
-    if 90 not in compilations:
-        pytest.skip("sm_90: not asked for, or this nvcc does not know it")
-    ptx = compilations[90].result().ptx.read_text()
-    return Module(ptx, tmp_path_factory.mktemp("ptx") / "mutant.ptx")
+def module(ptx: Callable[[int], simt.Ptx], tmp_path_factory: pytest.TempPathFactory) -> Module:
+    return Module(ptx(90).path.read_text(), tmp_path_factory.mktemp("ptx") / "mutant.ptx")
 
 
 def test_the_runs_reach_all_kernels(module: Module) -> None:

@@ -30,12 +30,16 @@ inline void set_step(Plan& plan, int64_t distance) {
   plan.step[2] = distance % plan.size[2];
 }
 
-// How many groups of lanes share a channel's sums. Those of a grid, and of streaming, go through the workspace anyway.
+// How many groups of lanes share a channel's sums. Where a channel has many columns (runs of channels), one group would go round
+// long, and the other warps would wait for it: a second stage, with a barrier before it, is worth it from some rounds on. Sums
+// of a grid, and of streaming, go through the workspace anyway.
 inline int64_t slices_of(const Plan& plan) {
+  constexpr int64_t kRounds = 4;
   if (!plan.on_chip || plan.family == Family::kGrid || plan.walk != Walk::kRows) return 1;
-  const int64_t columns = plan.block_packs * plan.vec / plan.slab_channels;
-  return count_slices(plan.threads, static_cast<int>(plan.slab_channels),
-                      static_cast<int>(columns * count_parts(plan.threads, plan.block_packs)));
+  if (count_group_lanes(plan.threads, plan.slab_channels) < kWarpSize) return 1;
+  const int columns = plan.block_packs * plan.vec / plan.slab_channels;
+  const int numbers = columns * count_parts(plan.threads, plan.block_packs);
+  return std::min<int64_t>(ceil_div(numbers, kRounds * kWarpSize), plan.threads / kWarpSize / plan.slab_channels);
 }
 
 // What a block of this plan has in its shared memory behind `slots` bytes.

@@ -106,9 +106,9 @@ void run(Call& call, const Problem& problem) {
     if (t->data != nullptr) simt::allow_load(t->storage, t->storage_bytes);
   }
   if (call.out.data != nullptr) simt::allow_store(call.out.storage, call.out.storage_bytes);
-  const int64_t sizes[] = {8, 4, 2, 2};  // in the order of DType
   for (const Vector* v = &call.weight; v <= &call.grad_var; ++v) {
-    if (v->data != nullptr) simt::allow_any(v->data, ((call.size[1] - 1) * v->stride + 1) * sizes[v->dtype]);
+    if (v->data == nullptr) continue;
+    simt::allow_any(v->data, ((call.size[1] - 1) * v->stride + 1) * dtype_bytes(static_cast<DType>(v->dtype)));
   }
   if (call.num_batches_tracked != nullptr) simt::allow_any(call.num_batches_tracked, sizeof(int64_t));
   Workspace workspace(plan.workspace_bytes);
@@ -168,7 +168,7 @@ const char* simt_kernels_run() {
 }
 
 // What the kernels were compiled for; the sources take every way.
-int64_t simt_arch() { return simt::has_ptx() ? simt::ptx_arch() : cuda::kClusterArch; }
+int64_t simt_arch() { return cuda::compiled_arch<nullptr>(); }  // the same for all kernels
 
 int64_t simt_call_bytes() { return sizeof(Call); }
 

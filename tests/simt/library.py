@@ -177,6 +177,7 @@ class Ptx:
     """Kernels as nvcc compiled them. Within `with`, they run in place of the sources."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         error = ctypes.create_string_buffer(MESSAGE_BYTES)
         self.number = library().simt_load_ptx(os.fsencode(path), error, len(error))
         if self.number == 0:

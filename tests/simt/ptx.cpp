@@ -2,12 +2,14 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
 #include <functional>
 #include <map>
+#include <memory>
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -18,9 +20,6 @@
 
 namespace simt {
 namespace {
-
-using bnext::BFloat16;
-using bnext::Float16;
 
 struct Thread;
 struct Instruction;
@@ -218,7 +217,7 @@ bool complement<bool>(bool value) {
 uint32_t count_bits(uint32_t value) { return static_cast<uint32_t>(__builtin_popcount(value)); }
 
 // A register of 16 bits that holds a half.
-float from_half(uint16_t bits) { return bnext::to_float(Float16{bits}); }
+float from_half(uint16_t bits) { return bnext::to_float(bnext::Float16{bits}); }
 uint16_t to_half(float value) { return bnext::to_float16(value).bits; }
 uint16_t to_bfloat(float value) { return bnext::to_bfloat16(value).bits; }
 
@@ -228,11 +227,6 @@ void narrow_pair(Thread& t, const Instruction& i) {
   const uint32_t upper = kNarrow(t.get<float>(i.from[0])), lower = kNarrow(t.get<float>(i.from[1]));
   t.set(i.to[0], upper << 16 | lower);
 }
-
-// T: of the operands, which are made unsigned where that is the same and overflow is defined.
-template <typename T>
-using wrapping_t = typename std::conditional_t<std::is_integral_v<T> && !std::is_same_v<T, bool>, std::make_unsigned<T>,
-                                               std::common_type<T>>::type;
 
 template <typename Function, typename T>
 void binary(Thread& t, const Instruction& i) {
@@ -244,12 +238,11 @@ void compare(Thread& t, const Instruction& i) {
   t.set(i.to[0], static_cast<bool>(Function()(t.get<T>(i.from[0]), t.get<T>(i.from[1]))));
 }
 
-// Of floating-point numbers: also true if one is NaN.
-template <typename Function>
-struct OrUnordered {
+// Also true if one is NaN.
+struct GreaterOrUnordered {
   template <typename T>
   bool operator()(T a, T b) const {
-    return a != a || b != b || Function()(a, b);
+    return !(a <= b);
   }
 };
 
@@ -427,21 +420,27 @@ void add_comparisons(Table& table) {
   add<T>(table, "setp.ge", &compare<std::greater_equal<>, T>);
 }
 
-template <typename T>
-void add_integer(Table& table) {
-  using U = wrapping_t<T>;
+// Wrapping: of the same bits, with an overflow that is defined.
+template <typename T, typename Wrapping = T>
+void add_numbers(Table& table) {
   add_comparisons<T>(table);
-  add<T>(table, "setp.ne", &compare<std::not_equal_to<>, T>);
   add<T>(table, "mov", &move<T>);
   add<T>(table, "selp", &select<T>);
-  add<T>(table, "add", &binary<std::plus<>, U>);
-  add<T>(table, "sub", &binary<std::minus<>, U>);
+  add<T>(table, "add", &binary<std::plus<>, Wrapping>);
+  add<T>(table, "sub", &binary<std::minus<>, Wrapping>);
+  add<T>(table, "neg", &unary<Wrapping, Wrapping, &negate<Wrapping>>);
+}
+
+template <typename T>
+void add_integer(Table& table) {
+  using U = std::make_unsigned_t<T>;
+  add_numbers<T, U>(table);
+  add<T>(table, "setp.ne", &compare<std::not_equal_to<>, T>);
   add<T>(table, "mul.lo", &binary<std::multiplies<>, U>);
   add<T>(table, "mad.lo", &multiply_add<U>);
   add<T>(table, "div", &divide<T>);
   add<T>(table, "min", &binary<Minimum, T>);
   add<T>(table, "max", &binary<Maximum, T>);
-  add<T>(table, "neg", &unary<U, U, &negate<U>>);
   add<T>(table, "shl", &shift_left<U>);
   add<T>(table, "shr", &shift_right<T>);
 }
@@ -456,16 +455,11 @@ void add_bits(Table& table) {
 
 template <typename T>
 void add_float(Table& table) {
-  add_comparisons<T>(table);
-  add<T>(table, "setp.neu", &compare<OrUnordered<std::not_equal_to<>>, T>);
-  add<T>(table, "setp.gtu", &compare<OrUnordered<std::greater<>>, T>);
-  add<T>(table, "mov", &move<T>);
-  add<T>(table, "selp", &select<T>);
-  add<T>(table, "add", &binary<std::plus<>, T>);
-  add<T>(table, "sub", &binary<std::minus<>, T>);
+  add_numbers<T>(table);
+  add<T>(table, "setp.neu", &compare<std::not_equal_to<>, T>);
+  add<T>(table, "setp.gtu", &compare<GreaterOrUnordered, T>);
   add<T>(table, "mul", &binary<std::multiplies<>, T>);
   add<T>(table, "fma.rn", &fused_multiply_add<T>);
-  add<T>(table, "neg", &unary<T, T, &negate<T>>);
   add<T>(table, "abs", &unary<T, T, &absolute<T>>);
   add<T>(table, "sqrt.rn", &unary<T, T, &square_root<T>>);
   add<T>(table, "rcp.rn", &unary<T, T, &reciprocal<T>>);

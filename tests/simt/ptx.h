@@ -3,8 +3,9 @@
 // architecture, conversions in pairs, the grid barrier of CUDA's headers.
 //
 // It reports, beside what simt.h says: an access outside the memory of the call; shared memory that two threads touch, one of them
-// to write, without a barrier between them; a relaxed arrival at the cluster's barrier that leaves stores unfenced. Of the order
-// that the memory model promises, and of time, it knows nothing: memory is always up to date, and a clock is what a thread slept.
+// to write, without a barrier between them; a relaxed arrival at the cluster's barrier that leaves stores unfenced; a load through L1
+// of what kernels leave for each other. What a block stores there others see when it has been released. Of other orders that the
+// memory model allows, and of time, it knows nothing: a clock is what a thread slept.
 #pragma once
 
 #include <cstddef>

@@ -360,6 +360,14 @@ void fail(const std::string& what) {
   _longjmp(m.scheduler, 2);
 }
 
+namespace {
+
+void check_aligned(const char* what, uintptr_t begin, size_t bytes) {
+  if (begin % bytes != 0) fail(std::string(what) + " of " + std::to_string(bytes) + " bytes is misaligned");
+}
+
+}  // namespace
+
 Index thread_index() { return {thread()}; }
 Index block_index() { return {m.first_block + rank()}; }
 Index block_size() { return {m.num_threads}; }
@@ -468,7 +476,7 @@ uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line) {
 
 const void* check_load(const void* from, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
-  if (begin % bytes != 0) fail("a load of " + std::to_string(bytes) + " bytes is misaligned");
+  check_aligned("a load", begin, bytes);
   if (find(m.loads, begin, begin + bytes) == nullptr) fail("a load outside the tensors");
   m.bytes_loaded += bytes;
   return from;
@@ -477,7 +485,7 @@ const void* check_load(const void* from, size_t bytes) {
 void* check_store(void* to, size_t bytes) {
   check_dependency();
   const uintptr_t begin = reinterpret_cast<uintptr_t>(to);
-  if (begin % bytes != 0) fail("a store of " + std::to_string(bytes) + " bytes is misaligned");
+  check_aligned("a store", begin, bytes);
   Range* range = find(m.stores, begin, begin + bytes);
   if (range == nullptr) fail("a store outside the outputs");
   for (uintptr_t i = begin - range->begin; i < begin - range->begin + bytes; ++i) {
@@ -505,7 +513,7 @@ const void* load_anywhere(const void* from, size_t bytes, bool from_l2) {
   } else if (find(m.others, begin, begin + bytes) == nullptr) {
     return check_load(from, bytes);
   }
-  if (begin % bytes != 0) fail("a load of " + std::to_string(bytes) + " bytes is misaligned");
+  check_aligned("a load", begin, bytes);
   return from;
 }
 
@@ -517,7 +525,7 @@ void store_anywhere(void* to, const void* value, size_t bytes) {
     return;
   }
   check_dependency();
-  if (begin % bytes != 0) fail("a store of " + std::to_string(bytes) + " bytes is misaligned");
+  check_aligned("a store", begin, bytes);
   if (!left) {
     std::memcpy(to, value, bytes);
     return;
@@ -530,7 +538,7 @@ unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int othe
   const unsigned block = other < 0 ? rank() : static_cast<unsigned>(other);
   if (block >= m.cluster || (m.cooperative && other >= 0)) fail("a load from a block that is not in the cluster");
   if (offset + bytes > m.shared[block].size() - kGuardBytes) fail("an access outside the block's shared memory");
-  if (offset % bytes != 0) fail("an access of " + std::to_string(bytes) + " bytes is misaligned");
+  check_aligned("an access", offset, bytes);
   if (has_ended(block)) fail("a load from a block that has ended");
   const Touch now = {static_cast<int>(m.fiber), current().barriers, current().passed + current().arrived};
   // Several threads may store what they all have.

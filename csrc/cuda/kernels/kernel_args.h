@@ -156,15 +156,6 @@ constexpr int count_group_lanes(int threads, int slab_channels) {
   while (lanes < kWarpSize && 2 * lanes * slab_channels <= threads) lanes *= 2;
   return lanes;
 }
-// Where a channel has many columns (runs of channels), one group would go round long, and the other warps would wait for it. A
-// second stage, with a barrier before it, is worth it from some rounds on.
-constexpr int count_slices(int threads, int slab_channels, int numbers_of_channel) {
-  constexpr int kRounds = 4;
-  if (count_group_lanes(threads, slab_channels) < kWarpSize) return 1;
-  const int wanted = (numbers_of_channel + kRounds * kWarpSize - 1) / (kRounds * kWarpSize);
-  const int groups = threads / kWarpSize / slab_channels;
-  return wanted < groups ? wanted : groups > 0 ? groups : 1;
-}
 // The finish kernel: three numbers for each warp.
 constexpr int64_t finish_shared(int threads) { return kNumSums * (threads / kWarpSize) * 8; }
 
