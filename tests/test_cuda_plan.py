@@ -563,6 +563,14 @@ def test_folded_rows() -> None:
     assert plan(device, (4, 3, 16, 16), torch.float16, "channels_last", misaligned=1).vec == 1
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_single_elements_where_packs_are_too_many_to_count(layout: str) -> None:
+    """By their distance from the first one, in 32 bits."""
+    device = DEVICES["h200"]
+    assert plan(device, (1 << 16, 1 << 10, 16, 16), torch.float32, layout).vec == 4
+    assert plan(device, ((1 << 16) + 1, 1 << 10, 16, 16), torch.float32, layout).vec == 1
+
+
 def test_too_many_blocks_is_an_error() -> None:
     q = plan(DEVICES["h200"], (2, 1 << 31, 2, 2))
     assert q.has_error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from kernel_code import ARCHS, Compiled, asked_for, compile_kernels, toolkit
+from simt import library as simt
 
 CLUSTER_ARCH = 90  # the first one with thread-block clusters
 
@@ -114,6 +116,33 @@ def test_nothing_spills(arch: int, compiled: Compiled) -> None:
     assert len({kernel.name for kernel in compiled.kernels}) == len(compiled.kernels) == 155
     bad = [k for k in compiled.kernels if k.stack or k.spill_stores or k.spill_loads]
     fail_with([str(kernel) for kernel in bad], arch)
+
+
+# On chip, blocks of one slab: dtype, whether the walk is rows, whether no pack is shared.
+ONE_SLAB = re.compile(r"on_chip_\w+_kernelI(\w+?)Li\dELb(\d)ELb(\d)ELNS0_6BlocksE0E")
+DTYPES = ("d", "f", "NS_8BFloat16E", "NS_7Float16E")
+
+
+def test_the_model_knows_the_registers(arch: int, compiled: Compiled) -> None:
+    """With more than it thinks, fewer blocks would run on an SM than a plan counts on."""
+    lib = simt.compile_library("plan", simt.PLAN_SOURCES)
+    lib.plan_registers.restype = ctypes.c_int64
+    lines, found = [], 0
+    for kernel in compiled.kernels:
+        match = ONE_SLAB.search(kernel.name)
+        if match is None:
+            continue
+        found += 1
+        most = lib.plan_registers(
+            *(
+                ctypes.c_int64(n)
+                for n in (DTYPES.index(match[1]), int(match[2]), int(match[3]), arch)
+            )
+        )
+        if kernel.registers > most:
+            lines.append(f"{kernel.name}: {kernel.registers} registers, by the model {most}")
+    assert found == 2 * 3 * len(DTYPES)
+    fail_with(lines, arch)
 
 
 def test_machine_code(arch: int, compiled: Compiled) -> None:

@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from simt import library as simt
-from simt.checks import bits, both, check_backward, check_forward, far_apart
+from simt.checks import FAR, bits, both, check_backward, check_forward, far_apart
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -171,18 +171,18 @@ def test_long_sums(layout: str) -> None:
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "float16"])
-def test_offsets_beyond_32_bits(dtypes: str) -> None:
-    """Planes and rows 2^32 elements apart, in memory that is never touched between them."""
+@pytest.mark.parametrize("far", FAR)
+def test_offsets_beyond_32_bits(far: str, dtypes: str) -> None:
     shapes = {"planes": (2, 3, 4, 8), "rows": (2, 8, 3, 2)}
     for walk, shape in shapes.items():
         case = cases.make_case(shape, dtypes)
-        far = far_apart(case.input, walk == "rows")
-        call = check_forward(case._replace(input=far), walk).call
-        assert call.vec > 1
+        apart = far_apart(case.input, walk == "rows", far)
+        call = check_forward(case._replace(input=apart), walk).call
+        assert (call.vec > 1) == (far != "single elements")
         dense = torch.channels_last if walk == "rows" else torch.contiguous_format
         dy = case.grad_output.contiguous(memory_format=dense)
-        check_backward(case._replace(input=far, grad_output=dy), walk)
-        check_backward(case._replace(grad_output=far), walk)
+        check_backward(case._replace(input=apart, grad_output=dy), walk)
+        check_backward(case._replace(grad_output=apart), walk)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

@@ -85,12 +85,22 @@ View plan_view(const View& view, const Plan& plan) {
   return folded;
 }
 
+// The same counted in packs, where all packs are whole. A stride that is no multiple of theirs is of a size of 1, and is not
+// gone. In rows channels are neighbours, and so are packs of them.
+View count_packs(View view, const Plan& plan) {
+  if (!plan.whole_packs) return view;
+  for (int64_t& stride : view.stride) stride /= plan.vec;
+  if (plan.walk == Walk::kPlanes) view.stride_c /= plan.vec;
+  return view;
+}
+
 // From a view's strides to the distances that its threads go.
 void set_views(KernelArgs& args, const Plan& plan, const View& first, const View& second = {}, const View& third = {}) {
   const View* views[] = {&first, &second, &third};
   for (int k = 0; k < 3; ++k) {
-    const View view = args.view[k] = plan_view(*views[k], plan);
-    const int64_t inner = plan.walk == Walk::kRows || plan.vec == 1 ? view.stride[2] : plan.vec;
+    const View view = args.view[k] = count_packs(plan_view(*views[k], plan), plan);
+    const int64_t pack = plan.whole_packs ? 1 : plan.vec;
+    const int64_t inner = plan.walk == Walk::kRows || plan.vec == 1 ? view.stride[2] : pack;
     args.move[k][0] = plan.step[0] * view.stride[0] + plan.step[1] * view.stride[1] + plan.step[2] * inner;
     args.move[k][1] = view.stride[1] - plan.size[2] * inner;
     args.move[k][2] = view.stride[0] - plan.size[1] * view.stride[1];

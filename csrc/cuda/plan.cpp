@@ -48,10 +48,18 @@ bool channels_follow(const Geometry& g, const View& view) {
   return follow;
 }
 
+bool reaches_far(const Geometry& g, const View& view) {
+  if (view.data == nullptr) return false;
+  int64_t last = (g.num_channels - 1) * view.stride_c;
+  for (int d = 0; d < kReduceDims; ++d) last += (g.size[d] - 1) * view.stride[d];
+  return last / (kPackBytes / dtype_bytes(g.dtype)) >= int64_t{1} << 32;
+}
+
 void describe_views(Request& request, std::initializer_list<const View*> views) {
   request.aligned = request.dense_rows = request.dense_channels = true;
   for (const View* view : views) {
     request.aligned = request.aligned && stays_aligned(request.geometry, *view);
+    request.far = request.far || reaches_far(request.geometry, *view);
     request.dense_rows = request.dense_rows && rows_follow(request.geometry, *view);
     request.dense_channels = request.dense_channels && channels_follow(request.geometry, *view);
   }
@@ -97,12 +105,14 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
 }
 
 // Kernels that take packs count a channel's items in an int.
-bool few_items(int64_t num_positions) { return num_positions < (int64_t{1} << 31) - kMaxThreads * kUnroll; }
+bool takes_packs(const Request& r) {
+  const bool few_items = r.geometry.num_positions() < (int64_t{1} << 31) - kMaxThreads * kUnroll;
+  return r.geometry.unit_stride && few_items && !r.far;
+}
 
 void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
   const Geometry& g = r.geometry;
-  const bool packs = g.unit_stride && few_items(g.num_positions());
-  plan.vec = packs ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
+  plan.vec = takes_packs(r) ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
   plan.whole_packs = plan.vec == 1 || (r.aligned && g.size[2] % plan.vec == 0);
   // A plane that begins inside a pack may touch one pack more.
   const int64_t inner = g.size[2] + (r.aligned ? 0 : plan.vec - 1);
@@ -120,7 +130,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   const Geometry& g = r.geometry;
   const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
   for (int d = 0; d < 3; ++d) plan.size[d] = g.size[d];
-  if (g.unit_stride && few_items(g.num_positions())) {
+  if (takes_packs(r)) {
     const int64_t fold = vec / std::gcd(vec, g.num_channels);
     if (fold == 1 && r.aligned) {
       plan.vec = static_cast<int>(vec);
@@ -279,10 +289,10 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
 bool operator==(const Request& a, const Request& b) {
   auto fields = [](const Request& r) {
     // A field that is not named here is an error of the compiler's.
-    const auto& [g, pass, training, output, sums, reads_x, aligned, dense_rows, dense_channels, cumulative] = r;
+    const auto& [g, pass, training, output, sums, reads_x, aligned, far, dense_rows, dense_channels, cumulative] = r;
     const auto& [num_channels, size, walk, unit_stride, dtype] = g;
     return std::tie(num_channels, size[0], size[1], size[2], walk, unit_stride, dtype, pass, training, output, sums,
-                    reads_x, aligned, dense_rows, dense_channels, cumulative);
+                    reads_x, aligned, far, dense_rows, dense_channels, cumulative);
   };
   return fields(a) == fields(b);
 }

@@ -53,6 +53,8 @@ struct Request {
   bool reads_x = true;  // the reduction reads x. Backward: not when only sum(dy) is needed
   // Every plane (row) of every tensor begins at a multiple of 16 bytes.
   bool aligned = true;
+  // A tensor's last element is 2^32 packs of 16 bytes, or more, behind its first: kernels that take packs count them.
+  bool far = false;
   // Rows follow each other without a gap, and the first begins at a multiple of 16 bytes.
   bool dense_rows = true;
   // Planes of neighbouring channels follow each other without a gap, and outer steps are multiples of 16 bytes, so that

@@ -30,20 +30,13 @@ constexpr double kApplyUs = 1;      // an apply kernel's block, from its start t
 constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
 constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
-// Registers of a thread, or a few more: what ptxas takes.
-constexpr int kRegisters = 80, kRegistersForHalves = 96, kRegistersForHalvesFrom100 = 120;
 constexpr int kMaxBlocksPerSm = 32;
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
   const int64_t bytes = round_up(plan.layout.bytes + kReservedSharedBytes, kSharedUnit);
   const int64_t by_memory = device.shared_bytes_per_sm / bytes;
-  // Persistent kernels may take what launch bounds allow.
-  const int registers = plan.persistent                ? device.registers_per_sm / kMaxOnChipThreads
-                        : dtype_bytes(plan.dtype) != 2 ? kRegisters
-                        : device.arch < 100            ? kRegistersForHalves
-                                                       : kRegistersForHalvesFrom100;
   const int by_threads = device.threads_per_sm / plan.threads;
-  const int by_registers = device.registers_per_sm / (plan.threads * registers);
+  const int by_registers = device.registers_per_sm / (plan.threads * registers_of(plan, device.arch));
   return static_cast<int>(
       std::clamp<int64_t>(by_memory, 1, std::clamp(std::min(by_threads, by_registers), 1, kMaxBlocksPerSm)));
 }
@@ -139,6 +132,12 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 }
 
 }  // namespace
+
+int registers_of(const Plan& plan, int arch) {
+  if (plan.persistent || plan.family == Family::kGrid) return 128;  // kMaxOnChipThreads of them are all of an SM's
+  if (plan.walk == Walk::kRows && dtype_bytes(plan.dtype) == 2) return arch < 100 ? 96 : 104;
+  return plan.whole_packs || arch >= 90 ? 80 : 96;
+}
 
 int active_clusters(const DeviceInfo& device, int cluster) {
   for (int i = 0; i < kNumClusterSizes; ++i) {

@@ -10,6 +10,9 @@ namespace bnext::cuda {
 constexpr double kBusyShare = 0.6;
 constexpr int kBusyThreads = 256;
 
+// Registers of a thread of the on-chip kernel for a plan: what ptxas takes, or a few more.
+int registers_of(const Plan& plan, int arch);
+
 // Of these clusters, how many run at once; 0 for one block, which is none.
 int active_clusters(const DeviceInfo& device, int cluster);
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 
 import cases
 import pytest
@@ -61,12 +62,22 @@ def bits(*tensors: Tensor | None) -> tuple[bytes, ...]:
     return tuple(t.view(torch.uint8).numpy().tobytes() for t in given)
 
 
-def far_apart(t: Tensor, channels_last: bool) -> Tensor:
-    """The values of t with 2^32 elements and more from one image to the next. Most of that memory
-    is never touched."""
-    distance = 2**32 + 8
+# Elements from one image to the next: more than 32 bits can count; nearly as many as they can
+# count packs of 16 bytes; and more than that, where kernels take single elements.
+FAR = {
+    "elements": lambda size: 2**32 + 8,
+    "packs": lambda size: (2**32 - 2**12) * 16 // size,
+    "single elements": lambda size: (2**32 + 2**12) * 16 // size,
+}
+
+
+def far_apart(t: Tensor, channels_last: bool, far: str) -> Tensor:
+    """The values of t in memory of which most is never touched."""
+    distance = FAR[far](t.element_size())
     size = (distance + t.numel()) * t.element_size()
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux":
+        flags |= 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
     try:
         memory = mmap.mmap(-1, size, flags=flags)
     except OSError as error:

@@ -38,6 +38,15 @@ extern "C" {
 
 int64_t plan_query_bytes() { return sizeof(Query); }
 int64_t plan_unroll() { return kUnroll; }
+// Of on-chip blocks with one slab.
+int64_t plan_registers(int64_t dtype, int64_t rows, int64_t whole_packs, int64_t arch) {
+  Plan p;
+  p.family = Family::kResident;
+  p.dtype = static_cast<DType>(dtype);
+  p.walk = rows != 0 ? Walk::kRows : Walk::kPlanes;
+  p.whole_packs = whole_packs != 0;
+  return registers_of(p, static_cast<int>(arch));
+}
 int64_t plan_batches() { return Limits{}.batches; }
 
 void plan_run(Query* q) {

@@ -6,21 +6,32 @@
 
 namespace bnext::cuda {
 
-// 16 bytes. Only this thread may look at `to`, and only after wait_async: for others it takes a barrier as well.
-template <typename T>
-__device__ inline void copy_async(SharedAddress to, const T* from, Cache cache) {
-#ifdef BNEXT_SIMT
-  simt::copy_async(to, simt::check_load(from, kPackBytes), kPackBytes, cache == Cache::kKeep);
-#elif __CUDA_ARCH__ >= 800
-  uint64_t keep, last_use;  // constants, which only ptxas knows
+// How long L2 should keep what is copied, in the form that copies take.
+#if !defined(BNEXT_SIMT) && __CUDA_ARCH__ >= 800
+using CachePolicy = uint64_t;
+__device__ inline CachePolicy cache_policy(Cache cache) {
+  CachePolicy keep, last_use;  // constants, which only ptxas knows
   asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(keep));
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(last_use));
+  return cache == Cache::kLastUse ? last_use : keep;
+}
+#else
+using CachePolicy = Cache;
+__device__ inline CachePolicy cache_policy(Cache cache) { return cache; }
+#endif
+
+// 16 bytes. Only this thread may look at `to`, and only after wait_async: for others it takes a barrier as well.
+template <typename T>
+__device__ inline void copy_async(SharedAddress to, const T* from, CachePolicy policy) {
+#ifdef BNEXT_SIMT
+  simt::copy_async(to, simt::check_load(from, kPackBytes), kPackBytes, policy == Cache::kKeep);
+#elif __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(__cvta_generic_to_global(from)), "l"(cache == Cache::kLastUse ? last_use : keep)
+               "l"(__cvta_generic_to_global(from)), "l"(policy)
                : "memory");
 #else
   Pack<T, kPackBytes / sizeof(T)> pack;
-  cache == Cache::kLastUse ? load_pack<Cache::kLastUse>(pack, from) : load_pack<Cache::kKeep>(pack, from);
+  policy == Cache::kLastUse ? load_pack<Cache::kLastUse>(pack, from) : load_pack<Cache::kKeep>(pack, from);
   store_slot(to, pack);
 #endif
 }

@@ -52,9 +52,10 @@ __device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems], const Item<
     take_apart(wide, x, items, first, pivot);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
-      Acc b1 = 0, b2 = 0;
+      const Acc first_d = wide[0][v] - pivot[v];
+      Acc b1 = first_d, b2 = first_d * first_d;
 #pragma unroll
-      for (int u = 0; u < kSome; ++u) {
+      for (int u = 1; u < kSome; ++u) {
         const Acc d = wide[u][v] - pivot[v];
         b1 += d;
         b2 += d * d;
@@ -79,9 +80,10 @@ __device__ inline void add_gradients(const Pack<T, kVec> (&x)[kItems], const Pac
     take_apart(wide_dy, dy, items, first, zero);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
-      Acc b0 = 0, b1 = 0, b2 = 0;
+      const Acc first_xmu = wide_x[0][v] - mean[v];
+      Acc b0 = wide_dy[0][v], b1 = wide_dy[0][v] * first_xmu, b2 = first_xmu;
 #pragma unroll
-      for (int u = 0; u < kSome; ++u) {
+      for (int u = 1; u < kSome; ++u) {
         const Acc xmu = wide_x[u][v] - mean[v];
         b0 += wide_dy[u][v];
         b1 += wide_dy[u][v] * xmu;

@@ -28,16 +28,18 @@ class Slots {
   // Asks for the next steps of a thread, or for those before them, as batch number `place` of its slots.
   template <bool kBackwards = false>
   __device__ void copy(Steps& steps, int place, Cache cache = Cache::kLastUse) const {
+    const CachePolicy policy = cache_policy(cache);
+    Item<T, kViews> items[kOnChipBatch];
+    take<kBackwards>(steps, items);
 #pragma unroll
-    for (int i = 0; i < kOnChipBatch; ++i) {
-      const int u = kBackwards ? kOnChipBatch - 1 - i : i;
-      const Item<T, kViews> item = kBackwards ? steps.previous() : steps.next();
+    for (int u = 0; u < kOnChipBatch; ++u) {
+      const Item<T, kViews>& item = items[u];
       if (item.empty()) continue;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
         const SharedAddress to = slot(place * kOnChipBatch + u, t);
         if (kWhole || is_aligned(item.at[1 + t])) {
-          copy_async(to, item.at[1 + t], cache);
+          copy_async(to, item.at[1 + t], policy);
         } else {
           const Item<T, kViews> one[1] = {item};
           Pack<T, kVec> pack[1];
@@ -54,10 +56,9 @@ class Slots {
   template <bool kBackwards = false>
   __device__ Batch held(Steps& steps, int place, int num_slots) const {
     Batch found;
+    take<kBackwards>(steps, found.items);
 #pragma unroll
-    for (int i = 0; i < kOnChipBatch; ++i) {
-      const int u = kBackwards ? kOnChipBatch - 1 - i : i;
-      found.items[u] = kBackwards ? steps.previous() : steps.next();
+    for (int u = 0; u < kOnChipBatch; ++u) {
       const int step = place * kOnChipBatch + u, last = num_slots - 1;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) load_slot(found.pack[t][u], slot(step < last ? step : last, t));
@@ -66,6 +67,14 @@ class Slots {
   }
 
  private:
+  template <bool kBackwards>
+  __device__ static void take(Steps& steps, Item<T, kViews> (&items)[kOnChipBatch]) {
+#pragma unroll
+    for (int i = 0; i < kOnChipBatch; ++i) {
+      items[kBackwards ? kOnChipBatch - 1 - i : i] = kBackwards ? steps.previous() : steps.next();
+    }
+  }
+
   __device__ SharedAddress slot(int step, int tensor) const { return own_ + (step * kTensors + tensor) * row_; }
 
   SharedAddress own_;  // the thread's first slot

@@ -49,10 +49,10 @@ class Cursor {
     num_threads_ = blockDim.x;
     if (kRows) {
       const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * args.block_packs;
-      offset_c = (tile.column * args.block_packs + pack) * kVec;
+      offset_c = tile.column * args.block_packs + pack;
       start = row;
       num_threads_ = args.block_rows;
-      idle = row >= args.block_rows || offset_c >= args.wide_channels;
+      idle = row >= args.block_rows || offset_c * kVec >= args.wide_channels;
     }
     const int64_t block_item = tile.split * args.chunk, block_end = block_item + args.chunk;
     end_ = static_cast<Index>(idle ? 0 : block_end < args.num_items ? block_end : args.num_items);
@@ -60,7 +60,7 @@ class Cursor {
     const int64_t item = block_item + int64_t{step} * num_threads_ + start;
     item_ = static_cast<Index>(item);
     // Where there is one group of planes or rows, the second digit has no end: items beyond the last have places, too.
-    int64_t digit[3];
+    Distance digit[3];
     if constexpr (kVec > 1) {
       const unsigned rows = args.by_size[2].divide(static_cast<unsigned>(item));
       const unsigned groups = args.grouped ? args.by_size[1].divide(rows) : 0;
@@ -77,10 +77,16 @@ class Cursor {
 #pragma unroll
     for (int k = 0; k < kViews; ++k) {
       const View& view = args.view[k];
-      const int64_t inner = kRows || kVec == 1 ? view.stride[2] : kVec;
-      at_[k] = static_cast<T*>(view.data);
-      if (at_[k] == nullptr) continue;
-      at_[k] += offset_c * view.stride_c + digit[0] * view.stride[0] + digit[1] * view.stride[1] + digit[2] * inner;
+      const int64_t inner = kRows || kVec == 1 ? view.stride[2] : kPacks ? 1 : kVec;
+      if constexpr (kPacks) {
+        at_[k] = 0;
+      } else {
+        at_[k] = static_cast<T*>(view.data);
+        if (at_[k] == nullptr) continue;
+      }
+      at_[k] += static_cast<Distance>(offset_c) * static_cast<Distance>(view.stride_c);
+      at_[k] += digit[0] * static_cast<Distance>(view.stride[0]) + digit[1] * static_cast<Distance>(view.stride[1]) +
+                digit[2] * static_cast<Distance>(inner);
     }
   }
 
@@ -112,11 +118,19 @@ class Cursor {
   }
 
  private:
+  // Where all packs are whole, places are packs, counted from the view's first one modulo 2^32: to go on is an addition for
+  // each view. Else they are addresses, and distances are of elements.
+  static constexpr bool kPacks = kWhole && kVec > 1;
+  using Place = std::conditional_t<kPacks, unsigned, T*>;
+  using Distance = std::conditional_t<kPacks, unsigned, int64_t>;
+
   __device__ Item<T, kViews> here() const {
     Item<T, kViews> item;
     constexpr unsigned kAllLanes = (1u << kVec) - 1;
     item.lanes = item_ < end_ ? kAllLanes : 0;
-    if constexpr (kWhole) {
+    if constexpr (kPacks) {
+      for (int k = 0; k < kViews; ++k) item.at[k] = static_cast<T*>(args_->view[k].data) + size_t{at_[k]} * kVec;
+    } else if constexpr (kWhole) {
       for (int k = 0; k < kViews; ++k) item.at[k] = at_[k];
     } else {
       // The plane begins inside a pack, and lane 0 of its first pack before it.
@@ -132,17 +146,24 @@ class Cursor {
   // One step of all threads in every view. Where a digit overflows, carry moves on to the next row, plane or group.
   __device__ void move(int direction) {
 #pragma unroll
-    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_->move[k][0];
+    for (int k = 0; k < kViews; ++k) go(k, direction, args_->move[k][0]);
   }
   __device__ void carry(int d, int direction) {
     digit_[d] -= direction * static_cast<Index>(args_->size[d]);
     digit_[d - 1] += direction;
 #pragma unroll
-    for (int k = 0; k < kViews; ++k) at_[k] += direction * args_->move[k][3 - d];
+    for (int k = 0; k < kViews; ++k) go(k, direction, args_->move[k][3 - d]);
+  }
+  __device__ void go(int k, int direction, int64_t distance) {
+    if (direction > 0) {
+      at_[k] += static_cast<Distance>(distance);
+    } else {
+      at_[k] -= static_cast<Distance>(distance);
+    }
   }
 
   const KernelArgs* args_;
-  T* at_[kViews];  // of lane 0 if planes began at packs
+  Place at_[kViews];  // of lane 0 if planes began at packs
   Index item_, end_, digit_[3];
   int num_threads_;
 };
