@@ -330,14 +330,15 @@ def test_far_from_zero_half_on_chip(walk: str) -> None:
 
 @pytest.mark.parametrize("dtypes", ["float32", "float16"])
 @pytest.mark.parametrize("walk", ["planes", "rows", "runs"])
-def test_offsets_beyond_32_bits(walk: str, dtypes: str) -> None:
+@pytest.mark.parametrize("far", ["elements", "packs"])
+def test_offsets_beyond_32_bits(far: str, walk: str, dtypes: str) -> None:
     shape = (2, 8, 7, 7) if walk == "runs" else (2, 8, 4, 8)
     case = cases.make_case(shape, dtypes)
-    far = far_apart(case.input, walk == "rows")
+    apart = far_apart(case.input, walk == "rows", far)
     dense = torch.channels_last if walk == "rows" else torch.contiguous_format
     dy = case.grad_output.contiguous(memory_format=dense)
     for machine in (RESIDENT, CLUSTER._replace(team=2), GRID._replace(team=2)):
-        both(case._replace(input=far, grad_output=dy), walk, machine=machine)
+        both(case._replace(input=apart, grad_output=dy), walk, machine=machine)
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -355,3 +356,16 @@ def test_nan_stays_in_its_channel(way: str, poison: float) -> None:
     assert torch.equal(got.running_var[others], want.running_var[others])
     assert got.output[:, 2].isnan().all()
     assert not got.running_mean[2].isfinite()
+
+
+@pytest.mark.parametrize("way", EVERY_WAY)
+def test_an_infinite_gradient_has_an_infinite_sum(way: str) -> None:
+    """Not NaN."""
+    layout, shape, machine = EVERY_WAY[way]
+    case = cases.make_case(shape, layout=layout, grad_layout=layout)
+    dy = case.grad_output.clone(memory_format=torch.preserve_format)
+    dy[1, 2, 2, 3] = torch.inf
+    ones = torch.ones(shape[1])
+    got = simt.backward(dy, case.input, 0 * ones, ones, case.weight, machine=machine)
+    assert got.bias[2] == torch.inf
+    assert got.bias.isfinite().sum() == shape[1] - 1

@@ -51,7 +51,9 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   layout.counts = layout.parts + kNumSums * parts * columns * acc;
   layout.totals = round_up(layout.counts + parts * 4, kPackBytes);
   const int64_t slices = slices_of(plan), totals = plan.cluster > 1 || slices > 1 ? slices : 0;
-  layout.coefficients = round_up(layout.totals + totals * kNumSums * plan.slab_channels * 8, kPackBytes);
+  layout.results = layout.totals + totals * kNumSums * plan.slab_channels * 8;
+  const int outputs = plan.on_chip ? count_outputs(plan.pass == Pass::kBackward) : 0;
+  layout.coefficients = round_up(layout.results + outputs * plan.slab_channels * 8, kPackBytes);
   layout.bytes = layout.coefficients + 4 * plan.slab_channels * acc;
   return layout;
 }

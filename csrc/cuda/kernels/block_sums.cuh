@@ -116,8 +116,8 @@ __device__ inline Value* shared_at(int64_t offset) {
 // As long as a lane has several columns, it gives half of them to its partner and takes the other half's sums, so half as
 // much goes round each time. Returns the first column that the lane has then; value[0], value[1], ... up to `held` are of
 // that one and the next ones. The last partners have the same.
-template <bool kAdd, int kLanes, typename Sum>
-__device__ inline int halve_columns(int packs, Sum (&value)[kLanes], int& held) {
+template <bool kAdd, int kLanes, typename Acc>
+__device__ inline int halve_columns(int packs, Acc (&value)[kLanes], int& held) {
   const int lane = threadIdx.x % kWarpSize;
   int first = 0, distance = kWarpSize / 2;
   held = kLanes;
@@ -127,7 +127,7 @@ __device__ inline int halve_columns(int packs, Sum (&value)[kLanes], int& held) 
     const bool upper = (lane & distance) != 0;
 #pragma unroll
     for (int i = 0; i < half; ++i) {
-      const Sum kept = upper ? value[i + half] : value[i], given = upper ? value[i] : value[i + half];
+      const Acc kept = upper ? value[i + half] : value[i], given = upper ? value[i] : value[i + half];
       value[i] = kAdd ? kept + __shfl_xor_sync(kFullWarp, given, distance) : kept;
     }
     first += upper ? half : 0;
@@ -141,30 +141,43 @@ __device__ inline int halve_columns(int packs, Sum (&value)[kLanes], int& held) 
   return first;
 }
 
-// Leaves the sums of a part for add_parts. A thread has numbers for each of its columns: kNumSums sums, or pivot, sum of
-// x - pivot and of its square, where all threads of a part have the same pivot, and `count` positions. A pack's lanes lie
-// apart: no bank conflicts. Rows are few, and each sum's rounding counts: they are added up in float64.
-template <bool kRows, bool kMoments, int kLanes, typename Acc>
-__device__ inline void leave_parts(const KernelArgs& args, const Acc (&value)[kNumSums][kLanes], int count = 0) {
-  using Sum = std::conditional_t<kRows, double, Acc>;
+// Leaves the sums of a part for add_parts: for each column kNumSums sums, or pivot, sum of x - pivot and of its square, where
+// all threads of a part have the same pivot, and `count` positions of each thread. In planes a part is a warp, with one column.
+template <bool kMoments, typename Acc>
+__device__ inline void leave_warp(const KernelArgs& args, Acc (&value)[kNumSums], int count = 0) {
+#pragma unroll
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int k = kMoments ? 1 : 0; k < kNumSums; ++k) value[k] += __shfl_xor_sync(kFullWarp, value[k], distance);
+    if (kMoments) count += __shfl_xor_sync(kFullWarp, count, distance);
+  }
+  if (threadIdx.x % kWarpSize > 0) return;
+  const int part = threadIdx.x / kWarpSize;
+#pragma unroll
+  for (int k = 0; k < kNumSums; ++k) shared_at<Acc>(args.layout.parts)[k * args.num_parts + part] = value[k];
+  if (kMoments) shared_at<int>(args.layout.counts)[part] = count;
+}
+
+// In rows a thread has numbers for each of its columns. A pack's lanes lie apart: no bank conflicts.
+template <bool kMoments, int kLanes, typename Acc>
+__device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSums][kLanes], int count = 0) {
   Acc* parts = shared_at<Acc>(args.layout.parts);
-  const int thread = threadIdx.x, packs = kRows ? args.block_packs : 1, columns = packs * kLanes;
-  const bool warps = !kRows || args.parts_are_warps;
+  const int thread = threadIdx.x, packs = args.block_packs, columns = packs * kLanes;
+  const bool warps = args.parts_are_warps;
   const int row = static_cast<int>(args.by_packs.divide(thread));
   const int part = warps ? thread / kWarpSize : row, place = warps ? thread & (packs - 1) : thread - row * packs;
   const bool there = part < args.num_parts;
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) {
-    Sum sum[kLanes];
+    Acc(&sum)[kLanes] = value[k];
     int first = 0, held = kLanes;
-#pragma unroll
-    for (int v = 0; v < kLanes; ++v) sum[v] = value[k][v];
-    if (warps)
+    if (warps) {
       first = kMoments && k == 0 ? halve_columns<false>(packs, sum, held) : halve_columns<true>(packs, sum, held);
+    }
 #pragma unroll
     for (int v = 0; v < kLanes; ++v) {
       Acc* to = parts + (k * args.num_parts + part) * columns + (first + v) * packs + place;
-      if (there && v < held) *to = static_cast<Acc>(sum[v]);
+      if (there && v < held) *to = sum[v];
     }
   }
   if (!kMoments) return;
@@ -181,25 +194,29 @@ __device__ inline void leave_parts(const KernelArgs& args, const Acc (&value)[kN
 template <bool kRows, int kLanes, typename Acc>
 __device__ inline void leave_sums(const KernelArgs& args, Acc (&sum)[kNumSums][kLanes]) {
   if constexpr (kRows) {
-    leave_parts<kRows, false>(args, sum);
+    leave_columns<false>(args, sum);
   } else {
-    Acc value[kNumSums][1] = {{add_lanes(sum[0])}, {add_lanes(sum[1])}, {add_lanes(sum[2])}};
-    leave_parts<kRows, false>(args, value);
+    Acc value[kNumSums] = {add_lanes(sum[0]), add_lanes(sum[1]), add_lanes(sum[2])};
+    leave_warp<false>(args, value);
   }
 }
 
 template <bool kRows, int kVec, int kLanes, typename Acc>
 __device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[kVec], const Acc (&s1)[kLanes],
                                      const Acc (&s2)[kLanes], int count) {
-  constexpr int kParts = kRows ? kVec : 1;
-  Acc value[kNumSums][kParts];
+  if constexpr (kRows) {
+    Acc value[kNumSums][kVec];
 #pragma unroll
-  for (int v = 0; v < kParts; ++v) {
-    value[0][v] = pivot[v];
-    value[1][v] = kRows ? s1[v] : add_lanes(s1);
-    value[2][v] = kRows ? s2[v] : add_lanes(s2);
+    for (int v = 0; v < kVec; ++v) {
+      value[0][v] = pivot[v];
+      value[1][v] = s1[v];
+      value[2][v] = s2[v];
+    }
+    leave_columns<true>(args, value, count);
+  } else {
+    Acc value[kNumSums] = {pivot[0], add_lanes(s1), add_lanes(s2)};
+    leave_warp<true>(args, value, count);
   }
-  leave_parts<kRows, true>(args, value, count);
 }
 
 // Which of the channels of all blocks side by side, args.tile_channels, is the block's channel i. Of the last slab, not all

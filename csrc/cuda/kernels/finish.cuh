@@ -13,10 +13,12 @@ namespace bnext::cuda {
 namespace forward {
 enum Input : int { kWeight, kBias, kRunningMean, kRunningVar };
 enum Output : int { kMean, kInvstd, kStatsMean, kStatsVar, kNewMean, kNewVar };
+static_assert(kNewVar < count_outputs(false), "each has a place");
 }  // namespace forward
 namespace backward {
 enum Input : int { kWeight, kMean, kInvstd, kGradMean, kGradVar };
 enum Output : int { kDbias, kDweight, kDvar, kDmean };
+static_assert(kDmean < count_outputs(true), "each has a place");
 }  // namespace backward
 
 // What the lane's role has to load, or 0; a weight that is not there is 1.
@@ -30,27 +32,32 @@ __device__ inline double of_role(const KernelArgs& args, double value, int role)
   return __shfl_sync(kFullWarp, value, (threadIdx.x & ~static_cast<unsigned>(args.group_lanes - 1)) + role);
 }
 
-// What a pass says of a channel, by role, and what its elements are mapped with.
-template <typename Acc>
-struct Finished {
-  Coefficients<Acc> coefficients;
-  double output[kRoles];
-};
+// What the lane's role has to store, of what there is to be stored by role.
+__device__ inline double pick_output(int lane, const double (&output)[kRoles]) {
+  double value = output[0];
+#pragma unroll
+  for (int role = 1; role < kRoles; ++role) value = lane == role ? output[role] : value;
+  return value;
+}
+
+// The functions that finish a channel call leave(coefficients), what its elements are mapped with, as soon as they know
+// them: others wait for those. They return what the lane's role has to store.
 
 // y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes from
 // the mean to make it `centre` goes into the shift.
-template <typename Acc>
-__device__ inline Finished<Acc> finish_forward(const KernelArgs& args, const ChannelTotals& totals, double input) {
+template <typename Acc, typename F>
+__device__ inline double finish_forward(const KernelArgs& args, const ChannelTotals& totals, double input, int lane,
+                                        F leave) {
   // Rounding may leave a sum of squares a little below zero; NaN stays.
   const double mean = totals.value[1], squares = totals.value[2] < 0 ? 0 : totals.value[2];
   const double var = squares * args.inverse_positions, invstd = reciprocal_root(var + args.eps);
   const double scale = of_role(args, input, forward::kWeight) * invstd, bias = of_role(args, input, forward::kBias);
+  const Acc centre = static_cast<Acc>(mean);
+  leave(Coefficients<Acc>{Acc(0), static_cast<Acc>(scale), centre, static_cast<Acc>(bias - scale * (mean - centre))});
   const double old_mean = of_role(args, input, forward::kRunningMean);
   const double old_var = of_role(args, input, forward::kRunningVar);
-  const Acc centre = static_cast<Acc>(mean);
-  Finished<Acc> finished = {{Acc(0), static_cast<Acc>(scale), centre, static_cast<Acc>(bias - scale * (mean - centre))},
-                            {mean, invstd, mean, var, old_mean, old_var}};
-  if (args.output[forward::kNewMean].data == nullptr) return finished;
+  double output[kRoles] = {mean, invstd, mean, var, old_mean, old_var};
+  if (args.output[forward::kNewMean].data == nullptr) return pick_output(lane, output);
   // A kernel before this one has counted the batch already: reduce, or on chip count_kernel.
   const double momentum = args.cumulative && args.num_batches_tracked != nullptr
                               ? 1.0 / static_cast<double>(load_left(args.num_batches_tracked))
@@ -59,15 +66,16 @@ __device__ inline Finished<Acc> finish_forward(const KernelArgs& args, const Cha
   const double new_var = momentum * (var * args.unbiased) + (1 - momentum) * old_var;
   const double limit = args.running_limit;
   if (limit == 0 || (fabs(new_mean) <= limit && fabs(new_var) <= limit)) {
-    finished.output[forward::kNewMean] = new_mean;
-    finished.output[forward::kNewVar] = new_var;
+    output[forward::kNewMean] = new_mean;
+    output[forward::kNewVar] = new_var;
   }
-  return finished;
+  return pick_output(lane, output);
 }
 
 // dx = scale_dy * dy + (scale_x * (x - centre) + shift).
-template <typename Acc>
-__device__ inline Finished<Acc> finish_backward(const KernelArgs& args, const ChannelTotals& totals, double input) {
+template <typename Acc, typename F>
+__device__ inline double finish_backward(const KernelArgs& args, const ChannelTotals& totals, double input, int lane,
+                                         F leave) {
   const double invstd = of_role(args, input, backward::kInvstd), mean = of_role(args, input, backward::kMean);
   const double scale = of_role(args, input, backward::kWeight) * invstd;
   const double sum_dy = totals.value[0];
@@ -79,33 +87,31 @@ __device__ inline Finished<Acc> finish_backward(const KernelArgs& args, const Ch
   // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
   const double dmean = of_role(args, input, backward::kGradMean) - scale * sum_dy;
   const double scale_x = 2 * dvar * args.inverse_positions;
-  return {{static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(mean),
-           static_cast<Acc>(dmean * args.inverse_positions - scale_x * lost)},
-          {sum_dy, sum_dy_xmu * invstd, dvar, dmean}};
+  leave(Coefficients<Acc>{static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(mean),
+                          static_cast<Acc>(dmean * args.inverse_positions - scale_x * lost)});
+  return pick_output(lane, {sum_dy, sum_dy_xmu * invstd, dvar, dmean});
 }
 
 // Eval: everything follows from vectors. In Acc, because float64 is slow on some devices.
-template <typename Acc>
-__device__ inline Finished<Acc> finish_constant(const KernelArgs& args, bool backward, double input) {
+template <typename Acc, typename F>
+__device__ inline double finish_constant(const KernelArgs& args, bool backward, double input, int lane, F leave) {
   if (backward) {
     const Acc scale = static_cast<Acc>(of_role(args, input, backward::kWeight)) *
                       static_cast<Acc>(of_role(args, input, backward::kInvstd));
-    return {{scale, Acc(0), static_cast<Acc>(of_role(args, input, backward::kMean)), Acc(0)}, {}};
+    leave(Coefficients<Acc>{scale, Acc(0), static_cast<Acc>(of_role(args, input, backward::kMean)), Acc(0)});
+    return 0;
   }
   const Acc mean = static_cast<Acc>(of_role(args, input, forward::kRunningMean));
   const Acc var = static_cast<Acc>(of_role(args, input, forward::kRunningVar));
   const Acc invstd = Acc(1) / square_root(var + static_cast<Acc>(args.eps));
   const Acc scale = static_cast<Acc>(of_role(args, input, forward::kWeight)) * invstd;
   const Acc bias = static_cast<Acc>(of_role(args, input, forward::kBias));
-  return {{Acc(0), scale, mean, bias}, {mean, invstd, mean, var}};
+  leave(Coefficients<Acc>{Acc(0), scale, mean, bias});
+  return pick_output(lane, {mean, invstd, mean, var});
 }
 
-template <typename Acc>
-__device__ inline void store_outputs(const KernelArgs& args, int64_t channel, int lane, const Finished<Acc>& finished) {
-  double value = finished.output[0];
-#pragma unroll
-  for (int role = 1; role < kRoles; ++role) value = lane == role ? finished.output[role] : value;
-  if (lane < kRoles) store_channel(args.output[lane], channel, value);
+__device__ inline void store_output(const KernelArgs& args, int64_t channel, int lane, double output) {
+  if (lane < kRoles) store_channel(args.output[lane], channel, output);
 }
 
 // ---- from partial sums -------------------------------------------------------------------------------------------
@@ -162,14 +168,12 @@ __device__ inline ChannelTotals group_partial_totals(const KernelArgs& args, int
   return partial_totals(args, sums);
 }
 
-// The coefficients of a channel, for a group of lanes that has its totals. `write`: it stores the results.
-template <typename Acc>
-__device__ inline Coefficients<Acc> finish_group(const KernelArgs& args, bool backward, int64_t channel, int lane,
-                                                 const ChannelTotals& totals, double input, bool write) {
-  const Finished<Acc> finished =
-      backward ? finish_backward<Acc>(args, totals, input) : finish_forward<Acc>(args, totals, input);
-  if (write) store_outputs(args, channel, lane, finished);
-  return finished.coefficients;
+// For a group of lanes that has a channel's totals.
+template <typename Acc, typename F>
+__device__ inline double finish_group(const KernelArgs& args, bool backward, const ChannelTotals& totals, double input,
+                                      int lane, F leave) {
+  return backward ? finish_backward<Acc>(args, totals, input, lane, leave)
+                  : finish_forward<Acc>(args, totals, input, lane, leave);
 }
 
 // One block for each channel. Its warps add up what they have in shared memory, and the first one finishes. Without a
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
   const double input = load_input(args, c, lane);
   wait_for_kernels();
   if (args.source == Source::kConstants) {
-    store_outputs(args, c, lane, finish_constant<Acc>(args, false, input));
+    store_output(args, c, lane, finish_constant<Acc>(args, false, input, lane, [](const Coefficients<Acc>&) {}));
     return;
   }
   PartialSums sums = add_partials(args, c, threadIdx.x, blockDim.x);
@@ -197,9 +201,12 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) sums.value[k] = warp_sum(lane < num_warps ? scratch[k * num_warps + lane] : 0);
   const ChannelTotals totals = partial_totals(args, sums);
-  const Coefficients<Acc> coefficients = finish_group<Acc>(args, args.backward, c, lane, totals, input, true);
-  auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
-  if (stored != nullptr && lane == 0) stored[c] = coefficients;
+  const double output =
+      finish_group<Acc>(args, args.backward, totals, input, lane, [&](const Coefficients<Acc>& found) {
+        auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
+        if (stored != nullptr && lane == 0) stored[c] = found;
+      });
+  store_output(args, c, lane, output);
 }
 
 // By one thread of a kernel in which nobody reads it: in one that finishes channels, not where the momentum is cumulative.

@@ -39,6 +39,8 @@ constexpr int kWordsOfTeam = 2;
 constexpr int kWarpSize = 32;
 // What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
 constexpr int kRoles = 8;
+// Of these vectors, what a pass stores.
+BNEXT_HOST_DEVICE constexpr int count_outputs(bool backward) { return backward ? 4 : 6; }
 
 // Where the apply kernel has the numbers of its channels from.
 enum class Source : uint8_t {
@@ -49,9 +51,10 @@ enum class Source : uint8_t {
 
 // Where a block keeps what in its shared memory, as offsets in bytes. On chip, slots for packs come first.
 struct SharedLayout {
-  int64_t parts = 0;   // sums of the block's parts, [kNumSums][num_parts][columns]; see block_sums.cuh
-  int64_t counts = 0;  // [num_parts], of statistics
-  int64_t totals = 0;  // clusters, and slices: [slices][kNumSums][slab_channels], for other blocks and warps to read
+  int64_t parts = 0;    // sums of the block's parts, [kNumSums][num_parts][columns]; see block_sums.cuh
+  int64_t counts = 0;   // [num_parts], of statistics
+  int64_t totals = 0;   // clusters, and slices: [slices][kNumSums][slab_channels], for other blocks and warps to read
+  int64_t results = 0;  // on chip: what is to be stored of each channel, [count_outputs][slab_channels]
   int64_t coefficients = 0;  // [slab_channels]
   int64_t bytes = 0;
 };
@@ -80,11 +83,12 @@ inline Divider make_divider(int64_t divisor) {
 // Planes: item (i0, i1, j) is pack j of plane (i0, i1). Rows: item (i0, i1, i2) is a row, and a block has block_packs of
 // its packs. A block has `chunk` consecutive items.
 struct KernelArgs {
-  View view[3];     // reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null
+  // Reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null. Strides are of packs where all packs are whole.
+  View view[3];
   int64_t size[3];  // of i0, i1 and j or i2
   bool grouped;     // size[0] > 1: otherwise nobody looks at i1
   int64_t step[3];  // the mixed-radix digits of the distance between two items of a thread
-  // Elements that a view goes on by: a step, what is added at the end of a row or plane, and of a group.
+  // What a view goes on by, as its strides: a step, what is added at the end of a row or plane, and of a group.
   int64_t move[3][3];
   int64_t num_items;   // size[0] * size[1] * size[2]
   int64_t chunk;       // items in a block

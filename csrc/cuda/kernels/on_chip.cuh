@@ -167,19 +167,36 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
 }
 
 // Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors, lane) for
-// a group of lanes. The first block of the team stores the results.
+// a group of lanes. The first block of the team leaves the results for store_results: others do not wait for the stores.
 template <bool kBackward, typename Acc, typename F>
 __device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  double* results = shared_at<double>(args.layout.results);
   for_each_group(args, [&](int i, int lane, bool there, int round) {
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
     const int64_t channel = tile_channel(args, tile, i);
     there = there && channel < args.num_channels;
     const ChannelTotals totals = totals_of(i, there ? channel : 0, lane);
-    const Coefficients<Acc> found =
-        finish_group<Acc>(args, kBackward, channel, lane, totals, input, there && tile.split == 0);
-    if (there && lane == 0) shared[i] = found;
+    const double output =
+        finish_group<Acc>(args, kBackward, totals, input, lane, [&](const Coefficients<Acc>& coefficients) {
+          if (there && lane == 0) shared[i] = coefficients;
+        });
+    const bool stores = there && lane < count_outputs(kBackward) && tile.split == 0;
+    if (stores) results[lane * args.slab_channels + i] = output;
   });
+}
+
+// After a barrier.
+template <bool kBackward>
+__device__ inline void store_results(const KernelArgs& args, const Tile& tile) {
+  if (tile.split > 0) return;
+  const double* results = shared_at<const double>(args.layout.results);
+#pragma unroll 1
+  for (int n = threadIdx.x; n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
+    const int role = static_cast<int>(args.by_slab.divide(n));
+    const int64_t channel = tile_channel(args, tile, n - role * args.slab_channels);
+    if (channel < args.num_channels) store_channel(args.output[role], channel, results[n]);
+  }
 }
 
 // The same where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of many
@@ -192,13 +209,17 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, co
 #pragma unroll 1
   for (int i = static_cast<int>(turn.tile.split) + warp * blocks; i < args.slab_channels; i += num_warps * blocks) {
     const int64_t channel = tile_channel(args, turn.tile, i);
-    if (channel < args.num_channels) {
+    const bool there = channel < args.num_channels;  // the same for all lanes
+    double output = 0;
+    if (there) {
       const double input = load_input(args, channel, lane);
       const ChannelTotals totals = group_partial_totals(args, channel, lane, kWarpSize);
-      const auto found = finish_group<Acc>(args, kBackward, channel, lane, totals, input, true);
-      if (lane == 0) left[channel] = found;
+      output = finish_group<Acc>(args, kBackward, totals, input, lane, [&](const Coefficients<Acc>& found) {
+        if (lane == 0) left[channel] = found;
+      });
     }
     if (lane == 0) meetings.leave_coefficients(args, turn, i);
+    if (there) store_output(args, channel, lane, output);
   }
   meetings.await_coefficients(args, turn);
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
@@ -247,6 +268,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
     if (args.cluster_size > 1) cluster_arrive();
   }
   __syncthreads();
+  if (kBlocks != Blocks::kGrid || !kRows || !args.shares_out) store_results<kBackward>(args, tile);
   const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
   int channel[kVec];
   find_slab_channels<kRows>(args, channel);

@@ -33,9 +33,11 @@ __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile,
   for_each_group(args, [&](int i, int lane, bool there, int) {
     int64_t channel;
     there = find_channel(args, tile, i, channel) && there;
-    const Finished<Acc> finished = finish_constant<Acc>(args, backward, load_input(args, channel, lane));
-    if (there && lane == 0) shared[i] = finished.coefficients;
-    if (there && write && is_first_column(args, tile, i)) store_outputs(args, channel, lane, finished);
+    const double input = load_input(args, channel, lane);
+    const double output = finish_constant<Acc>(args, backward, input, lane, [&](const Coefficients<Acc>& coefficients) {
+      if (there && lane == 0) shared[i] = coefficients;
+    });
+    if (there && write && is_first_column(args, tile, i)) store_output(args, channel, lane, output);
   });
 }
 
@@ -139,8 +141,11 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       const double input = load_input(args, channel, lane);
       wait_for_kernels();
       const ChannelTotals totals = group_partial_totals(args, channel, lane, args.group_lanes);
-      const auto coefficients = finish_group<Acc>(args, args.backward, channel, lane, totals, input, writes);
-      if (there && lane == 0) shared[i] = coefficients;
+      const double output =
+          finish_group<Acc>(args, args.backward, totals, input, lane, [&](const Coefficients<Acc>& coefficients) {
+            if (there && lane == 0) shared[i] = coefficients;
+          });
+      if (writes) store_output(args, channel, lane, output);
     });
   }
   wait_for_kernels();
