@@ -422,7 +422,7 @@ def test_persistent_blocks() -> None:
         q = plan(device, (32, 4, 14, 14), **request, persistent_limit=simt.ALWAYS)
         assert not q.persistent and q.num_teams == 4
     h100 = DEVICES["h100"]
-    q = plan(h100, (256, 512, 28, 28), backward=1)
+    q = plan(h100, (256, 2048, 7, 7), backward=1)
     assert (q.family_chosen, q.persistent, q.held) == (CLUSTER, 1, 1), q.text.decode()
     assert b" slabs each, all on chip" in q.text
     # A grid's teams do so, whatever is said.

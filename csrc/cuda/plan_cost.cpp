@@ -135,8 +135,10 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 
 int registers_of(const Plan& plan, int arch) {
   if (plan.persistent || plan.family == Family::kGrid) return 128;  // kMaxOnChipThreads of them are all of an SM's
-  if (plan.walk == Walk::kRows && dtype_bytes(plan.dtype) == 2) return arch < 100 ? 96 : 104;
-  return plan.whole_packs || arch >= 90 ? 80 : 96;
+  const bool backward = plan.pass == Pass::kBackward, many = backward && dtype_bytes(plan.dtype) == 2;
+  if (plan.walk == Walk::kRows) return !many ? 80 : arch < 100 ? 96 : 104;
+  if (plan.whole_packs) return many ? 80 : 64;
+  return backward ? 96 : 72;
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {

@@ -39,9 +39,10 @@ extern "C" {
 int64_t plan_query_bytes() { return sizeof(Query); }
 int64_t plan_unroll() { return kUnroll; }
 // Of on-chip blocks with one slab.
-int64_t plan_registers(int64_t dtype, int64_t rows, int64_t whole_packs, int64_t arch) {
+int64_t plan_registers(int64_t backward, int64_t dtype, int64_t rows, int64_t whole_packs, int64_t arch) {
   Plan p;
   p.family = Family::kResident;
+  p.pass = backward != 0 ? Pass::kBackward : Pass::kForward;
   p.dtype = static_cast<DType>(dtype);
   p.walk = rows != 0 ? Walk::kRows : Walk::kPlanes;
   p.whole_packs = whole_packs != 0;

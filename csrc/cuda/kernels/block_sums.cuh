@@ -227,9 +227,15 @@ __device__ inline int64_t tile_channel(const KernelArgs& args, const Tile& tile,
 
 // Calls f(channel of the block, lane of its group, whether there is such a channel, how often before) in groups of
 // neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in shuffles.
-template <typename F>
+// Planes have one channel, and a warp for it.
+template <bool kRows, typename F>
 __device__ inline void for_each_group(const KernelArgs& args, int channels, F f) {
-  const int thread = threadIdx.x, of_warp = (thread & ~(kWarpSize - 1)) >> args.group_shift;
+  const int thread = threadIdx.x;
+  if constexpr (!kRows) {
+    if (thread < kWarpSize) f(0, thread, true, 0);
+    return;
+  }
+  const int of_warp = (thread & ~(kWarpSize - 1)) >> args.group_shift;
   const int groups = static_cast<int>(blockDim.x) >> args.group_shift, last = channels - 1;
 #pragma unroll 1
   for (int round = 0; round * groups + of_warp <= last; ++round) {
@@ -237,9 +243,9 @@ __device__ inline void for_each_group(const KernelArgs& args, int channels, F f)
     f(channel <= last ? channel : last, thread & (args.group_lanes - 1), channel <= last, round);
   }
 }
-template <typename F>
+template <bool kRows, typename F>
 __device__ inline void for_each_group(const KernelArgs& args, F f) {
-  for_each_group(args, args.slab_channels, f);
+  for_each_group<kRows>(args, args.slab_channels, f);
 }
 
 // All of so many neighbouring lanes get the sums.
@@ -252,12 +258,26 @@ __device__ inline void group_sum(int lanes, double (&value)[kNumbers]) {
   }
 }
 
-template <bool kMoments>
+// Parts of planes, and blocks of a cluster, are no more than these. Both halves of the channel's warp add them up, so that all
+// lanes have the sums one shuffle sooner.
+constexpr int kFewLanes = 16;
+static_assert(kMaxOnChipThreads / kWarpSize <= kFewLanes && kMaxThreads / kWarpSize <= kFewLanes,
+              "a lane for each part");
+
+template <bool kRows, bool kMoments>
 __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Moments& moments,
                                              const double (&sum)[kNumSums]) {
   double all[kNumSums] = {kMoments ? moments.count : sum[0], kMoments ? moments.sum : sum[1],
                           kMoments ? moments.squares : sum[2]};
-  group_sum(args.group_lanes, all);
+  if constexpr (kRows) {
+    group_sum(args.group_lanes, all);
+  } else {
+#pragma unroll
+    for (int distance = kFewLanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+      for (int k = 0; k < kNumSums; ++k) all[k] += __shfl_xor_sync(kFullWarp, all[k], distance);
+    }
+  }
   if (!kMoments) return {{all[0], all[1], all[2]}};
   const Moments merged = {moments.point, all[0], all[1], all[2]};
   const double count = all[0] > 0 ? all[0] : 1;
@@ -266,20 +286,16 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
 
 // A channel's totals of the block, from its columns of all parts. For a group of lanes, after a barrier; or for one of several
 // groups, whose lanes go on counting where those before have stopped: then of a slice of them.
-template <bool kMoments, int kVec, typename Acc>
+template <bool kRows, bool kMoments, int kVec, typename Acc>
 __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, int lane) {
   const Acc* parts = shared_at<const Acc>(args.layout.parts);
   const int* counts = shared_at<const int>(args.layout.counts);
-  const int count = args.channel_columns, columns = args.slab_channels * count, stride = args.num_parts * columns;
-  const int first = channel * args.run_length, step = args.run_length > 1 ? 1 : args.slab_channels;
-  auto place_of = [&](int column) { return column % kVec * args.block_packs + column / kVec; };
-  int part = static_cast<int>(args.by_columns.divide(lane)), j = lane - part * count;
+  const int count = kRows ? args.channel_columns : 1, columns = kRows ? args.slab_channels * count : 1;
+  const int stride = args.num_parts * columns;
   Moments moments;
   double sum[kNumSums] = {};
-  if (kMoments) moments.point = parts[place_of(first)];
-#pragma unroll 2
-  while (part < args.num_parts) {
-    const Acc* at = parts + part * columns + place_of(first + j * step);
+  auto add = [&](int part, int place) {
+    const Acc* at = parts + part * columns + place;
     const double v0 = at[0], v1 = at[stride], v2 = at[2 * stride];
     if (kMoments) {
       moments.add(counts[part], v0, v1, v2);
@@ -288,21 +304,34 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
       sum[1] += v1;
       sum[2] += v2;
     }
-    part += args.lane_parts;
-    j += args.lane_columns;
-    if (j >= count) {
-      j -= count;
-      ++part;
+  };
+  if constexpr (!kRows) {
+    if (kMoments) moments.point = parts[0];
+    if (lane % kFewLanes < args.num_parts) add(lane % kFewLanes, 0);
+  } else {
+    const int first = channel * args.run_length, step = args.run_length > 1 ? 1 : args.slab_channels;
+    auto place_of = [&](int column) { return column % kVec * args.block_packs + column / kVec; };
+    if (kMoments) moments.point = parts[place_of(first)];
+    int part = static_cast<int>(args.by_columns.divide(lane)), j = lane - part * count;
+#pragma unroll 2
+    while (part < args.num_parts) {
+      add(part, place_of(first + j * step));
+      part += args.lane_parts;
+      j += args.lane_columns;
+      if (j >= count) {
+        j -= count;
+        ++part;
+      }
     }
   }
-  return group_totals<kMoments>(args, moments, sum);
+  return group_totals<kRows, kMoments>(args, moments, sum);
 }
 
 // Block sums to the workspace, where finish.cuh finds them.
-template <bool kMoments, int kVec, typename Acc>
+template <bool kRows, bool kMoments, int kVec, typename Acc>
 __device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
-  for_each_group(args, [&](int i, int lane, bool there, int) {
-    const ChannelTotals totals = add_parts<kMoments, kVec, Acc>(args, i, lane);
+  for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
+    const ChannelTotals totals = add_parts<kRows, kMoments, kVec, Acc>(args, i, lane);
     const int64_t channel = tile_channel(args, tile, i), stride = args.tile_channels * args.num_splits;
     if (!there || lane > 0 || channel >= args.tile_channels) return;
     double* to = args.partials + channel * args.num_splits + tile.split;

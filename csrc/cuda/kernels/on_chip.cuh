@@ -110,11 +110,11 @@ __device__ inline double load_on_chip_input(const KernelArgs& args, const Tile& 
 
 // The same before anything is added up: the lane gets that of its first round, which for most blocks is all, and keeps it
 // until it is needed. Backward leaves the channels' means for all threads, who see them after a barrier.
-template <bool kBackward, typename Acc>
+template <bool kRows, bool kBackward, typename Acc>
 __device__ inline double load_first_inputs(const KernelArgs& args, const Tile& tile) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   double first = 0;
-  for_each_group(args, [&](int i, int lane, bool there, int round) {
+  for_each_group<kRows>(args, [&](int i, int lane, bool there, int round) {
     if (!kBackward && round > 0) return;
     const double input = load_on_chip_input(args, tile, i, lane);
     if (round == 0) first = input;
@@ -127,9 +127,9 @@ __device__ inline double load_first_inputs(const KernelArgs& args, const Tile& t
 template <bool kRows, bool kMoments, int kVec, typename Acc>
 __device__ inline void leave_totals(const KernelArgs& args) {
   const int channels = args.slab_channels;
-  for_each_group(args, (kRows ? args.slices : 1) * channels, [&](int i, int lane, bool there, int) {
+  for_each_group<kRows>(args, args.slices * channels, [&](int i, int lane, bool there, int) {
     const int slice = kRows ? static_cast<int>(args.by_slab.divide(i)) : 0, channel = i - slice * channels;
-    const ChannelTotals totals = add_parts<kMoments, kVec, Acc>(args, channel, slice * args.group_lanes + lane);
+    const ChannelTotals totals = add_parts<kRows, kMoments, kVec, Acc>(args, channel, slice * args.group_lanes + lane);
     double* to = shared_at<double>(args.layout.totals) + slice * kNumSums * channels + channel;
     if (!there || lane > 0) return;
 #pragma unroll
@@ -150,9 +150,7 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
   double sum[kNumSums] = {};
   const double first_mean = kMoments ? load(own + stride, 0) : 0;
   moments.point = is_finite(first_mean) ? first_mean : 0;
-  const int blocks = args.cluster_size, shift = popcount(static_cast<unsigned>(blocks - 1));  // a power of two
-  for (int i = lane; i < (kRows ? args.slices : 1) * blocks; i += args.group_lanes) {
-    const int slice = kRows ? i >> shift : 0, rank = i & (blocks - 1);
+  auto add = [&](int slice, int rank) {
     double value[kNumSums];
 #pragma unroll
     for (int k = 0; k < kNumSums; ++k) value[k] = load(own + (slice * kNumSums + k) * stride, rank);
@@ -162,17 +160,24 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
 #pragma unroll
       for (int k = 0; k < kNumSums; ++k) sum[k] += value[k];
     }
+  };
+  const int blocks = args.cluster_size;
+  if constexpr (!kRows) {
+    if (lane % kFewLanes < blocks) add(0, lane % kFewLanes);
+  } else {
+    const int shift = popcount(static_cast<unsigned>(blocks - 1));  // a power of two
+    for (int i = lane; i < args.slices * blocks; i += args.group_lanes) add(i >> shift, i & (blocks - 1));
   }
-  return group_totals<kMoments>(args, moments, sum);
+  return group_totals<kRows, kMoments>(args, moments, sum);
 }
 
 // Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors, lane) for
 // a group of lanes. The first block of the team leaves the results for store_results: others do not wait for the stores.
-template <bool kBackward, typename Acc, typename F>
+template <bool kRows, bool kBackward, typename Acc, typename F>
 __device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   double* results = shared_at<double>(args.layout.results);
-  for_each_group(args, [&](int i, int lane, bool there, int round) {
+  for_each_group<kRows>(args, [&](int i, int lane, bool there, int round) {
     const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
     const int64_t channel = tile_channel(args, tile, i);
     there = there && channel < args.num_channels;
@@ -241,12 +246,12 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
   const Tile& tile = turn.tile;
   __syncthreads();
   if constexpr (kBlocks == Blocks::kGrid) {
-    store_partials<!kBackward, kVec, Acc>(args, tile);
+    store_partials<kRows, !kBackward, kVec, Acc>(args, tile);
     meetings.exchange_sums(args, turn);
     if (kRows && args.shares_out) {
       finish_share<kBackward, Acc>(args, turn, meetings);
     } else {
-      finish_groups<kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
+      finish_groups<kRows, kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
         return group_partial_totals(args, channel, lane, args.group_lanes);
       });
     }
@@ -260,9 +265,9 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
     } else if (sliced) {
       __syncthreads();
     }
-    finish_groups<kBackward, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
+    finish_groups<kRows, kBackward, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
       return two_stages ? add_totals<kRows, !kBackward>(args, i, lane)
-                        : add_parts<!kBackward, kVec, Acc>(args, i, lane);
+                        : add_parts<kRows, !kBackward, kVec, Acc>(args, i, lane);
     });
     // This thread reads no other block's memory any more: what it has read has been used.
     if (args.cluster_size > 1) cluster_arrive();
@@ -297,7 +302,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
     Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
     int count = 0, batches = 0;
     data.load(
-        turn.tile, [&] { first_input = load_first_inputs<false, Acc>(args, turn.tile); },
+        turn.tile, [&] { first_input = load_first_inputs<kRows, false, Acc>(args, turn.tile); },
         [&](const typename Data::Batch& batch) {
           if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
           add_moments(batch.pack[0], batch.items, pivot, s1, s2);
@@ -342,7 +347,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
         [&] {
           // The coefficients of the last turn may still be read.
           if (kBlocks != Blocks::kOneTile && turn.number > 0) __syncthreads();
-          first_input = load_first_inputs<true, Acc>(args, turn.tile);
+          first_input = load_first_inputs<kRows, true, Acc>(args, turn.tile);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
           int channel[kVec];

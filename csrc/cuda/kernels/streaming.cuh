@@ -27,10 +27,10 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
 
 // What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads after a
 // barrier. `write`: the results as well, once for each channel.
-template <typename Acc>
+template <bool kRows, typename Acc>
 __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile, bool backward, bool write) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  for_each_group(args, [&](int i, int lane, bool there, int) {
+  for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
     int64_t channel;
     there = find_channel(args, tile, i, channel) && there;
     const double input = load_input(args, channel, lane);
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   }
   leave_moments<kRows>(args, pivot, s1, s2, count);
   __syncthreads();
-  store_partials<true, kVec, Acc>(args, tile);
+  store_partials<kRows, true, kVec, Acc>(args, tile);
 }
 
 // Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on the
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
       for (auto& pack : x) pack = {};
     }
     if (b == 0) {
-      leave_constants<Acc>(args, tile, true, false);
+      leave_constants<kRows, Acc>(args, tile, true, false);
       __syncthreads();
       const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
       int channel[kVec];
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   }
   leave_sums<kRows>(args, sum);
   __syncthreads();
-  store_partials<false, kVec, Acc>(args, tile);
+  store_partials<kRows, false, kVec, Acc>(args, tile);
 }
 
 // ---- apply -------------------------------------------------------------------------------------------------------
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 template <bool kRows, int kVec, typename Acc>
 __device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  if (args.source == Source::kConstants) leave_constants<Acc>(args, tile, args.backward, tile.split == 0);
+  if (args.source == Source::kConstants) leave_constants<kRows, Acc>(args, tile, args.backward, tile.split == 0);
   if (args.source == Source::kPartials) {
-    for_each_group(args, [&](int i, int lane, bool there, int) {
+    for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
       int64_t channel;
       there = find_channel(args, tile, i, channel) && there;
       const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
