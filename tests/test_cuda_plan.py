@@ -28,7 +28,7 @@ RESULTS = (
     *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
     *("tensor_bytes", "batches_ahead", "num_teams", "persistent", "shares_out"),
-    *("late_from", "num_late"),
+    *("late_from", "num_late", "registers"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
 REQUEST += ("family", "cumulative", "no_grid", "persistent_limit", "no_late")
@@ -220,8 +220,8 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
             each = ceil_div(q.shared_bytes + KB, 256) * 256
 
             def have_room(blocks: int) -> bool:
-                """With all the registers that kernels may take, for 512 threads."""
-                return blocks * q.threads <= 512 and blocks * each <= device.shared_bytes_per_sm
+                enough = blocks * q.threads * q.registers <= 2**16
+                return enough and blocks * each <= device.shared_bytes_per_sm
 
             assert per_sm == 1 or have_room(per_sm), text
             assert q.num_blocks % sms > 0 or not have_room(per_sm + 1), text

@@ -134,11 +134,15 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 }  // namespace
 
 int registers_of(const Plan& plan, int arch) {
-  if (plan.persistent || plan.family == Family::kGrid) return 128;  // kMaxOnChipThreads of them are all of an SM's
-  const bool backward = plan.pass == Pass::kBackward, many = backward && dtype_bytes(plan.dtype) == 2;
-  if (plan.walk == Walk::kRows) return !many ? 80 : arch < 100 ? 96 : 104;
-  if (plan.whole_packs) return many ? 80 : 64;
-  return backward ? 96 : 72;
+  const bool backward = plan.pass == Pass::kBackward, halves = dtype_bytes(plan.dtype) == 2;
+  const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
+  const int of_all = 128;  // threads of one block that has an SM for itself
+  const int blocks = count_on_chip_blocks(backward, static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
+                                          plan.persistent && !grid, grid, arch);
+  if (blocks > 1) return of_all / blocks;
+  if (plan.persistent || grid) return of_all;
+  if (!plan.whole_packs) return backward ? 96 : 72;
+  return !halves || !backward || !rows ? 80 : arch < 100 ? 96 : 104;
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {

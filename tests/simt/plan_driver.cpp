@@ -27,7 +27,7 @@ struct Query {
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late, registers;
   double held, microseconds, late_us;
   char text[512];
 };
@@ -38,10 +38,11 @@ extern "C" {
 
 int64_t plan_query_bytes() { return sizeof(Query); }
 int64_t plan_unroll() { return kUnroll; }
-// Of on-chip blocks with one slab.
-int64_t plan_registers(int64_t backward, int64_t dtype, int64_t rows, int64_t whole_packs, int64_t arch) {
+int64_t plan_registers(int64_t backward, int64_t dtype, int64_t rows, int64_t whole_packs, int64_t persistent,
+                       int64_t arch) {
   Plan p;
   p.family = Family::kResident;
+  p.persistent = persistent != 0;
   p.pass = backward != 0 ? Pass::kBackward : Pass::kForward;
   p.dtype = static_cast<DType>(dtype);
   p.walk = rows != 0 ? Walk::kRows : Walk::kPlanes;
@@ -141,6 +142,7 @@ void plan_run(Query* q) {
   q->shares_out = p.shares_out;
   q->late_from = p.late_from;
   q->num_late = p.num_late;
+  q->registers = p.on_chip ? registers_of(p, device.arch) : 0;
   q->late_us = p.late_us;
   q->held = p.held;
   q->microseconds = p.microseconds;

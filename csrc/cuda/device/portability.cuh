@@ -22,6 +22,12 @@
 namespace bnext::cuda {
 
 constexpr int kClusterArch = 90;  // the first one with clusters, and with kernels that overlap
+// What device code is being compiled for. (Nothing in host code depends on it.)
+#ifdef __CUDA_ARCH__
+constexpr int kDeviceArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kDeviceArch = kClusterArch;
+#endif
 
 // For 32 bits. Compilers work out again at each use what they could keep: they count registers, not a loop's instructions.
 template <typename T>

@@ -32,6 +32,14 @@ constexpr int kMaxThreads = 256;
 constexpr int kStreamingBlocksPerSm = 2;
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
+// Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with 64 for
+// each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains next to nothing.)
+BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(bool backward, int element_bytes, bool rows, bool whole_packs,
+                                                     bool persistent, bool grid, int arch) {
+  const bool halves = element_bytes == 2;
+  if (grid || !whole_packs || (rows && (halves || backward == persistent))) return 1;
+  return !rows && halves && backward && !persistent && arch < 90 ? 1 : 2;
+}
 // Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
 constexpr int kPartialsAtOnce = 4;
 // Of a grid, words at which a team's blocks meet; see teams.cuh.

@@ -283,8 +283,12 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
+template <typename T, bool kRows, bool kWhole, Blocks kBlocks, bool kBackward>
+constexpr int kBlocksPerSm = count_on_chip_blocks(kBackward, sizeof(T), kRows, kWhole, kBlocks == Blocks::kPersistent,
+                                                  kBlocks == Blocks::kGrid, kDeviceArch);
+
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1)
+__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks, false>)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
@@ -327,7 +331,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, 1)
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
-__global__ void __launch_bounds__(kMaxOnChipThreads, 1)
+__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks, true>)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
