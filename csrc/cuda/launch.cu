@@ -275,9 +275,10 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   return run_plan(stages, plan, stream);
 }
 
+static_assert(kClusterSizes[kNumClusterSizes - 1] <= kFewLanes, "a lane for each block of a cluster");
+
 // A block that fills an SM's memory may have as many threads as launch bounds allow, and they are the same for all on-chip
 // kernels: one of them stands for all.
-static_assert(kClusterSizes[kNumClusterSizes - 1] <= kFewLanes, "a lane for each block of a cluster");
 int active_clusters(int cluster, int64_t shared_bytes) {
   return count_clusters<&on_chip_backward_kernel<float, 4, false, true, Blocks::kOneTile>>(
       on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));

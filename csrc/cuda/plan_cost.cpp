@@ -136,7 +136,7 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 int registers_of(const Plan& plan, int arch) {
   const bool backward = plan.pass == Pass::kBackward, halves = dtype_bytes(plan.dtype) == 2;
   const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
-  const int of_all = 128;  // threads of one block that has an SM for itself
+  const int of_all = 128;  // of a thread, where one block of kMaxOnChipThreads has all of an SM's
   const int blocks = count_on_chip_blocks(backward, static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
                                           plan.persistent && !grid, grid, arch);
   if (blocks > 1) return of_all / blocks;

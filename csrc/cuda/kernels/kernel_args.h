@@ -36,9 +36,10 @@ constexpr int kMaxOnChipThreads = 512;
 // each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains next to nothing.)
 BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(bool backward, int element_bytes, bool rows, bool whole_packs,
                                                      bool persistent, bool grid, int arch) {
-  const bool halves = element_bytes == 2;
-  if (grid || !whole_packs || (rows && (halves || backward == persistent))) return 1;
-  return !rows && halves && backward && !persistent && arch < 90 ? 1 : 2;
+  const bool halves = element_bytes == 2, planes = !rows;
+  if (grid || !whole_packs) return 1;
+  if (planes) return halves && backward && !persistent && arch < 90 ? 1 : 2;
+  return halves || backward == persistent ? 1 : 2;
 }
 // Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
 constexpr int kPartialsAtOnce = 4;
