@@ -104,7 +104,7 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   set_step(plan, parallel_items);
 }
 
-// Kernels that take packs count a channel's items in an int.
+// Kernels that take packs count a channel's items in an int, and packs from a tensor's first one in 32 bits.
 bool takes_packs(const Request& r) {
   const bool few_items = r.geometry.num_positions() < (int64_t{1} << 31) - kMaxThreads * kUnroll;
   return r.geometry.unit_stride && few_items && !r.far;

@@ -17,4 +17,14 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
+// The same for several numbers, which go round together, over so many neighbouring lanes.
+template <int kLanes, typename T, int kNumbers>
+__device__ inline void sum_lanes(T (&value)[kNumbers]) {
+#pragma unroll
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+#pragma unroll
+    for (int k = 0; k < kNumbers; ++k) value[k] += __shfl_xor_sync(kFullWarp, value[k], distance);
+  }
+}
+
 }  // namespace bnext::cuda

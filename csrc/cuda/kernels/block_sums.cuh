@@ -231,7 +231,7 @@ __device__ inline int64_t tile_channel(const KernelArgs& args, const Tile& tile,
 template <bool kRows, typename F>
 __device__ inline void for_each_group(const KernelArgs& args, int channels, F f) {
   const int thread = threadIdx.x;
-  if constexpr (!kRows) {
+  if (!kRows) {
     if (thread < kWarpSize) f(0, thread, true, 0);
     return;
   }
@@ -272,11 +272,7 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
   if constexpr (kRows) {
     group_sum(args.group_lanes, all);
   } else {
-#pragma unroll
-    for (int distance = kFewLanes / 2; distance > 0; distance /= 2) {
-#pragma unroll
-      for (int k = 0; k < kNumSums; ++k) all[k] += __shfl_xor_sync(kFullWarp, all[k], distance);
-    }
+    sum_lanes<kFewLanes>(all);
   }
   if (!kMoments) return {{all[0], all[1], all[2]}};
   const Moments merged = {moments.point, all[0], all[1], all[2]};
