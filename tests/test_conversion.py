@@ -54,7 +54,7 @@ def test_lazy(options: dict, device: str) -> None:
     same_state(ours, theirs)
     same_state(back, theirs)
     # A lazy layer takes the state of one that is not, and the other way round.
-    fresh = bnext.LazyBatchNorm2d(**options, dtype=torch.float64)
+    fresh = bnext.LazyBatchNorm2d(**options, dtype=torch.float64, device=device)
     fresh.load_state_dict(theirs[0].state_dict())
     same_state(fresh, theirs[0])
     with pytest.raises(ValueError, match="expected 4D input"):

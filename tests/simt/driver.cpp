@@ -1,5 +1,7 @@
 // What tests call through ctypes: one batch-norm pass on the shim, from a plain description of its tensors. The structs
 // are mirrored in library.py.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -10,6 +12,7 @@
 
 #include "cuda/launch.h"
 #include "layout.h"
+#include "runtime.h"
 #include "simt.h"
 
 namespace {
@@ -212,6 +215,29 @@ void simt_run(Call* call) {
   p.dvar = channel_vector(call->dvar);
   p.training = call->training != 0;
   run(*call, p);
+}
+
+// For the CUDA runtime of runtime.cpp, which knows kernels by name.
+const char* simt_run_kernel(const simt::KernelLaunch* launch) {
+  static std::string error;
+  Dl_info own = {};
+  dladdr(reinterpret_cast<const void*>(&simt_run_kernel), &own);
+  void* library = dlopen(own.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+  const auto kernel = reinterpret_cast<void (*)(cuda::KernelArgs)>(dlsym(library, launch->name));
+  dlclose(library);
+  if (kernel == nullptr) {
+    error = std::string("there is no kernel ") + launch->name;
+    return error.c_str();
+  }
+  simt::begin({launch->seed, "", 0});
+  for (size_t i = 0; i < launch->num_memory; ++i) {
+    simt::allow_load(launch->memory[i].data, launch->memory[i].bytes);
+    simt::allow_store(launch->memory[i].data, launch->memory[i].bytes);
+  }
+  simt::launch(kernel, launch->blocks, launch->threads, launch->cluster, launch->cooperative, launch->shared_bytes,
+               launch->overlaps, nullptr, *static_cast<const cuda::KernelArgs*>(launch->args));
+  error = simt::error();
+  return error.c_str();
 }
 
 int64_t simt_num_barriers() { return static_cast<int64_t>(simt::barriers().size()); }

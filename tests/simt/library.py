@@ -47,14 +47,14 @@ def compiler() -> list[str] | None:
     return command if shutil.which(command[0]) else None
 
 
-def compile_library(name: str, sources: tuple[str, ...]) -> ctypes.CDLL:
+def compile_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] = ()) -> Path:
     """A shared library from `sources`, compiled again only when a source has changed."""
     command = compiler()
     assert command is not None
     depends = [ROOT / s for s in sources]
     depends += [path for ext in ("h", "cuh") for path in ROOT.glob(f"csrc/**/*.{ext}")]
     depends += ROOT.glob("tests/simt/*.h")
-    state = hashlib.sha256(repr((command, FLAGS)).encode())
+    state = hashlib.sha256(repr((command, FLAGS, flags)).encode())
     for path in sorted(depends):
         state.update(path.read_bytes())
     folder = ROOT / "build" / "simt"
@@ -64,7 +64,7 @@ def compile_library(name: str, sources: tuple[str, ...]) -> ctypes.CDLL:
         unfinished = target.with_suffix(f".{os.getpid()}.tmp")
         files = [str(ROOT / s) for s in sources]
         run = subprocess.run(
-            [*command, *FLAGS, "-x", "c++", *files, "-o", str(unfinished)],
+            [*command, *FLAGS, "-x", "c++", *files, *flags, "-o", str(unfinished)],
             capture_output=True,
             text=True,
             check=False,
@@ -73,7 +73,7 @@ def compile_library(name: str, sources: tuple[str, ...]) -> ctypes.CDLL:
         for old in folder.glob(f"{name}-*.so"):
             old.unlink(missing_ok=True)
         unfinished.replace(target)
-    return ctypes.CDLL(str(target))
+    return target
 
 
 class TensorStruct(ctypes.Structure):
@@ -155,8 +155,13 @@ class NoPlanError(Exception):
 
 
 @cache
+def library_path() -> Path:
+    return compile_library("simt", SIMT_SOURCES)
+
+
+@cache
 def library() -> ctypes.CDLL:
-    lib = compile_library("simt", SIMT_SOURCES)
+    lib = ctypes.CDLL(str(library_path()))
     lib.simt_call_bytes.restype = ctypes.c_int64
     lib.simt_num_barriers.restype = ctypes.c_int64
     lib.simt_barrier.restype = ctypes.c_char_p

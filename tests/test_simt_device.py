@@ -1,0 +1,92 @@
+"""The CUDA build, from torch to the launch of each kernel, on simulated devices (simt/device.py).
+
+`make cuda-check` runs these: GPU tests that are short enough."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_code
+import pytest
+from conftest import NO_GPU
+from simt import device
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.skipif(not kernel_code.asked_for(), reason='"make cuda-check" runs these'),
+    pytest.mark.skipif(device.why_not() is not None, reason=device.why_not() or ""),
+    pytest.mark.skipif(NO_GPU is None, reason="here is a real device"),
+]
+
+# What pytest is told, and whether each tensor has memory of its own. Such memory is freed in front
+# of all that waits in a stream, so tests of streams and of graphs go without. Not here: what takes
+# longer than it tells, what asks how PyTorch's own CUDA kernels behave, and graphs of them.
+LAYERS = ("conversion", "errors", "in_place", "modules", "statistics")
+GROUPS = {
+    "layers": (*(f"tests/test_{name}.py" for name in LAYERS), "-k", "not large"),
+    "transforms": ("tests/test_transforms.py",),
+    "torch tools": ("tests/test_torch_tools.py", "tests/test_opinfo.py"),
+    "layouts": ("tests/test_forward.py", "tests/test_backward.py", "-k", "bfloat16-cropped"),
+    "families": (
+        "tests/test_gpu.py",
+        "-k",
+        "takes_the_family or refusal or unknown or explain or (asked_for and train and grid)",
+    ),
+    "streams": (
+        "tests/test_gpu_streams.py",
+        "-k",
+        "first_call or launch_error or device_of or autocast"
+        " or (auto and (current_stream or (graph_replay and True)))",
+    ),
+}
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Python with these arguments, on simulated devices."""
+    environment = device.environment() | variables
+    del environment["BNEXT_STATIC_ARCHS"]
+    command = [sys.executable, "-X", "faulthandler", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_gpu_tests(group: str) -> None:
+    own_memory = "0" if group == "streams" else "1"
+    options = ("-q", "-p", "no:cacheprovider", "-m", "gpu")
+    done = run(
+        *("-m", "pytest", *options, *GROUPS[group]), PYTORCH_NO_CUDA_MEMORY_CACHING=own_memory
+    )
+    output = f"{done.stdout[-5000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, output
+    assert re.search(r"\d passed", done.stdout), output
+
+
+STALE = """
+import torch, bnext
+
+def of(x):
+    y = bnext.batchnorm2d(x, training=True)
+    torch.cuda.current_stream().synchronize()
+    return y
+
+ones, x = (torch.full((2, 4, 6, 6), float(value), device="cuda") for value in (3, 0))
+ones[0] = 1
+side, waits = torch.cuda.Stream(), WAITS
+with torch.cuda.stream(side):
+    torch.cuda._sleep(1)
+    x.copy_(ones)
+if waits:
+    torch.cuda.current_stream().wait_stream(side)
+print(torch.equal(of(x), of(ones)))
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_streams_are_streams(waits: bool) -> None:
+    """Who does not wait for another stream does not see what it will store."""
+    done = run("-c", STALE.replace("WAITS", str(waits)))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{waits}\n"
