@@ -1,7 +1,7 @@
 // A CUDA runtime whose devices are the SIMT shim: loaded before NVIDIA's library (LD_PRELOAD), it takes its place for a CUDA build
 // of PyTorch and of bnext. What torch and bnext do on the host is then run as it is, down to each launch's attributes. A
-// device's memory is the host's, and kernels of bnext run as the C++ compiler makes them. No other kernel runs: torch's
-// operators are kept from launching any by device.py. What is not defined here is NVIDIA's, and says that there is no driver.
+// device's memory is the host's, and kernels of bnext run as the C++ compiler makes them. No other kernel runs, and torch's
+// operators start none: see operators.py. What is not defined here is NVIDIA's, and says that there is no driver.
 //
 // Streams are queues. Work waits there until somebody waits for it; or it runs when other work comes, as a seed decides. It
 // refuses what a device would: memory and clusters that a kernel has not been allowed, cooperative launches that are too
@@ -10,6 +10,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -46,7 +47,7 @@ struct Graph {
 
 struct Stream {
   int device = 0;
-  std::deque<Work> work;  // an empty one: asleep until somebody waits for the stream
+  std::deque<Work> work;  // an empty one sleeps until somebody waits for the stream
   Graph* capture = nullptr;
 };
 
@@ -54,6 +55,12 @@ struct Stream {
 struct Marker {
   Stream* stream;
   bool passed = false;
+  std::chrono::steady_clock::time_point when = {};
+
+  void pass() {
+    passed = true;
+    when = std::chrono::steady_clock::now();
+  }
 };
 
 struct Event {
@@ -561,8 +568,8 @@ cudaError_t cudaEventRecord(cudaEvent_t handle, cudaStream_t of) {
   event.capture = stream.capture;
   event.marker = nullptr;
   if (stream.capture != nullptr) return cudaSuccess;
-  const auto marker = event.marker = std::make_shared<Marker>(Marker{&stream});
-  return enqueue(stream, [marker] { marker->passed = true; });
+  const auto marker = event.marker = std::make_shared<Marker>(Marker{&stream, false});
+  return enqueue(stream, [marker] { marker->pass(); });
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
   return cudaEventRecord(event, stream);
@@ -600,7 +607,14 @@ cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
   return result(runtime().broken);
 }
 
-cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) { return give(milliseconds, 0.0f); }
+// Of the host, which means nothing.
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEvent_t last) {
+  const Lock lock(runtime().mutex);
+  const auto from = reinterpret_cast<Event*>(first)->marker, to = reinterpret_cast<Event*>(last)->marker;
+  if (from == nullptr || to == nullptr) return result(cudaErrorInvalidResourceHandle);
+  if (!from->passed || !to->passed) return cudaErrorNotReady;
+  return give(milliseconds, std::chrono::duration<float, std::milli>(to->when - from->when).count());
+}
 
 // ---- graphs -------------------------------------------------------------------------------------------------------------
 
