@@ -84,7 +84,7 @@ class Query(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(simt.compile_library("plan", simt.PLAN_SOURCES)))
+    lib = simt.compile_library("plan", simt.PLAN_SOURCES)
     numbers = (
         "query_bytes",
         "unroll",

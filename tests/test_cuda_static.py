@@ -126,7 +126,7 @@ DTYPES = ("d", "f", "NS_8BFloat16E", "NS_7Float16E")
 
 def test_the_model_knows_the_registers(arch: int, compiled: Compiled) -> None:
     """With more than it thinks, fewer blocks would run on an SM than a plan counts on."""
-    lib = ctypes.CDLL(str(simt.compile_library("plan", simt.PLAN_SOURCES)))
+    lib = simt.compile_library("plan", simt.PLAN_SOURCES)
     lib.plan_registers.argtypes = (ctypes.c_int64,) * 6
     lib.plan_registers.restype = ctypes.c_int64
     lines, found = [], 0

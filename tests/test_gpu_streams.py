@@ -346,17 +346,21 @@ with torch.cuda.stream(stream):
     try:
         stream.synchronize()  # forbidden: from here on the stream refuses everything
     except RuntimeError:
+        try:
+            torch.empty(1, device="cuda")
+        except RuntimeError:
+            raise SystemExit("torch hands out no memory")
         bnext.batchnorm2d(x, training=True)
 """
 
 
 def test_a_launch_error_is_raised(gpu: str) -> None:
-    """With the plan beside it, unless torch is first. In a process of its own, of no use then."""
+    """With the plan beside it. In a process of its own, which is of no use afterwards."""
     done = subprocess.run([sys.executable, "-c", LAUNCH_ERROR], capture_output=True, text=True)
     assert done.returncode != 0
-    by_torch = "Invalid stream capture status"  # from torch 2.14 on, when memory is asked for
-    by_us = r"could not launch .*the plan was: \w+ forward"
-    assert re.search(f"{by_us}|{by_torch}", done.stderr), done.stderr
+    if "torch hands out no memory" in done.stderr:
+        pytest.skip("this torch refuses a broken capture its memory, before anything is launched")
+    assert re.search(r"could not launch .*the plan was: \w+ forward", done.stderr), done.stderr
 
 
 # ---- autocast and compilers ----------------------------------------------------------------------

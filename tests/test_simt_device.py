@@ -21,9 +21,8 @@ pytestmark = [
     pytest.mark.skipif(NO_GPU is None, reason="here is a real device"),
 ]
 
-# What pytest is told, and whether each tensor has memory of its own. Such memory is freed in front
-# of all that waits in a stream, so tests of streams and of graphs go without. Not here: what takes
-# longer than it tells, what asks how PyTorch's own CUDA kernels behave, and graphs of them.
+# What pytest is told. Not here: what takes longer than it tells, what asks how PyTorch's own CUDA
+# kernels behave, and graphs of them.
 LAYERS = ("conversion", "errors", "in_place", "modules", "statistics")
 GROUPS = {
     "layers": (*(f"tests/test_{name}.py" for name in LAYERS), "-k", "not large"),
@@ -54,6 +53,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_gpu_tests(group: str) -> None:
+    # Each tensor has memory of its own. To free it waits for all streams: their tests go without.
     own_memory = "0" if group == "streams" else "1"
     options = ("-q", "-p", "no:cacheprovider", "-m", "gpu")
     done = run(

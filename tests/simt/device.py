@@ -36,11 +36,11 @@ def environment() -> dict[str, str]:
     include = kernel_code.toolkit() / "include"
     # Under the driver's name, so that who asks for the driver gets it.
     flags = (f"-I{include}", "-Wl,-soname,libcuda.so.1", "-ldl")
-    runtime = library.compile_library("runtime", ("tests/simt/runtime.cpp",), flags)
+    runtime = library.build_library("runtime", ("tests/simt/runtime.cpp",), flags)
     paths = [str(TESTS / "simt/site"), str(TESTS), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
         "LD_PRELOAD": str(runtime),
-        "BNEXT_SHIM_LIBRARY": str(library.library_path()),
+        "BNEXT_SHIM_LIBRARY": str(library.build_library("simt", library.SIMT_SOURCES)),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
 

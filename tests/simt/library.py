@@ -47,7 +47,7 @@ def compiler() -> list[str] | None:
     return command if shutil.which(command[0]) else None
 
 
-def compile_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] = ()) -> Path:
+def build_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] = ()) -> Path:
     """A shared library from `sources`, compiled again only when a source has changed."""
     command = compiler()
     assert command is not None
@@ -74,6 +74,10 @@ def compile_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] 
             old.unlink(missing_ok=True)
         unfinished.replace(target)
     return target
+
+
+def compile_library(name: str, sources: tuple[str, ...]) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build_library(name, sources)))
 
 
 class TensorStruct(ctypes.Structure):
@@ -155,13 +159,8 @@ class NoPlanError(Exception):
 
 
 @cache
-def library_path() -> Path:
-    return compile_library("simt", SIMT_SOURCES)
-
-
-@cache
 def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(library_path()))
+    lib = compile_library("simt", SIMT_SOURCES)
     lib.simt_call_bytes.restype = ctypes.c_int64
     lib.simt_num_barriers.restype = ctypes.c_int64
     lib.simt_barrier.restype = ctypes.c_char_p

@@ -300,11 +300,16 @@ const Allocation* find_memory(const void* at) {
   return address < next->first + next->second.bytes ? &next->second : nullptr;
 }
 
-cudaError_t allocate(void** to, size_t bytes, int device) {
+size_t used_bytes(int device) {
   size_t used = 0;
   for (const auto& [data, allocation] : runtime().memory) used += allocation.device == device ? allocation.bytes : 0;
+  return used;
+}
+
+cudaError_t allocate(void** to, size_t bytes, int device) {
   void* data = nullptr;
-  if (used + bytes > kMemoryBytes || posix_memalign(&data, kAlignment, std::max(bytes, kAlignment)) != 0) {
+  if (used_bytes(device) + bytes > kMemoryBytes ||
+      posix_memalign(&data, kAlignment, std::max(bytes, kAlignment)) != 0) {
     return result(cudaErrorMemoryAllocation);
   }
   std::memset(data, 0xff, bytes);
@@ -468,11 +473,7 @@ cudaError_t cudaFreeHost(void* data) {
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   const Lock lock(runtime().mutex);
-  size_t left = kMemoryBytes;
-  for (const auto& [data, allocation] : runtime().memory) {
-    left -= allocation.device == current_device ? allocation.bytes : 0;
-  }
-  give(free, left);
+  give(free, kMemoryBytes - used_bytes(current_device));
   return give(total, kMemoryBytes);
 }
 
