@@ -371,6 +371,8 @@ def test_what_runs_where() -> None:
     # Planes of 98 bytes, eight of them one run.
     q = plan(h200, (32, 512, 7, 7), half, backward=1)
     assert (q.run_length, q.slab_channels, q.held) == (49, 8, 1)
+    # Sums of a pack's two channels, not of its eight columns: the whole slab has room beside them.
+    assert plan(h200, (256, 1024, 14, 14), half, family=RESIDENT).held == 1
     assert plan(h200, (32, 512, 7, 7), half, backward=1, misaligned=1).run_length == 1
     assert plan(h200, (32, 512, 14, 14), torch.float32, backward=1).run_length == 1
 
@@ -422,7 +424,7 @@ def test_persistent_blocks() -> None:
         q = plan(device, (32, 4, 14, 14), **request, persistent_limit=simt.ALWAYS)
         assert not q.persistent and q.num_teams == 4
     h100 = DEVICES["h100"]
-    q = plan(h100, (256, 2048, 7, 7), backward=1)
+    q = plan(h100, (32, 256, 56, 56), backward=1)
     assert (q.family_chosen, q.persistent, q.held) == (CLUSTER, 1, 1), q.text.decode()
     assert b" slabs each, all on chip" in q.text
     # A grid's teams do so, whatever is said.

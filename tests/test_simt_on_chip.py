@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import cases
@@ -39,7 +40,7 @@ WAYS = {
     "runs": ("nchw", (12, 16, 7, 7), RESIDENT),
     "runs, cluster": ("nchw", (12, 16, 7, 7), CLUSTER._replace(team=4)),
     "runs, slices": ("nchw", (40, 16, 7, 7), RESIDENT._replace(threads=512)),
-    "runs, slices, cluster": ("nchw", (40, 8, 7, 7), CLUSTER._replace(team=2, threads=256)),
+    "runs, slices, cluster": ("nchw", (40, 8, 7, 7), CLUSTER._replace(team=2, threads=512)),
     "planes, persistent": ("nchw", (4, 5, 16, 16), PERSISTENT),
     "planes, cluster, persistent": ("nchw", (4, 5, 16, 32), PERSISTENT_CLUSTER),
     "rows, persistent": ("channels_last", (3, 200, 5, 9), PERSISTENT),
@@ -150,6 +151,19 @@ def test_every_byte_moves_once(way: str) -> None:
             assert (call.bytes_stored_meanwhile > 0) == early
             overlapped += early
     assert overlapped or "persistent" not in way or not copies_are_asynchronous()
+
+
+@pytest.mark.parametrize("dtypes", ["float64", "float32", "float16"])
+def test_runs_of_channels(dtypes: str) -> None:
+    """Channels that are shorter than a pack, that two of them share, and that end with one."""
+    vec = 16 // cases.DTYPES[dtypes][0].itemsize
+    for shape in ((3, 1), (5, 1), (3, 2), (7, 1), (9, 1), (5, 2), (4, 3), (7, 5), (7, 7), (10, 10)):
+        positions = math.prod(shape)
+        case = cases.make_case((24, 16, *shape), dtypes)
+        for machine in (RESIDENT, GRID._replace(team=2)):
+            for check in (check_forward, check_backward):
+                call = check(case, f"{shape}", machine=machine).call
+                assert call.run_length == (positions if positions % vec else 1)
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])

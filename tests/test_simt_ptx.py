@@ -49,8 +49,8 @@ def all_runs() -> Iterator[Run]:
         ("nchw", (4, 5, 17, 15), GRID._replace(team=2)),
         ("nchw", (16, 160, 7, 7), GRID._replace(team=2)),
         # runs that are added up in slices
-        ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=256)),
-        ("nchw", (40, 20, 7, 7), PERSISTENT._replace(threads=256)),
+        ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=512)),
+        ("nchw", (40, 20, 7, 7), PERSISTENT._replace(threads=512)),
         *RUNS["streaming"],
         ("nchw", (4, 5, 17, 15), simt.Machine()),
         ("sliced_w", (3, 5, 7, 6), simt.Machine()),

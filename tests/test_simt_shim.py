@@ -58,7 +58,7 @@ RUNS = {
         ("nchw", (4, 2, 16, 32), RESIDENT),
         ("channels_last", (4, 16, 16, 16), RESIDENT),
         ("nchw", (20, 4, 7, 7), RESIDENT),
-        ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=256)),  # in slices
+        ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=512)),  # in slices
         ("nchw", (4, 2, 32, 32), RESIDENT._replace(shared_bytes=18000)),  # in part
         ("nchw", (4, 2, 16, 16), CLUSTER),
         ("channels_last", (4, 16, 8, 8), CLUSTER),

@@ -11,7 +11,6 @@ namespace {
 // How blocks are walked through, and how they add up.
 void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   const bool rows = plan.walk == Walk::kRows;
-  const int columns = rows ? plan.block_packs * plan.vec : 1;
   args.block_packs = plan.block_packs;
   args.block_rows = plan.block_rows;
   args.layout = plan.layout;
@@ -22,19 +21,24 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.by_batch = make_divider(int64_t{kUnroll} * (rows ? plan.block_rows : plan.threads));
   args.slab_channels = plan.slab_channels;
   args.run_length = plan.run_length;
-  args.channel_columns = columns / plan.slab_channels;
   args.tile_channels = plan.on_chip ? g.num_channels : plan.wide_channels;
   if (args.tile_channels > g.num_channels) args.by_channels = make_divider(g.num_channels);
   args.by_run = make_divider(plan.run_length);
   args.by_slab = make_divider(plan.slab_channels);
-  args.by_columns = make_divider(args.channel_columns);
   args.parts_are_warps = parts_are_warps(plan.block_packs);
+  args.two_sided = has_two_sides(plan.vec, plan.run_length);
+  args.part_places = rows ? count_part_places(plan.vec, plan.run_length, plan.block_packs) : 1;
+  args.channel_places =
+      rows ? count_channel_places(plan.vec, plan.run_length, plan.block_packs, plan.slab_channels) : 1;
+  args.by_places = make_divider(args.channel_places);
   args.num_parts = count_parts(plan.threads, plan.block_packs);
   args.group_lanes = count_group_lanes(plan.threads, plan.slab_channels);
   while (1 << args.group_shift < args.group_lanes) ++args.group_shift;
   args.slices = static_cast<int>(slices_of(plan));
-  args.lane_parts = args.slices * args.group_lanes / args.channel_columns;
-  args.lane_columns = args.slices * args.group_lanes % args.channel_columns;
+  args.total_lanes = 1;
+  while (args.total_lanes < std::min(args.slices * plan.cluster, args.group_lanes)) args.total_lanes *= 2;
+  args.lane_parts = args.slices * args.group_lanes / args.channel_places;
+  args.lane_places = args.slices * args.group_lanes % args.channel_places;
 }
 
 constexpr double kClocksPerMicrosecond = 1700;  // of SMs since Turing: 1400 to 2600

@@ -11,9 +11,8 @@ namespace {
 constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed. H100: 2.3
 constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
 // From the last load of a block to its first store, and from its start to its first load. An H100 took 3 and 8 before this
-// code was made shorter; these are guesses.
-constexpr double kReductionUs = 1.5;
-constexpr double kRowsReductionUs = 2.5;
+// code was made shorter; these are guesses. Runs of channels are between the others, as their instructions are.
+constexpr double kReductionUs = 1.5, kRunsReductionUs = 2, kRowsReductionUs = 2.5;
 constexpr double kBeginUs = 0.7;  // what of these a persistent block is spared from its second slab on
 constexpr double kL2Time = 0.6;   // of a byte from L2, with a byte from memory as 1
 constexpr double kL2Share = 0.5;  // of L2 that still holds what was read a while ago
@@ -50,7 +49,10 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
   return (bytes - hits + kL2Time * hits) / memory_speed(device);
 }
 
-double reduction_time(const Plan& plan) { return plan.walk == Walk::kRows ? kRowsReductionUs : kReductionUs; }
+double reduction_time(const Plan& plan) {
+  if (plan.walk == Walk::kPlanes) return kReductionUs;
+  return has_two_sides(plan.vec, plan.run_length) ? kRunsReductionUs : kRowsReductionUs;
+}
 
 // Of on-chip blocks whose teams take `exchange` to tell each other what they have found. While a block maps its last steps,
 // memory has those of the next slab to bring, if copies are asynchronous.

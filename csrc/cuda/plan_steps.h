@@ -30,25 +30,26 @@ inline void set_step(Plan& plan, int64_t distance) {
   plan.step[2] = distance % plan.size[2];
 }
 
-// How many groups of lanes share a channel's sums. Where a channel has many columns (runs of channels), one group would go round
+// How many groups of lanes share a channel's sums. Where a channel has many places (runs of channels), one group would go round
 // long, and the other warps would wait for it: a second stage, with a barrier before it, is worth it from some rounds on. Sums
 // of a grid, and of streaming, go through the workspace anyway.
 inline int64_t slices_of(const Plan& plan) {
   constexpr int64_t kRounds = 4;
   if (!plan.on_chip || plan.family == Family::kGrid || plan.walk != Walk::kRows) return 1;
   if (count_group_lanes(plan.threads, plan.slab_channels) < kWarpSize) return 1;
-  const int columns = plan.block_packs * plan.vec / plan.slab_channels;
-  const int numbers = columns * count_parts(plan.threads, plan.block_packs);
+  const int places = count_channel_places(plan.vec, plan.run_length, plan.block_packs, plan.slab_channels);
+  const int numbers = places * count_parts(plan.threads, plan.block_packs);
   return std::min<int64_t>(ceil_div(numbers, kRounds * kWarpSize), plan.threads / kWarpSize / plan.slab_channels);
 }
 
 // What a block of this plan has in its shared memory behind `slots` bytes.
 inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
-  const int64_t acc = acc_bytes(plan.dtype), columns = plan.walk == Walk::kRows ? plan.block_packs * plan.vec : 1;
-  const int64_t parts = count_parts(plan.threads, plan.block_packs);
+  const bool rows = plan.walk == Walk::kRows;
+  const int64_t acc = acc_bytes(plan.dtype), parts = count_parts(plan.threads, plan.block_packs);
+  const int64_t places = rows ? count_part_places(plan.vec, plan.run_length, plan.block_packs) : 1;
   SharedLayout layout;
   layout.parts = slots;
-  layout.counts = layout.parts + kNumSums * parts * columns * acc;
+  layout.counts = layout.parts + kNumSums * parts * places * acc;
   layout.totals = round_up(layout.counts + parts * 4, kPackBytes);
   const int64_t slices = slices_of(plan), totals = plan.cluster > 1 || slices > 1 ? slices : 0;
   layout.results = layout.totals + totals * kNumSums * plan.slab_channels * 8;

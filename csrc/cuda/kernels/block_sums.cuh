@@ -158,15 +158,61 @@ __device__ inline void leave_warp(const KernelArgs& args, Acc (&value)[kNumSums]
   if (kMoments) shared_at<int>(args.layout.counts)[part] = count;
 }
 
+// A pack of a run: sums of its columns to those of its sides, the first of which has `near` columns. Statistics go to the mean of
+// a side's pivots first: as far from a column's as its data are from all others.
+template <bool kMoments, int kLanes, typename Acc>
+__device__ inline void add_sides(int near, const Acc (&value)[kNumSums][kLanes], int count,
+                                 Acc (&sum)[kNumSums][kSides]) {
+#pragma unroll
+  for (int side = 0; side < kSides; ++side) {
+    auto has = [&](int v) { return (v < near) == (side == 0); };
+    if (kMoments) {
+      const int columns = side == 0 ? near : kLanes - near;
+      const Acc inverse = Acc(1) / static_cast<Acc>(columns > 0 ? columns : 1);
+      sum[0][side] = 0;
+#pragma unroll
+      for (int v = 0; v < kLanes; ++v) sum[0][side] += has(v) ? value[0][v] * inverse : Acc(0);
+    }
+#pragma unroll
+    for (int k = kMoments ? 1 : 0; k < kNumSums; ++k) sum[k][side] = 0;
+#pragma unroll
+    for (int v = 0; v < kLanes; ++v) {
+      if (!has(v)) continue;
+      if (kMoments) {
+        const Acc distance = value[0][v] - sum[0][side], moved = static_cast<Acc>(count) * distance;
+        sum[1][side] += value[1][v] + moved;
+        sum[2][side] += value[2][v] + distance * (2 * value[1][v] + moved);
+      } else {
+#pragma unroll
+        for (int k = 0; k < kNumSums; ++k) sum[k][side] += value[k][v];
+      }
+    }
+  }
+}
+
 // In rows a thread has numbers for each of its columns. A pack's lanes lie apart: no bank conflicts.
 template <bool kMoments, int kLanes, typename Acc>
 __device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSums][kLanes], int count = 0) {
   Acc* parts = shared_at<Acc>(args.layout.parts);
-  const int thread = threadIdx.x, packs = args.block_packs, columns = packs * kLanes;
+  const int thread = threadIdx.x, packs = args.block_packs;
   const bool warps = args.parts_are_warps;
   const int row = static_cast<int>(args.by_packs.divide(thread));
   const int part = warps ? thread / kWarpSize : row, place = warps ? thread & (packs - 1) : thread - row * packs;
   const bool there = part < args.num_parts;
+  if (args.two_sided) {
+    const int left = args.run_length - static_cast<int>(args.by_run.remainder(place * kLanes));
+    Acc sum[kNumSums][kSides];
+    add_sides<kMoments>(left < kLanes ? left : kLanes, value, count, sum);
+    if (!there) return;
+    Acc* to = parts + part * args.part_places + place;
+#pragma unroll
+    for (int k = 0; k < kNumSums; ++k) {
+#pragma unroll
+      for (int side = 0; side < kSides; ++side) to[k * args.num_parts * args.part_places + side * packs] = sum[k][side];
+    }
+    if (kMoments && place == 0) shared_at<int>(args.layout.counts)[part] = count;
+    return;
+  }
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) {
     Acc(&sum)[kLanes] = value[k];
@@ -176,7 +222,7 @@ __device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSu
     }
 #pragma unroll
     for (int v = 0; v < kLanes; ++v) {
-      Acc* to = parts + (k * args.num_parts + part) * columns + (first + v) * packs + place;
+      Acc* to = parts + (k * args.num_parts + part) * args.part_places + (first + v) * packs + place;
       if (there && v < held) *to = sum[v];
     }
   }
@@ -266,11 +312,11 @@ static_assert(kMaxOnChipThreads / kWarpSize <= kFewLanes && kMaxThreads / kWarpS
 
 template <bool kRows, bool kMoments>
 __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Moments& moments,
-                                             const double (&sum)[kNumSums]) {
+                                             const double (&sum)[kNumSums], int lanes) {
   double all[kNumSums] = {kMoments ? moments.count : sum[0], kMoments ? moments.sum : sum[1],
                           kMoments ? moments.squares : sum[2]};
   if constexpr (kRows) {
-    group_sum(args.group_lanes, all);
+    group_sum(lanes, all);
   } else {
     sum_lanes<kFewLanes>(all);
   }
@@ -280,21 +326,20 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
   return merged.totals(count == args.num_positions ? args.inverse_positions : 1 / count);
 }
 
-// A channel's totals of the block, from its columns of all parts. For a group of lanes, after a barrier; or for one of several
+// A channel's totals of the block, from its places of all parts. For a group of lanes, after a barrier; or for one of several
 // groups, whose lanes go on counting where those before have stopped: then of a slice of them.
 template <bool kRows, bool kMoments, int kVec, typename Acc>
 __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, int lane) {
   const Acc* parts = shared_at<const Acc>(args.layout.parts);
   const int* counts = shared_at<const int>(args.layout.counts);
-  const int count = kRows ? args.channel_columns : 1, columns = kRows ? args.slab_channels * count : 1;
-  const int stride = args.num_parts * columns;
+  const int count = kRows ? args.channel_places : 1, stride = args.num_parts * args.part_places;
   Moments moments;
   double sum[kNumSums] = {};
-  auto add = [&](int part, int place) {
-    const Acc* at = parts + part * columns + place;
+  auto add = [&](int part, int place, int columns) {
+    const Acc* at = parts + part * args.part_places + place;
     const double v0 = at[0], v1 = at[stride], v2 = at[2 * stride];
     if (kMoments) {
-      moments.add(counts[part], v0, v1, v2);
+      moments.add(counts[part] * columns, v0, v1, v2);
     } else {
       sum[0] += v0;
       sum[1] += v1;
@@ -303,24 +348,38 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
   };
   if constexpr (!kRows) {
     if (kMoments) moments.point = parts[0];
-    if (lane % kFewLanes < args.num_parts) add(lane % kFewLanes, 0);
+    if (lane % kFewLanes < args.num_parts) add(lane % kFewLanes, 0, 1);
   } else {
-    const int first = channel * args.run_length, step = args.run_length > 1 ? 1 : args.slab_channels;
-    auto place_of = [&](int column) { return column % kVec * args.block_packs + column / kVec; };
-    if (kMoments) moments.point = parts[place_of(first)];
-    int part = static_cast<int>(args.by_columns.divide(lane)), j = lane - part * count;
+    // Of a run the channel's columns are neighbours, else slab_channels apart.
+    const int begin = channel * args.run_length, end = begin + args.run_length;
+    const int step = args.run_length > 1 ? 1 : args.slab_channels;
+    struct Place {
+      int at, columns;  // none, if the channel has one place less than others
+    };
+    auto place_of = [&](int j) -> Place {
+      if (args.two_sided) {
+        const int pack = begin / kVec + j, from = pack * kVec, to = from + kVec;
+        const int columns = (to < end ? to : end) - (from > begin ? from : begin);
+        return {from < begin ? args.block_packs + pack : pack, columns};
+      }
+      const int column = begin + j * step;
+      return {column % kVec * args.block_packs + column / kVec, 1};
+    };
+    if (kMoments) moments.point = parts[place_of(0).at];
+    int part = static_cast<int>(args.by_places.divide(lane)), j = lane - part * count;
 #pragma unroll 2
     while (part < args.num_parts) {
-      add(part, place_of(first + j * step));
+      const Place place = place_of(j);
+      if (place.columns > 0) add(part, place.at, place.columns);
       part += args.lane_parts;
-      j += args.lane_columns;
+      j += args.lane_places;
       if (j >= count) {
         j -= count;
         ++part;
       }
     }
   }
-  return group_totals<kRows, kMoments>(args, moments, sum);
+  return group_totals<kRows, kMoments>(args, moments, sum, args.group_lanes);
 }
 
 // Block sums to the workspace, where finish.cuh finds them.

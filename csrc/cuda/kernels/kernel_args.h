@@ -60,7 +60,7 @@ enum class Source : uint8_t {
 
 // Where a block keeps what in its shared memory, as offsets in bytes. On chip, slots for packs come first.
 struct SharedLayout {
-  int64_t parts = 0;    // sums of the block's parts, [kNumSums][num_parts][columns]; see block_sums.cuh
+  int64_t parts = 0;    // sums of the block's parts, [kNumSums][num_parts][part_places]; see block_sums.cuh
   int64_t counts = 0;   // [num_parts], of statistics
   int64_t totals = 0;   // clusters, and slices: [slices][kNumSums][slab_channels], for other blocks and warps to read
   int64_t results = 0;  // on chip: what is to be stored of each channel, [count_outputs][slab_channels]
@@ -113,18 +113,23 @@ struct KernelArgs {
   Divider by_channels;  // of wide channels, by num_channels
   SharedLayout layout;
 
-  // A block has slab_channels channels: one (planes), or those of its columns, of which each channel has channel_columns.
+  // A block has slab_channels channels: one (planes), or those of its columns.
   // Column e is of channel e / run_length % slab_channels: planes of run_length elements side by side, or one row of
   // slab_channels (or several, folded). In streaming each column of a folded row counts as a channel of its own.
-  int slab_channels, run_length, channel_columns;
+  int slab_channels, run_length;
   int64_t tile_channels;  // of all blocks side by side: num_channels, or wide_channels in streaming
   Divider by_run, by_slab;
   // Sums are added up by parts, and then by groups of lanes, one group for each channel: see block_sums.cuh.
   bool parts_are_warps;
+  // A part has places for what its threads leave of each sum, channel_places of them for each channel. Of a pack these are as
+  // many as it has columns; or two_sided, see has_two_sides.
+  bool two_sided;
+  int part_places, channel_places;
   int num_parts, group_lanes, group_shift;
-  int slices;                    // groups that add up parts of the same channel, each some of them
-  int lane_parts, lane_columns;  // the lanes of all of these, as so many times channel_columns, and the rest
-  Divider by_columns;            // of lanes, by channel_columns
+  int slices;                   // groups that add up parts of the same channel, each some of them
+  int total_lanes;              // of a group: a power of two, enough for what slices and the blocks of a cluster leave
+  int lane_parts, lane_places;  // the lanes of all of these, as so many times channel_places, and the rest
+  Divider by_places;            // of lanes, by channel_places
 
   // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. Where there are fewer teams than
   // slabs, a team has one after the other, those that are num_teams apart.
@@ -162,6 +167,20 @@ struct alignas(16) Coefficients {
 constexpr bool parts_are_warps(int block_packs) { return kWarpSize % block_packs == 0; }
 constexpr int count_parts(int threads, int block_packs) {
   return threads / (parts_are_warps(block_packs) ? kWarpSize : block_packs);
+}
+// A pack of a run of channels that are no shorter has columns of one channel or of two neighbours: its sides. A thread adds up
+// the columns of each before it leaves the sums.
+constexpr int kSides = 2;
+constexpr bool has_two_sides(int vec, int run_length) { return run_length > 1 && run_length >= vec; }
+constexpr int count_part_places(int vec, int run_length, int block_packs) {
+  return block_packs * (has_two_sides(vec, run_length) ? kSides : vec);
+}
+// Where it has two sides, a channel has one in each pack that it lies in: so many, wherever it begins.
+constexpr int count_channel_places(int vec, int run_length, int block_packs, int slab_channels) {
+  if (!has_two_sides(vec, run_length)) return block_packs * vec / slab_channels;
+  int unit = vec;  // channels begin at multiples of it; a power of two
+  while (run_length % unit != 0) unit /= 2;
+  return (vec - unit + run_length - 1) / vec + 1;
 }
 // As many lanes for a channel as the block has, but within a warp, and no fewer than there are roles.
 constexpr int count_group_lanes(int threads, int slab_channels) {

@@ -137,8 +137,8 @@ __device__ inline void leave_totals(const KernelArgs& args) {
   });
 }
 
-// A channel's totals from all slices, and all blocks of the cluster, for a group of lanes: each reads those of one or two.
-// They are added up in an order that never changes.
+// A channel's totals from all slices, and all blocks of the cluster, for a group of lanes: each reads those of one or two, and
+// where there are more lanes, some read the same. They are added up in an order that never changes.
 template <bool kRows, bool kMoments>
 __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, int lane) {
   const double* own = shared_at<const double>(args.layout.totals) + channel;
@@ -166,9 +166,10 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
     if (lane % kFewLanes < blocks) add(0, lane % kFewLanes);
   } else {
     const int shift = popcount(static_cast<unsigned>(blocks - 1));  // a power of two
-    for (int i = lane; i < args.slices * blocks; i += args.group_lanes) add(i >> shift, i & (blocks - 1));
+    const int lanes = args.total_lanes;
+    for (int i = lane & (lanes - 1); i < args.slices * blocks; i += lanes) add(i >> shift, i & (blocks - 1));
   }
-  return group_totals<kRows, kMoments>(args, moments, sum);
+  return group_totals<kRows, kMoments>(args, moments, sum, args.total_lanes);
 }
 
 // Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors, lane) for

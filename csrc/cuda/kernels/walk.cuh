@@ -178,7 +178,7 @@ __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
 template <bool kRows, int kVec>
 __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)[kVec]) {
   const int column = kRows ? static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec : 0;
-  if (!kRows || args.channel_columns == 1) {
+  if (!kRows || args.slab_channels == args.block_packs * kVec) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) channel[v] = kRows ? column + v : 0;
     return;
