@@ -28,10 +28,11 @@ RESULTS = (
     *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
     *("tensor_bytes", "batches_ahead", "num_teams", "persistent", "shares_out"),
-    *("late_from", "num_late", "registers"),
+    *("late_from", "num_late", "registers", "overlapping"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
-REQUEST += ("family", "cumulative", "no_grid", "persistent_limit", "no_late")
+REQUEST += ("family", "cumulative", "no_grid", "no_clusters", "no_overlap")
+REQUEST += ("persistent_limit", "no_late")
 
 
 KB = 1 << 10
@@ -393,10 +394,10 @@ def test_a_grid_takes_what_no_cluster_holds() -> None:
     assert b"cannot run: the device has no cooperative launch" in q.text
     # By name, whatever is wanted else.
     assert plan(h100, shape, backward=1, family=GRID, no_grid=1).family_chosen == GRID
-    # Not after a batch has been counted, since CUDA may refuse the launch.
+    # A batch is counted behind it, so it may be refused.
     large = (256, 64, 112, 112)
-    assert plan(h100, large, backward=0).family_chosen == GRID
-    assert plan(h100, large, backward=0, cumulative=1).family_chosen != GRID
+    for cumulative in (0, 1):
+        assert plan(h100, large, backward=0, cumulative=cumulative).family_chosen == GRID
     # Few channels are little to read for every block, many are not.
     few, many = (20, 6, 256, 256), (256, 512, 28, 28)
     for size, shares_out in ((few, 0), (many, 1)):
@@ -405,6 +406,16 @@ def test_a_grid_takes_what_no_cluster_holds() -> None:
     # What one block holds is not for all of them.
     for name, size in itertools.product(DEVICES, ((8, 64, 8, 8), (32, 2048, 7, 7))):
         assert plan(DEVICES[name], size, backward=1).family_chosen != GRID
+
+
+def test_what_is_not_wanted() -> None:
+    h100, shape = DEVICES["h100"], (32, 256, 56, 56)
+    assert plan(h100, shape).family_chosen == CLUSTER
+    assert plan(h100, shape, no_clusters=1, no_grid=1).family_chosen in (STREAMING, RESIDENT)
+    assert plan(h100, shape, no_clusters=1, family=CLUSTER).family_chosen == CLUSTER
+    for no_overlap in (0, 1):
+        q = plan(h100, shape, family=STREAMING, no_overlap=no_overlap)
+        assert q.overlapping == 1 - no_overlap
 
 
 def test_persistent_blocks() -> None:
@@ -507,7 +518,7 @@ def test_only_second_passes_are_kept_on_chip() -> None:
             assert q.family_chosen == STREAMING
 
 
-def test_batches_are_counted_before_they_are_read() -> None:
+def test_a_kernel_of_its_own_counts_batches_that_all_blocks_read() -> None:
     shape = (8, 64, 8, 8)
     for family, first in (
         (STREAMING, (0, 0)),

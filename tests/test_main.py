@@ -183,7 +183,7 @@ def test_who_gets_a_grid(environment: Callable[[str, str], None]) -> None:
 
 def test_who_has_persistent_blocks(environment: Callable[[str, str], None]) -> None:
     """They hold their SMs, so there are none where other streams send gradients."""
-    x = torch.empty(256, 2048, 7, 7, device="meta")
+    x = torch.empty(256, 1024, 14, 14, device="meta")
     for world, persistent, wanted in (
         *(("", "", True), ("1", "", True), ("8", "", False)),
         *(("8", "1", True), ("1", "0", False), ("8", "always", True)),
@@ -204,9 +204,11 @@ def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
         environment("BNEXT_CUDA_LATE", late)
         found = plans(bnext.explain(x, "h100"))
         assert ["us late" in plan for plan in found] == [is_there] * 2
-    environment("BNEXT_CUDA_LATE", "2")
-    with pytest.raises(RuntimeError, match=r"^BNEXT_CUDA_LATE should be 0 or 1, not 2"):
-        bnext.explain(x, "h100")
+    for name in ("BNEXT_CUDA_LATE", "BNEXT_CUDA_OVERLAP"):
+        environment(name, "2")
+        with pytest.raises(RuntimeError, match=rf"^{name} should be 0 or 1, not 2"):
+            bnext.explain(x, "h100")
+        environment(name, "1")
 
 
 def test_explain_looks_at_strides_and_alignment() -> None:

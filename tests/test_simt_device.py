@@ -90,3 +90,27 @@ def test_streams_are_streams(waits: bool) -> None:
     done = run("-c", STALE.replace("WAITS", str(waits)))
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{waits}\n"
+
+
+REFUSED = """
+import torch, bnext
+
+torch.manual_seed(0)
+x, dy = torch.randn(2, 4, 5, 80, 80)
+assert bnext.explain(x, "current").count("in clusters of 16") == 2
+found = []
+for device in ("cpu", "cuda"):
+    layer = bnext.BatchNorm2d(5, momentum=None, device=device)
+    input = x.detach().to(device).requires_grad_()
+    layer(input).backward(dy.to(device))
+    found.append([input.grad, layer.running_mean, layer.running_var, layer.num_batches_tracked])
+for cpu, cuda in zip(*found, strict=True):
+    torch.testing.assert_close(cuda.cpu(), cpu)
+"""
+
+
+def test_a_stream_with_a_part_of_the_device() -> None:
+    """A cluster that has no room there is refused. Another family runs, and counts one batch."""
+    for sms in ("16", "1"):
+        done = run("-c", REFUSED, BNEXT_SHIM_STREAM_SMS=sms)
+        assert done.returncode == 0, done.stderr

@@ -280,14 +280,12 @@ def test_cumulative_momentum(way: str) -> None:
 @pytest.mark.parametrize("way", EVERY_WAY)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_refused_launch_counts_nothing(way: str, momentum: float | None) -> None:
-    """But where the batch has to be counted before, because the momentum depends on it."""
     layout, shape, machine = EVERY_WAY[way]
     x, tracked = cases.make_case(shape, layout=layout).input, torch.tensor(2)
     out = simt.guarded(x.shape, x.dtype, torch.empty_like(x).stride())
     vectors = {
         name: simt.guarded((x.shape[1],), torch.float32, (1,)) for name in ("mean", "invstd")
     }
-    launches = 1 + (momentum is None)
     with pytest.raises(simt.ShimError, match="refused"):
         simt.run(
             *(x, None, out, vectors),
@@ -295,9 +293,9 @@ def test_a_refused_launch_counts_nothing(way: str, momentum: float | None) -> No
             momentum=momentum,
             num_batches_tracked=tracked,
             machine=machine,
-            schedule=simt.Schedule(refused_launch=launches),
+            schedule=simt.Schedule(refused_launch=1),
         )
-    assert tracked == 2 + (momentum is None)
+    assert tracked == 2
 
 
 def test_many_blocks_to_a_channel() -> None:

@@ -49,7 +49,10 @@ DeviceInfo ask_device(int device) {
   for (int blocks = 1; blocks <= kGridBlocksPerSm; ++blocks) {
     info.cooperative = info.cooperative && active_blocks(blocks, grid_shared_bytes(info, blocks)) >= blocks;
   }
-  info.overlaps = can_overlap();
+  // Graphs hold such kernels since CUDA 12.3.
+  int driver = 0;
+  C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  info.overlaps = can_overlap() && driver >= 12030;
   return info;
 }
 
@@ -69,6 +72,17 @@ const DeviceInfo& device_info(at::Device device) {
 
 namespace {
 
+// What kAuto goes without, when a launch is refused because the stream has only a part of the device, as in a green context:
+// there not all of a grid runs at once, or not all of a cluster.
+bool go_without(cudaError_t refused, const Plan& plan, Limits& limits) {
+  const bool grid = plan.family == Family::kGrid && refused == cudaErrorCooperativeLaunchTooLarge;
+  const bool cluster = plan.family == Family::kCluster &&
+                       (refused == cudaErrorInvalidClusterSize || refused == cudaErrorLaunchOutOfResources);
+  if (limits.family != Family::kAuto || !(grid || cluster)) return false;
+  (grid ? limits.grid : limits.clusters) = false;
+  return true;
+}
+
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
@@ -83,11 +97,7 @@ void run(const Problem& problem, at::Device device) {
     const at::Tensor workspace = at::empty({plan.workspace_bytes}, at::TensorOptions().device(device).dtype(at::kByte));
     const cudaError_t error =
         launch(problem, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream(device.index()));
-    // A stream may have a part of the device, as in a green context, where not all of a grid runs at once.
-    if (error == cudaErrorCooperativeLaunchTooLarge && limits.family == Family::kAuto && limits.grid) {
-      limits.grid = false;
-      continue;
-    }
+    if (go_without(error, plan, limits)) continue;
     TORCH_CHECK(error == cudaSuccess, "bnext could not launch its kernels on ", device, ": ", cudaGetErrorString(error),
                 "; the plan was: ", to_string(plan));
     return;

@@ -134,13 +134,13 @@ template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
 cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t stream) {
   LaunchShape shape = on_chip_shape(plan.num_blocks, plan.threads, plan.layout.bytes, plan.cluster);
   shape.cooperative = kBlocks == Blocks::kGrid;
-  if (plan.count) {
-    const cudaError_t error = launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
-    if (error != cudaSuccess) return error;
+  if (plan.pass == Pass::kBackward) {
+    return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
   }
-  const bool backward = plan.pass == Pass::kBackward;
-  return backward ? launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args)
-                  : launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
+  const cudaError_t error =
+      launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
+  if (error != cudaSuccess || !plan.count) return error;
+  return launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
@@ -235,6 +235,7 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
   KernelArgs args = common_args(problem.geometry, plan, workspace);
   args.training = problem.training;
   args.cumulative = problem.cumulative;
+  args.counted = plan.reduce;
   args.momentum = problem.momentum;
   args.eps = problem.eps;
   args.running_limit = problem.running_limit;

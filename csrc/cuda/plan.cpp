@@ -236,7 +236,7 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
   plan.workspace_bytes = plan.coefficient_offset;
   if (plan.finish && plan.apply) plan.workspace_bytes += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
 
-  plan.overlaps = device.overlaps && plan.reduce + plan.finish + plan.apply > 1;
+  plan.overlaps = limits.overlap && device.overlaps && plan.reduce + plan.finish + plan.apply > 1;
 
   plan.tensor_bytes = r.geometry.num_channels * r.geometry.num_positions() * dtype_bytes(plan.dtype);
   plan.bytes_moved = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
@@ -300,8 +300,10 @@ bool operator==(const Request& a, const Request& b) {
 bool operator==(const Limits& a, const Limits& b) {
   auto fields = [](const Limits& l) {
     // A field that is not named here is an error of the compiler's.
-    const auto& [family, grid, persistent, late, threads, batches, fused_splits, share_out, shared_bytes, team] = l;
-    return std::tie(family, grid, persistent, late, threads, batches, fused_splits, share_out, shared_bytes, team);
+    const auto& [family, grid, clusters, persistent, overlap, late, threads, batches, fused_splits, share_out,
+                 shared_bytes, team] = l;
+    return std::tie(family, grid, clusters, persistent, overlap, late, threads, batches, fused_splits, share_out,
+                    shared_bytes, team);
   };
   return fields(a) == fields(b);
 }

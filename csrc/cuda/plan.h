@@ -70,8 +70,10 @@ Request make_request(const BackwardProblem& problem);
 // Upper bounds that a caller may lower: tests run small blocks, benchmarks other families.
 struct Limits {
   Family family = Family::kAuto;
-  bool grid = true;  // kAuto may choose it: its launch waits until the device has room for all of it
+  bool grid = true;      // kAuto may choose it: its launch waits until the device has room for all of it
+  bool clusters = true;  // kAuto may choose them
   Persistent persistent = Persistent::kWhereFaster;  // such blocks hold their SMs until all slabs are done
+  bool overlap = true;                               // kernels of a pass may begin before those before them have ended
   bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
@@ -104,7 +106,7 @@ struct Plan {
   int finish_threads = 32;
   int64_t finish_shared_bytes = 0;  // the other kernels: layout.bytes
   int64_t coefficient_offset = 0, workspace_bytes = 0;
-  // On chip: one kernel for all, after a tiny one where batches have to be counted first.
+  // On chip: one kernel for all, and a tiny one behind it where all its blocks read how many batches there were.
   bool on_chip = false, count = false;
   int cluster = 1;                    // blocks that see each other's memory
   int64_t num_teams = 1;              // of num_splits blocks each

@@ -122,6 +122,7 @@ Limits parse_environment() {
   const bool alone = std::atoi(variable("WORLD_SIZE").c_str()) <= 1;
   limits.grid = flag("BNEXT_CUDA_GRID", alone);
   limits.persistent = allowed_persistent(alone);
+  limits.overlap = flag("BNEXT_CUDA_OVERLAP", true);
   limits.late = flag("BNEXT_CUDA_LATE", true);
   return limits;
 }

@@ -188,8 +188,7 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     }
   };
   auto consider_grids = [&](const Plan& walk) {
-    // A grid may be refused room when it is launched, so a batch must not have been counted before.
-    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative || base.count)) return;
+    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative)) return;
     for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) {
       const int64_t all = int64_t{per_sm} * device.num_sms;
       for (int64_t most : kTeams) {
@@ -207,6 +206,7 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     for (bool persistent : {false, true}) {
       if (limits.persistent == (persistent ? Persistent::kNever : Persistent::kAlways)) continue;
       consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in, persistent}, kMaxOnChipThreads);
+      if (limits.family == Family::kAuto && !limits.clusters) continue;
       for (int cluster : kClusterSizes) {
         consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in, persistent}, kMaxOnChipThreads);
       }

@@ -17,7 +17,7 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative, no_grid, persistent_limit, no_late;
+  int64_t family, cumulative, no_grid, no_clusters, no_overlap, persistent_limit, no_late;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
   int64_t cooperative, overlaps;
@@ -27,7 +27,8 @@ struct Query {
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late, registers;
+  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late, registers,
+      overlapping;
   double held, microseconds, late_us;
   char text[512];
 };
@@ -92,6 +93,8 @@ void plan_run(Query* q) {
   Limits limits;
   limits.family = static_cast<Family>(q->family);
   limits.grid = q->no_grid == 0;
+  limits.clusters = q->no_clusters == 0;
+  limits.overlap = q->no_overlap == 0;
   limits.persistent = static_cast<Persistent>(q->persistent_limit);
   limits.late = q->no_late == 0;
   const Plan p = make_plan(r, device, limits);
@@ -143,6 +146,7 @@ void plan_run(Query* q) {
   q->late_from = p.late_from;
   q->num_late = p.num_late;
   q->registers = p.on_chip ? registers_of(p, device.arch) : 0;
+  q->overlapping = p.overlaps;
   q->late_us = p.late_us;
   q->held = p.held;
   q->microseconds = p.microseconds;

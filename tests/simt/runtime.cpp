@@ -89,6 +89,7 @@ struct Runtime {
   std::map<uintptr_t, Allocation> memory;
   std::unordered_map<const void*, Kernel> kernels;
   cudaError_t broken = cudaSuccess;  // by a kernel; for good
+  int stream_sms = kNumSms;          // that the work of a stream may use
 };
 
 Runtime& runtime() {
@@ -96,6 +97,8 @@ Runtime& runtime() {
     auto* made = new Runtime;
     const char* seed = std::getenv("BNEXT_SHIM_SEED");
     made->random.seed(seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10));
+    const char* sms = std::getenv("BNEXT_SHIM_STREAM_SMS");
+    if (sms != nullptr) made->stream_sms = std::atoi(sms);
     for (int d = 0; d < kNumDevices; ++d) {
       made->default_streams[d].device = d;
       made->streams.insert(&made->default_streams[d]);
@@ -283,10 +286,10 @@ cudaError_t launch_kernel(const cudaLaunchConfig_t& config, const void* function
   if (stream.device != current_device) return result(cudaErrorInvalidResourceHandle);
   const cudaError_t error = read_config(config, kernel, launch);
   if (error != cudaSuccess) return result(error);
-  const int at_once = kNumSms * blocks_on_sm(static_cast<int>(launch.threads), launch.shared_bytes);
-  if (launch.cooperative && launch.blocks > static_cast<unsigned>(at_once)) {
-    return result(cudaErrorCooperativeLaunchTooLarge);
-  }
+  const int on_sm = blocks_on_sm(static_cast<int>(launch.threads), launch.shared_bytes);
+  const auto at_once = static_cast<unsigned>(runtime().stream_sms * on_sm);
+  if (launch.cooperative && launch.blocks > at_once) return result(cudaErrorCooperativeLaunchTooLarge);
+  if (launch.cluster > at_once) return result(cudaErrorInvalidClusterSize);
   const auto* bytes = static_cast<const unsigned char*>(args[0]);
   launch.args.assign(bytes, bytes + sizeof(bnext::cuda::KernelArgs));
   return enqueue(stream, [launch] { run_kernel(launch); });

@@ -58,9 +58,8 @@ __device__ inline double finish_forward(const KernelArgs& args, const ChannelTot
   const double old_var = of_role(args, input, forward::kRunningVar);
   double output[kRoles] = {mean, invstd, mean, var, old_mean, old_var};
   if (args.output[forward::kNewMean].data == nullptr) return pick_output(lane, output);
-  // A kernel before this one has counted the batch already: reduce, or on chip count_kernel.
   const double momentum = args.cumulative && args.num_batches_tracked != nullptr
-                              ? 1.0 / static_cast<double>(load_left(args.num_batches_tracked))
+                              ? 1.0 / static_cast<double>(load_left(args.num_batches_tracked) + !args.counted)
                               : args.momentum;
   const double new_mean = momentum * mean + (1 - momentum) * old_mean;
   const double new_var = momentum * (var * args.unbiased) + (1 - momentum) * old_var;
@@ -215,7 +214,8 @@ __device__ inline void count_batch(const KernelArgs& args, bool if_cumulative) {
   if (counts && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 
-// Before on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all blocks read, with this one.
+// After on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all their blocks read. Not before
+// them, so that nothing is counted if their launch is refused.
 __global__ void __launch_bounds__(kWarpSize) count_kernel(const __grid_constant__ KernelArgs args) {
   count_batch(args, true);
 }

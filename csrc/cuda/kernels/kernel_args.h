@@ -146,6 +146,7 @@ struct KernelArgs {
   void* coefficients;       // [num_channels] of Coefficients<Acc>
   Source source;
   bool backward, training, cumulative;
+  bool counted;                                       // where cumulative: num_batches_tracked has this batch already
   double num_positions, inverse_positions, unbiased;  // m, 1 / m, m / (m - 1)
   double momentum, eps, running_limit;
 
