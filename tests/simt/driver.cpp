@@ -11,6 +11,7 @@
 #include <string>
 
 #include "cuda/launch.h"
+#include "cuda/plan_steps.h"
 #include "layout.h"
 #include "runtime.h"
 #include "simt.h"
@@ -46,7 +47,7 @@ struct Call {
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
-  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels;
+  int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels, slices;
   int64_t bytes_kept, bytes_stored_meanwhile, late_threads, least_late_clocks, most_late_clocks, first_late_block;
   int64_t planned_late_threads, planned_late_from, persistent, batches_ahead, threads_run;
   int64_t instructions, most_instructions;  // of PTX
@@ -142,6 +143,7 @@ void run(Call& call, const Problem& problem) {
   call.vec = plan.vec;
   call.num_splits = plan.num_splits;
   call.run_length = plan.run_length;
+  call.slices = slices_of(plan);
   call.slab_channels = plan.slab_channels;
   call.held = plan.held;
 }
