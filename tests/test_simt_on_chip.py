@@ -133,6 +133,8 @@ def test_layouts(dtypes: str, layout: str) -> None:
 def test_every_byte_moves_once(way: str) -> None:
     """2 tensors forward, 3 backward, whole packs: the plan says so, and the kernels do it."""
     layout, shape, machine = WAYS[way]
+    # Sums of a grid, which stands in for a cluster before sm_90, go through the workspace anyway.
+    in_slices = "slices" in way and ("cluster" not in way or simt.arch() >= 90)
     overlapped = 0
     for dtypes in ("float32", "float16", "float64"):
         case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
@@ -144,7 +146,7 @@ def test_every_byte_moves_once(way: str) -> None:
             assert call.bytes_stored == tensor_bytes
             assert call.bytes_loaded == (tensors - 1) * tensor_bytes
             assert (call.run_length > 1) == ("runs" in way)
-            assert (call.slices > 1) == ("slices" in way) or dtypes != "float32"
+            assert (call.slices > 1) == in_slices or dtypes != "float32"
             assert call.persistent or "persistent" not in way
             # While a slab is mapped, the next one's first batches are on their way: all but the
             # last, each behind the stores of the batch whose place it gets.
