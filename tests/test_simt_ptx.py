@@ -85,20 +85,26 @@ class Module:
         self.header = ptx[: begins[0]]
         self.kernels = {name: text for name, text in named.items() if "_kernelIf" in name}
         self.path = path
+        # Of each kernel: passes that it is part of, and the kernels that take part in those.
         self.runs: dict[str, list[Run]] = {name: [] for name in self.kernels}
+        self.together: dict[str, set[str]] = {name: {name} for name in self.kernels}
+        unchanged = self.load(self.kernels)
         for run in all_runs():
-            with self.load():
+            with unchanged:
                 assert not goes_wrong(run, 4)
-                for name in simt.kernels_run():
-                    self.runs[name].append(run)
+                names = simt.kernels_run()
+            for name in names:
+                self.runs[name].append(run)
+                self.together[name].update(names)
 
-    def load(self, **changed: str) -> simt.Ptx:
-        self.path.write_text(self.header + "".join((self.kernels | changed).values()))
+    def load(self, kernels: dict[str, str]) -> simt.Ptx:
+        self.path.write_text(self.header + "".join(kernels.values()))
         return simt.Ptx(self.path)
 
     def notices(self, name: str, text: str) -> bool:
         """Whether a run that the kernel is part of goes wrong if this is its text."""
-        with self.load(**{name: text}):
+        kernels = {other: self.kernels[other] for other in self.together[name]}
+        with self.load(kernels | {name: text}):
             return any(goes_wrong(run, 4) for run in self.runs[name])
 
 

@@ -198,7 +198,7 @@ class Ptx:
 
 
 def kernels_run() -> list[str]:
-    """Within Ptx: its kernels that have run, by name."""
+    """Within Ptx: its kernels that have run since it was entered, by name."""
     return library().simt_kernels_run().decode().split()
 
 

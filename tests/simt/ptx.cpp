@@ -27,13 +27,30 @@ using Execute = void (*)(Thread&, const Instruction&);
 
 enum class Space : uint8_t { kParam, kAny, kShared, kCluster };
 
-// Operands are places in a thread's file of registers; constants have places there as well.
+// Some places in a thread's file of registers: no instruction here has more.
+class Places {
+ public:
+  void push_back(int place) {
+    if (count_ == kMost) throw std::runtime_error("knows instructions of " + std::to_string(kMost) + " operands only");
+    places_[count_++] = place;
+  }
+  int operator[](size_t i) const { return places_[i]; }
+  size_t size() const { return count_; }
+  bool empty() const { return count_ == 0; }
+
+ private:
+  static constexpr size_t kMost = 5;
+  int places_[kMost] = {};
+  size_t count_ = 0;
+};
+
+// Constants have places there as well.
 struct Instruction {
   Execute execute = nullptr;
   int line = 0;
   int predicate = -1;
   bool negated = false;
-  std::vector<int> to, from;
+  Places to, from;
   // of loads and stores
   Space space = Space::kAny;
   bool from_l2 = false;
@@ -54,7 +71,7 @@ struct Kernel {
 struct Module {
   int arch = 0;
   std::map<std::string, Kernel> kernels;
-  std::map<const void*, const Kernel*> by_function;  // those that have run
+  std::map<const void*, const Kernel*> by_function;  // those that have run since it is in use
 };
 
 std::map<int, Module> modules;
@@ -641,7 +658,7 @@ class Reader {
     i.from_l2 = name.find(".cg") != std::string::npos || name.find(".gpu") != std::string::npos;
   }
 
-  void add_operand(Instruction& i, std::vector<int>& list, const std::string& text) {
+  void add_operand(Instruction& i, Places& list, const std::string& text) {
     if (text[0] == '{') {
       for (const std::string& part : split(text.substr(1, text.size() - 2))) list.push_back(place(part));
     } else if (text[0] == '[') {
@@ -683,7 +700,7 @@ class Reader {
 
 // Kernels as PTX has them: `.visible .entry name(.param ... name_param_0[bytes]) .directives { statements }`.
 Module read_module(std::istream& file) {
-  const Table table = make_table();
+  static const Table table = make_table();
   Module result;
   std::string text, statement;
   std::unique_ptr<Reader> reader;
@@ -762,7 +779,10 @@ int load_ptx(const std::string& path) {
 }
 
 void forget_ptx(int number) { modules.erase(number); }
-void use_ptx(int number) { module = number == 0 ? nullptr : &modules.at(number); }
+void use_ptx(int number) {
+  module = number == 0 ? nullptr : &modules.at(number);
+  if (module != nullptr) module->by_function.clear();
+}
 
 bool has_ptx() { return module != nullptr; }
 int ptx_arch() { return module->arch; }

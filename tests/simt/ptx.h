@@ -23,7 +23,7 @@ void use_ptx(int number);
 bool has_ptx();
 // The architecture that it was compiled for: 90 for sm_90.
 int ptx_arch();
-// Kernels that have run, by name, each with a space behind it.
+// Kernels that have run since then, by name, each with a space behind it.
 std::string ptx_kernels_run();
 // Runs the kernel of this function, as one thread of the shim.
 void run_ptx(const void* function, const void* args, size_t bytes);

@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <random>
+#include <utility>
 
 namespace simt {
 namespace {
@@ -29,6 +31,8 @@ struct Pending {
   int barriers;  // of the block, which the thread had passed
 };
 
+using Site = std::pair<const char*, int>;  // file and line
+
 struct Fiber {
   std::unique_ptr<unsigned char[]> stack;
   ucontext_t context;
@@ -39,7 +43,7 @@ struct Fiber {
   bool arrived = false;        // at the cluster's barrier, where others are missing yet
   int passed = 0, waited = 0;  // cluster barriers
   int barriers = 0;            // of the block, passed
-  std::string arrived_at;
+  Site arrived_at;
   const unsigned* word = nullptr;  // that it waits for, to be `bits` under `mask`, or to be something else
   unsigned bits = 0, mask = 0;
   bool something_else = false;
@@ -75,8 +79,9 @@ struct Machine {
   // The order in which fibers are preferred, where each of them is in it, and one bit for each place: whether it is ready.
   std::vector<unsigned> order, position;
   std::vector<uint64_t> ready;
-  std::vector<unsigned> at_word;  // fibers
-  unsigned num_done = 0;
+  std::vector<unsigned> at_barrier, done;  // of each block, so many fibers
+  std::vector<unsigned> at_word;           // fibers
+  unsigned num_ready = 0, num_done = 0, num_arrived = 0;
   jmp_buf scheduler;
   // cluster: blocks that run at the same time, also in a cooperative launch.
   unsigned fiber = 0, first_block = 0, num_threads = 0, cluster = 1, num_blocks = 0;
@@ -91,6 +96,7 @@ struct Machine {
   Instructions instructions;
   int launches = 0;
   std::string error;
+  std::map<Site, bool> skipped;  // those that have been reached in this session
   std::vector<std::string> barriers;
 };
 
@@ -110,7 +116,9 @@ void set_state(unsigned fiber, State state) {
   m.states[fiber] = state;
   const uint64_t bit = uint64_t{1} << m.position[fiber] % 64;
   uint64_t& word = m.ready[m.position[fiber] / 64];
+  m.num_ready -= (word & bit) != 0;
   word = state == State::kReady ? word | bit : word & ~bit;
+  m.num_ready += state == State::kReady;
 }
 
 // Back to the scheduler until it picks this fiber again.
@@ -129,6 +137,7 @@ void fiber_main() {
     }
     set_state(m.fiber, State::kDone);
     m.num_done += 1;
+    m.done[rank()] += 1;
     yield();
   }
 }
@@ -140,9 +149,13 @@ std::string place(const char* file, int line) {
 
 // Notes that a barrier has been reached; true if it is to be passed over.
 bool skipped(const char* file, int line) {
-  const std::string name = place(file, line);
-  if (std::find(m.barriers.begin(), m.barriers.end(), name) == m.barriers.end()) m.barriers.push_back(name);
-  return (" " + m.session.skipped_barriers + " ").find(" " + name + " ") != std::string::npos;
+  const auto [site, is_new] = m.skipped.emplace(Site(file, line), false);
+  if (is_new) {
+    const std::string name = place(file, line);
+    if (std::find(m.barriers.begin(), m.barriers.end(), name) == m.barriers.end()) m.barriers.push_back(name);
+    site->second = (" " + m.session.skipped_barriers + " ").find(" " + name + " ") != std::string::npos;
+  }
+  return site->second;
 }
 
 // Lets a warp go on whose lanes have all reached the same shuffle.
@@ -161,9 +174,8 @@ void release_warp(unsigned first) {
 
 void release_block(unsigned first) {
   Fiber& leader = m.fibers[first];
-  for (unsigned i = first; i < first + m.num_threads; ++i) {
-    if (m.states[i] != State::kAtBarrier) return;
-  }
+  if (m.at_barrier[first / m.num_threads] < m.num_threads) return;
+  m.at_barrier[first / m.num_threads] = 0;
   for (unsigned i = first; i < first + m.num_threads; ++i) {
     if (m.fibers[i].line != leader.line || m.fibers[i].file != leader.file) fail("threads are at different barriers");
     set_state(i, State::kReady);
@@ -172,9 +184,8 @@ void release_block(unsigned first) {
 
 // When all threads have arrived, those that wait go on; the others need not wait when they come to it.
 void release_cluster() {
-  for (unsigned i = 0; i < num_fibers(); ++i) {
-    if (!m.fibers[i].arrived) return;
-  }
+  if (m.num_arrived < num_fibers()) return;
+  m.num_arrived = 0;
   for (unsigned i = 0; i < num_fibers(); ++i) {
     Fiber& fiber = m.fibers[i];
     if (fiber.arrived_at != m.fibers[0].arrived_at) fail("threads are at different cluster barriers");
@@ -184,12 +195,7 @@ void release_cluster() {
   for (unsigned i = 0; i < num_fibers(); ++i) m.fibers[i].passed += 1;
 }
 
-bool has_ended(unsigned rank) {
-  for (unsigned i = rank * m.num_threads; i < (rank + 1) * m.num_threads; ++i) {
-    if (m.states[i] != State::kDone) return false;
-  }
-  return true;
-}
+bool has_ended(unsigned rank) { return m.done[rank] == m.num_threads; }
 
 // A random order of groups of so many fibers.
 void draw_order(unsigned together) {
@@ -224,9 +230,9 @@ unsigned preferred_together() {
   return kinds[m.session.seed % 4];
 }
 
-unsigned pick(unsigned num_ready) {
+unsigned pick() {
   const unsigned together = preferred_together();
-  if (together == 0) return find_ready(static_cast<unsigned>(m.random() % num_ready));
+  if (together == 0) return find_ready(static_cast<unsigned>(m.random() % m.num_ready));
   if (m.random() % (8 * num_fibers()) == 0) draw_order(together);
   return find_ready(0);
 }
@@ -303,7 +309,9 @@ void run_cluster(unsigned first_block) {
     fiber.copies.clear();
     fiber.in_flight.clear();
   }
-  m.num_done = 0;
+  m.num_done = m.num_arrived = 0;
+  m.at_barrier.assign(m.cluster, 0);
+  m.done.assign(m.cluster, 0);
   m.at_word.clear();
   draw_order(std::max(preferred_together(), 1u));
   for (;;) {
@@ -314,11 +322,9 @@ void run_cluster(unsigned first_block) {
         std::remove_if(m.at_word.begin(), m.at_word.end(), [](unsigned i) { return m.states[i] != State::kAtWord; }),
         m.at_word.end());
     if (m.num_done == num_fibers()) break;
-    unsigned num_ready = 0;
-    for (const uint64_t word : m.ready) num_ready += static_cast<unsigned>(__builtin_popcountll(word));
-    if (num_ready == 0) return report_deadlock();
+    if (m.num_ready == 0) return report_deadlock();
     // Runs until it waits or ends. Those that wait for others are looked at again when the others arrive.
-    m.fiber = pick(num_ready);
+    m.fiber = pick();
     Fiber& fiber = current();
     const int from = _setjmp(m.scheduler);
     if (from == 2) return;
@@ -380,6 +386,7 @@ void barrier(const char* file, int line) {
   set_state(m.fiber, State::kAtBarrier);
   current().file = file;
   current().line = line;
+  m.at_barrier[rank()] += 1;
   release_block(rank() * m.num_threads);
   yield();
   current().barriers += 1;
@@ -390,7 +397,8 @@ void cluster_arrive(const char* file, int line) {
   Fiber& fiber = current();
   if (fiber.arrived || fiber.passed != fiber.waited) fail("a thread arrives twice at the cluster's barrier");
   fiber.arrived = true;
-  fiber.arrived_at = place(file, line);
+  m.num_arrived += 1;
+  fiber.arrived_at = {file, line};
   release_cluster();
 }
 
@@ -593,6 +601,7 @@ void run_grid(unsigned grid, unsigned block, unsigned cluster, bool cooperative,
   m.order.resize(num_fibers());
   m.position.resize(num_fibers());
   m.ready.assign((num_fibers() + 63) / 64, 0);
+  m.num_ready = 0;
   m.shared.assign(m.cluster, std::vector<unsigned char>(shared_bytes + kGuardBytes, kGuard));
   m.words.assign(has_ptx() ? m.cluster : 0, std::vector<Word>((shared_bytes + 3) / 4));
   std::vector<unsigned> order(grid / m.cluster);
@@ -616,6 +625,7 @@ void begin(const Session& session) {
   m.late = {};
   m.instructions = {};
   m.launches = 0;
+  m.skipped.clear();
   m.error.clear();
 }
 
