@@ -48,7 +48,8 @@ DType dtype_of(const at::Tensor& t) {
 
 // ---- from tensors to problems ----------------------------------------------------------------------------------
 
-// What is read keeps sharing its memory with the tensor that it was lazily cloned from; the plain structs know no const.
+// What is read keeps sharing its memory with the tensor that it was lazily cloned from; the plain structs know no
+// const.
 void* read_address(const at::Tensor& t) { return const_cast<void*>(t.const_data_ptr()); }
 
 TensorLayout layout_at(void* address, const at::Tensor& t) {

@@ -18,9 +18,9 @@ namespace bnext {
 // One result for each field of BatchNorm2dGradients; undefined where it was not asked for.
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Returns (output, save_mean, save_invstd); updates the running statistics and num_batches_tracked in training. momentum
-// nullopt: the cumulative average, 1 / num_batches_tracked. skip_nonfinite: a channel keeps its running statistics where
-// the new ones would not be finite numbers of their dtype.
+// Returns (output, save_mean, save_invstd); updates the running statistics and num_batches_tracked in training.
+// momentum nullopt: the cumulative average, 1 / num_batches_tracked. skip_nonfinite: a channel keeps its running
+// statistics where the new ones would not be finite numbers of their dtype.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batchnorm2d_forward(
     const at::Tensor& input, const OptionalTensor& running_mean, const OptionalTensor& running_var,
     const OptionalTensor& num_batches_tracked, const OptionalTensor& weight, const OptionalTensor& bias, bool training,

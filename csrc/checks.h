@@ -1,5 +1,5 @@
-// What arguments are acceptable, and what the caller is told of those that are not: type, shape, dtype, device, options.
-// checks.cpp has the words, overlap.cpp those about shared memory.
+// What arguments are acceptable, and what the caller is told of those that are not: type, shape, dtype, device,
+// options. checks.cpp has the words, overlap.cpp those about shared memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -72,7 +72,8 @@ struct ForwardProblem {
   bool cumulative = false;                  // momentum is 1 / num_batches_tracked
   double momentum = 0.1;
   double eps = 1e-5;
-  // A channel whose running statistics would leave +-this keeps its old ones; NaN does, too. 0: whatever comes is stored.
+  // A channel whose running statistics would leave +-this keeps its old ones; NaN does, too. 0: whatever comes is
+  // stored.
   double running_limit = 0;
 };
 

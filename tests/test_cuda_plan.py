@@ -25,7 +25,7 @@ RESULTS = (
     *("num_slabs", "block_packs", "block_rows", "num_blocks", "reduce", "finish", "apply"),
     *("fused", "finish_threads"),
     *("finish_shared_bytes", "coefficient_offset", "workspace_bytes", "bytes_moved", "has_error"),
-    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "count"),
+    *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "counts_behind"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
     *("tensor_bytes", "batches_ahead", "num_teams", "persistent", "shares_out"),
     *("late_from", "num_late", "registers", "overlapping"),
@@ -270,6 +270,7 @@ def check_streaming(
         assert threads & (threads - 1) == 0, text
     for name in ("shared_bytes", "finish_shared_bytes"):
         assert 0 <= getattr(q, name) <= device.shared_bytes_per_block, text
+        assert getattr(q, name) <= library().plan_streaming_shared_bytes(), text
     # Every item is in exactly one block, and no block is empty.
     assert q.chunk * (q.num_splits - 1) < q.num_items <= q.chunk * q.num_splits, text
     positions = n * h * w
@@ -528,7 +529,7 @@ def test_a_kernel_of_its_own_counts_batches_that_all_blocks_read() -> None:
     ):
         for cumulative in (0, 1):
             q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
-            assert q.count == first[cumulative]
+            assert q.counts_behind == first[cumulative]
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -578,8 +579,14 @@ def test_folded_rows() -> None:
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_single_elements_where_packs_are_too_many_to_count(layout: str) -> None:
-    """By their distance from the first one, in 32 bits."""
+    """By their distance from the first one, in 32 bits; those of a channel, in an int."""
     device = DEVICES["h200"]
+    positions = 1 << 32
+    rows = layout == "channels_last"
+    for dtype, vec in ((torch.float16, 8), (torch.float32, 4)):
+        q = plan(device, (1, 2, 1 << 16, 1 << 16), dtype, layout)
+        assert q.num_items == (positions if rows else positions // vec)
+        assert q.vec == (1 if rows else vec)
     assert plan(device, (1 << 16, 1 << 10, 16, 16), torch.float32, layout).vec == 4
     assert plan(device, ((1 << 16) + 1, 1 << 10, 16, 16), torch.float32, layout).vec == 1
 

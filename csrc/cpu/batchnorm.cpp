@@ -48,8 +48,8 @@ double backward_pivot(DType dtype, double mean) {
   return dtype == DType::kBFloat16 ? to_float(to_bfloat16(static_cast<float>(mean))) : mean;
 }
 
-// Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For the float32 sums
-// of bfloat16 it must not be an outlier, so it is the median of the first, the middle and the last one.
+// Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For the float32
+// sums of bfloat16 it must not be an outlier, so it is the median of the first, the middle and the last one.
 double forward_pivot(const Geometry& g, const View& x, int64_t c) {
   auto element = [&](int64_t i) {
     const int64_t i2 = i % g.size[2], i1 = i / g.size[2] % g.size[1], i0 = i / g.size[2] / g.size[1];

@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kUnknown = int64_t{32} << 20;
 
 int64_t find_last_cache() {
-  // Linux knows which cores share a cache. glibc's sysconf takes the caches of a whole socket for one on some processors:
-  // 384 MB where a core reaches 32.
+  // Linux knows which cores share a cache. glibc's sysconf takes the caches of a whole socket for one on some
+  // processors: 384 MB where a core reaches 32.
   int64_t bytes = 0;
   for (int index = 2; index < 8; ++index) {
     char path[64];

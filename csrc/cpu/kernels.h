@@ -10,10 +10,12 @@ enum class Isa : uint8_t { kGeneric, kAvx2, kAvx512 };
 
 const char* isa_name(Isa isa);
 
-// The widest instruction set that this processor has and this build holds; BNEXT_CPU_ISA=generic|avx2|avx512 forces one.
+// The widest instruction set that this processor has and this build holds; BNEXT_CPU_ISA=generic|avx2|avx512 forces
+// one.
 Isa current_isa();
 
-// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes and of rows.
+// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes and of
+// rows.
 constexpr int64_t kMaxBlockChannels = 32, kMaxRowChannels = 1024;
 struct Block {
   int64_t channel_begin, channel_end;
@@ -60,8 +62,8 @@ struct KernelTable {
                          ElementwiseOptions);
 };
 
-// Where kernels that take vectors of `split` channels (a power of two) apart into even and odd ones want channel c. Others
-// have a split of 0.
+// Where kernels that take vectors of `split` channels (a power of two) apart into even and odd ones want channel c.
+// Others have a split of 0.
 inline int64_t slot(int64_t c, int64_t split) {
   if (split == 0) return c;
   const int64_t lane = c & (split - 1);

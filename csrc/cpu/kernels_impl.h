@@ -8,8 +8,8 @@ namespace bnext::cpu::BNEXT_ISA {
 
 #include "simd.h"
 
-// Calls f(offset_in(view)..., length, more) for each run of positions [begin, end) along the innermost dimension; `more`
-// tells whether another one follows at stride[1].
+// Calls f(offset_in(view)..., length, more) for each run of positions [begin, end) along the innermost dimension;
+// `more` tells whether another one follows at stride[1].
 template <typename F, typename... Views>
 BNEXT_INLINE void for_each_run(const Geometry& g, int64_t begin, int64_t end, F f, const Views&... views) {
   const int64_t inner = g.size[2];
@@ -65,9 +65,9 @@ void set_pivot(void* pivots, int64_t slot, double pivot) {
 }
 
 // (x - mean) * scale + shift in what T's elementwise loops compute in. What rounding takes from the mean goes into the
-// shift. For float32 results, what it takes from the scale is kept as well, and a result is little more than one rounding
-// away; without it, single results were 1.7 times as far off as PyTorch's. Both parts of the scale have its sign, and neither
-// is 0 alone: where x is infinite, so is the result.
+// shift. For float32 results, what it takes from the scale is kept as well, and a result is little more than one
+// rounding away; without it, single results were 1.7 times as far off as PyTorch's. Both parts of the scale have its
+// sign, and neither is 0 alone: where x is infinite, so is the result.
 template <typename T>
 struct AffineVector {
   Value<T> mean, scale, scale_low, shift;

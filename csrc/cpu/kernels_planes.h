@@ -1,13 +1,14 @@
-// Planes: the positions of a channel lie side by side. A block has a few channels, so that what it reads at each step of
-// the outer dimensions is contiguous and long enough for the processor to fetch ahead.
-// Part of kernels_impl.h; no include guard on purpose.
+// Planes: the positions of a channel lie side by side. A block has a few channels, so that what it reads at each step
+// of the outer dimensions is contiguous and long enough for the processor to fetch ahead. Part of kernels_impl.h; no
+// include guard on purpose.
 
-// How far ahead of a loop memory is asked for: the processor's own prefetcher begins anew at every run, and whenever sums
-// and elementwise work take turns. Side by side, a backward pass of 32 x 256 x 28 x 28 float32: 1.41 -> 1.32 x an addition.
+// How far ahead of a loop memory is asked for: the processor's own prefetcher begins anew at every run, and whenever
+// sums and elementwise work take turns. Side by side, a backward pass of 32 x 256 x 28 x 28 float32: 1.41 -> 1.32 x an
+// addition.
 constexpr int64_t kAheadBytes = int64_t{4} << 10;
 
-// Asks for what a loop over the runs of a block will come to, in one tensor: beyond the end of a run, what comes next is
-// the beginning of another one. Short runs of neighbouring channels are one run here.
+// Asks for what a loop over the runs of a block will come to, in one tensor: beyond the end of a run, what comes next
+// is the beginning of another one. Short runs of neighbouring channels are one run here.
 template <typename T, bool kForWriting = false>
 class Ahead {
  public:
@@ -33,9 +34,10 @@ class Ahead {
   int64_t stride_c_, distance_, jump_;
 };
 
-// Streamed stores leave memory's reads idle, so elementwise work meanwhile asks for the block that comes next: as it goes
-// backwards through the positions of its own block, forwards through the same positions of the next one. 32 x 64 x 56 x 56
-// float32, backward, 2 threads: 2.00 -> 1.81 ms. Stores into the caches read their lines first, and leave nothing to gain.
+// Streamed stores leave memory's reads idle, so elementwise work meanwhile asks for the block that comes next: as it
+// goes backwards through the positions of its own block, forwards through the same positions of the next one. 32 x 64 x
+// 56 x 56 float32, backward, 2 threads: 2.00 -> 1.81 ms. Stores into the caches read their lines first, and leave
+// nothing to gain.
 class NextBlock {
  public:
   BNEXT_INLINE NextBlock(const Geometry& g, const Block& block, const ElementwiseOptions& options)
@@ -50,7 +52,8 @@ class NextBlock {
       const int64_t row = position / g.size[2];
       i2_ = position % g.size[2], i1_ = row % g.size[1], i0_ = row / g.size[1];
     }
-    // Where to ask while p is read, which is where the run begins in channel c: p itself when there is nothing to ask for.
+    // Where to ask while p is read, which is where the run begins in channel c: p itself when there is nothing to ask
+    // for.
     template <typename T>
     BNEXT_INLINE const T* instead_of(const T* p, const View& v, int64_t c) const {
       if (first_ + c >= end_) return p;
@@ -72,8 +75,8 @@ class NextBlock {
   int64_t first_, end_, position_;
 };
 
-// Elementwise work comes back to what the sums have left in the nearest cache. Of a channel that is too large for it, the
-// runs are long, and this asks ahead in one: 6 x 3 x 400 x 300 float32, forward, 0.40 -> 0.37 ms.
+// Elementwise work comes back to what the sums have left in the nearest cache. Of a channel that is too large for it,
+// the runs are long, and this asks ahead in one: 6 x 3 x 400 x 300 float32, forward, 0.40 -> 0.37 ms.
 template <typename T>
 BNEXT_INLINE void ask_in_run(const T* p, int64_t i, int64_t length) {
   constexpr int64_t distance = kAheadBytes / static_cast<int64_t>(sizeof(T));
@@ -186,7 +189,8 @@ void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Bloc
   totals.add_to(block, sum_dy, sum_dy_xmp);
 }
 
-// Calls body(i, Whole()) for vectors and body(i, count) for what is left. Streamed stores to `to` begin where it is aligned.
+// Calls body(i, Whole()) for vectors and body(i, count) for what is left. Streamed stores to `to` begin where it is
+// aligned.
 template <bool kStream, typename T, typename Body>
 BNEXT_INLINE void for_each_value(const T* to, int64_t length, Body body) {
   int64_t i = 0;

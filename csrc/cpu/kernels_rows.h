@@ -6,8 +6,9 @@
 template <typename T>
 constexpr int kColumns = (BNEXT_ISA_LEVEL == 2 ? 4 : 2) / (kIsSplit<T> ? 2 : 1);
 
-// Rows of one pass. The more, the less often the numbers of the channels are loaded; but memory is read best in its order,
-// and rows of a pass are read side by side. Sums of 25088 x 128 float32, 2 threads: 0.60 ms with 1 row, 0.69 with 2.
+// Rows of one pass. The more, the less often the numbers of the channels are loaded; but memory is read best in its
+// order, and rows of a pass are read side by side. Sums of 25088 x 128 float32, 2 threads: 0.60 ms with 1 row, 0.69
+// with 2.
 constexpr int64_t kSumPassBytes = 256;
 template <typename T>
 constexpr int64_t kApplyPassBytes = int64_t{kIsSplit<T> ? 4 : 1} << 10;
@@ -22,9 +23,9 @@ BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
   return rows >= kMaxPassRows ? kMaxPassRows : rows <= least ? least : static_cast<int>(rows);
 }
 
-// The sums of bfloat16 cost most when they leave float32. Eight rows are summed before they do: in registers, as one pass, or
-// where rows are wide one by one, in the nearest cache. Few rows leave it each: what rounding takes from a float32 sum of
-// eight terms shows when there are not many more.
+// The sums of bfloat16 cost most when they leave float32. Eight rows are summed before they do: in registers, as one
+// pass, or where rows are wide one by one, in the nearest cache. Few rows leave it each: what rounding takes from a
+// float32 sum of eight terms shows when there are not many more.
 constexpr int64_t kFewPositions = 64, kWideRowBytes = 512;
 template <typename T>
 BNEXT_INLINE bool sums_in_groups(const Geometry& g, const Block& block) {
@@ -48,9 +49,9 @@ BNEXT_INLINE int64_t rows_ahead(const Block& block, int64_t bytes, int64_t pass)
   return rows > pass ? rows : pass;
 }
 
-// From the line that is written to one that will be, at least 2 KB on: in what the block has of this row, or in the next row
-// that is not written side by side with this one. Other parts of the row are not this block's. 1568 x 2048 bfloat16, forward:
-// 0.57 -> 0.42 ms when rows of the same pass no longer count as next.
+// From the line that is written to one that will be, at least 2 KB on: in what the block has of this row, or in the
+// next row that is not written side by side with this one. Other parts of the row are not this block's. 1568 x 2048
+// bfloat16, forward: 0.57 -> 0.42 ms when rows of the same pass no longer count as next.
 template <typename T>
 class WriteAhead {
  public:

@@ -1,6 +1,6 @@
-// How the work of one pass is cut into blocks and spread over torch's threads. How a channel's positions are cut depends
-// on the shape alone, never on the number of threads, and partial sums are added in their order: the same bits every
-// time. How many channels a block has changes nothing about the sums of each.
+// How the work of one pass is cut into blocks and spread over torch's threads. How a channel's positions are cut
+// depends on the shape alone, never on the number of threads, and partial sums are added in their order: the same bits
+// every time. How many channels a block has changes nothing about the sums of each.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -19,13 +19,14 @@ namespace bnext::cpu {
 constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.
 constexpr int64_t kBlockElements = 8192;
-// Rows in a block of NHWC: of so many bytes that a thread finds its last block in its own cache when it comes back for it,
-// and not more than leaves enough blocks to share. Not fewer than the first: a block leaves 2 float64 sums for each channel.
+// Rows in a block of NHWC: of so many bytes that a thread finds its last block in its own cache when it comes back for
+// it, and not more than leaves enough blocks to share. Not fewer than the first: a block leaves 2 float64 sums for each
+// channel.
 constexpr int64_t kMinRows = 64, kRowsBytes = int64_t{256} << 10, kEnoughChunks = 16;
 // What is done once for each channel takes 15 to 50 ns, and for this many about as long as waking other threads.
 constexpr int64_t kManyChannels = 256;
-// The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a few
-// vectors in a row.
+// The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a
+// few vectors in a row.
 constexpr int64_t kMaxLanes = 32, kLaneChannels = 16, kWideRow = 64;
 static_assert(kMaxRowChannels % kMaxLanes == 0, "blocks of rows are made of whole vectors, but for the last");
 
@@ -107,9 +108,9 @@ class Partition {
     some(0, num_channels());
   }
 
-  // Calls f(block, chunk) for every block, last first when asked: in the order in which they lie in memory. The parts of a
-  // chunk of rows are neighbours, so that two threads share at most one: what the processor fetches ahead of one would be
-  // what the other is writing. 1568 x 2048 float32, forward: 1.28 -> 0.73 ms.
+  // Calls f(block, chunk) for every block, last first when asked: in the order in which they lie in memory. The parts
+  // of a chunk of rows are neighbours, so that two threads share at most one: what the processor fetches ahead of one
+  // would be what the other is writing. 1568 x 2048 float32, forward: 1.28 -> 0.73 ms.
   template <typename F>
   void for_each_block(bool reverse, F f) const {
     const int64_t num_blocks = num_channel_blocks();
@@ -176,8 +177,8 @@ inline View fold_view(View view, int64_t fold) {
   return view;
 }
 
-// Numbers, not set yet, which begin where vectors are loaded in one piece. A thread keeps the memory for its next array:
-// fresh from the system, the pages of 25 partial sums of 2048 channels cost as much as a pass over the tensor.
+// Numbers, not set yet, which begin where vectors are loaded in one piece. A thread keeps the memory for its next
+// array: fresh from the system, the pages of 25 partial sums of 2048 channels cost as much as a pass over the tensor.
 class AlignedArray {
  public:
   explicit AlignedArray(int64_t count) {
@@ -226,8 +227,8 @@ class ChannelSums {
 
   double total(int k, int64_t c) const { return totals_[k * partition_.num_channels() + c]; }
 
-  // Sets the partial sums of one block. kernel(geometry, block, fold, sums, width) adds to sums, of which the kth begin at
-  // sums + k * width.
+  // Sets the partial sums of one block. kernel(geometry, block, fold, sums, width) adds to sums, of which the kth begin
+  // at sums + k * width.
   template <typename Kernel>
   void reduce_block(const Block& block, int64_t chunk, Kernel kernel) {
     const bool last = block.channel_end == partition_.num_channels();  // has all up to the end of the array
@@ -239,7 +240,8 @@ class ChannelSums {
     });
   }
 
-  // All chunks of one block of channels, on this thread. Rows are not reduced like this: each channel has its own place.
+  // All chunks of one block of channels, on this thread. Rows are not reduced like this: each channel has its own
+  // place.
   template <typename Kernel>
   void reduce_channels(int64_t channel_block, Kernel kernel) {
     for (int64_t chunk = 0; chunk < partition_.num_chunks(); ++chunk) {

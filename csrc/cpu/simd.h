@@ -363,8 +363,8 @@ BNEXT_INLINE void add_to_sums(float* to, Split v) {
   __builtin_memcpy(to + 2 * kDoubles, &sum.odd, sizeof sum.odd);
 }
 
-// The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight products
-// of two bfloat16 of 16 bits each, of which next to nothing is lost.
+// The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight
+// products of two bfloat16 of 16 bits each, of which next to nothing is lost.
 template <typename T>
 struct Total {
   static constexpr int kParts = kTermLanes<T> / kDoubles;

@@ -43,11 +43,11 @@ DeviceInfo ask_device(int device) {
   const double gb_per_s = 2e-6 / 8 * ask(cudaDevAttrMemoryClockRate) * ask(cudaDevAttrGlobalMemoryBusWidth);
   if (gb_per_s > 0) info.memory_gb_per_s = gb_per_s;
   for (int i = 0; i < kNumClusterSizes; ++i) {
-    info.active_clusters[i] = active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
+    info.active_clusters[i] = ask_active_clusters(kClusterSizes[i], info.shared_bytes_opt_in);
   }
   info.cooperative = ask(cudaDevAttrCooperativeLaunch) != 0;
   for (int blocks = 1; blocks <= kGridBlocksPerSm; ++blocks) {
-    info.cooperative = info.cooperative && active_blocks(blocks, grid_shared_bytes(info, blocks)) >= blocks;
+    info.cooperative = info.cooperative && ask_active_blocks(blocks, grid_shared_bytes(info, blocks)) >= blocks;
   }
   // Graphs hold such kernels since CUDA 12.3.
   int driver = 0;
@@ -72,8 +72,8 @@ const DeviceInfo& device_info(at::Device device) {
 
 namespace {
 
-// What kAuto goes without, when a launch is refused because the stream has only a part of the device, as in a green context:
-// there not all of a grid runs at once, or not all of a cluster.
+// What kAuto goes without, when a launch is refused because the stream has only a part of the device, as in a green
+// context: there not all of a grid runs at once, or not all of a cluster.
 bool go_without(cudaError_t refused, const Plan& plan, Limits& limits) {
   const bool grid = plan.family == Family::kGrid && refused == cudaErrorCooperativeLaunchTooLarge;
   const bool cluster = plan.family == Family::kCluster &&
@@ -86,8 +86,9 @@ bool go_without(cudaError_t refused, const Plan& plan, Limits& limits) {
 template <typename Problem>
 void run(const Problem& problem, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
-  // A first call asks the device, loads kernels and sets their attributes. While a thread captures a graph, CUDA refuses
-  // such calls unless told that they are meant: none of them is work for a stream, so none is missing in the graph.
+  // A first call asks the device, loads kernels and sets their attributes. While a thread captures a graph, CUDA
+  // refuses such calls unless told that they are meant: none of them is work for a stream, so none is missing in the
+  // graph.
   const c10::cuda::CUDAStreamCaptureModeGuard first_call_may_be_captured(cudaStreamCaptureModeRelaxed);
   Limits limits = limits_of_environment();
   for (;;) {

@@ -14,8 +14,10 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.block_packs = plan.block_packs;
   args.block_rows = plan.block_rows;
   args.layout = plan.layout;
-  // Only where kernels count in an int: single elements may be more than that.
-  for (int d = 1; d < 3 && plan.vec > 1; ++d) args.by_size[d] = make_divider(plan.size[d]);
+  if (plan.vec > 1) {  // kernels count these items in an int: single elements may be more than that
+    args.by_planes = make_divider(plan.size[1]);
+    args.by_packs_of_plane = make_divider(plan.size[2]);
+  }
   args.by_tile = make_divider(rows && !plan.on_chip ? plan.num_slabs : plan.num_splits);
   args.by_packs = make_divider(plan.block_packs);
   args.by_batch = make_divider(int64_t{kUnroll} * (rows ? plan.block_rows : plan.threads));
@@ -89,8 +91,9 @@ View plan_view(const View& view, const Plan& plan) {
   return folded;
 }
 
-// The same counted in packs, where all packs are whole. A stride that is no multiple of theirs is of a size of 1, and is not
-// gone. In rows channels are neighbours, and so are packs of them.
+// The same counted in packs, where all packs are whole. A stride that is not a multiple of a pack belongs to a
+// dimension of size 1: nobody goes along it, and rounding it down does no harm. In rows channels are neighbours, and so
+// are packs of them.
 View count_packs(View view, const Plan& plan) {
   if (!plan.whole_packs) return view;
   for (int64_t& stride : view.stride) stride /= plan.vec;
@@ -126,7 +129,7 @@ LaunchShape launch_shape(int64_t blocks, int threads, int64_t shared_bytes) {
 LaunchShape on_chip_shape(int64_t blocks, int threads, int64_t shared_bytes, int cluster = 1) {
   LaunchShape shape = launch_shape(blocks, threads, shared_bytes);
   shape.cluster = static_cast<unsigned>(cluster);
-  shape.carveout = kAllShared;
+  shape.sm_shared_bytes = kAllShared;
   return shape;
 }
 
@@ -137,10 +140,13 @@ cudaError_t run_on_chip(const KernelArgs& args, const Plan& plan, cudaStream_t s
   if (plan.pass == Pass::kBackward) {
     return launch_kernel<&on_chip_backward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
   }
-  const cudaError_t error =
-      launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
-  if (error != cudaSuccess || !plan.count) return error;
-  return launch_kernel<&count_kernel>(launch_shape(1, kWarpSize, 0), stream, args);
+  cudaError_t error = cudaSuccess;
+  if (plan.counts_behind) error = prepare_kernel<&count_kernel>(shape.sm_shared_bytes);  // as in run_stages
+  if (error == cudaSuccess) {
+    error = launch_kernel<&on_chip_forward_kernel<T, kVec, kRows, kWhole, kBlocks>>(shape, stream, args);
+  }
+  if (error != cudaSuccess || !plan.counts_behind) return error;
+  return launch_kernel<&count_kernel>(on_chip_shape(1, kWarpSize, 0), stream, args);
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole>
@@ -163,7 +169,12 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
     first = false;
     return shape;
   };
-  if (plan.reduce) {
+  // Before the first launch: a kernel may fail to load, and those before it would have left their marks by then.
+  if (plan.finish) error = prepare_kernel<&finish_kernel<accumulate_t<T>>>(kSomeShared);
+  if (plan.apply && error == cudaSuccess) {
+    error = prepare_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole>>(kSomeShared);
+  }
+  if (plan.reduce && error == cudaSuccess) {
     error = run_reduce<T, kVec, kRows, kWhole>(shape(plan.num_blocks, plan.threads, plan.layout.bytes), stages.reduce,
                                                plan, stream);
   }
@@ -235,7 +246,7 @@ cudaError_t launch(const ForwardProblem& problem, const Plan& plan, void* worksp
   KernelArgs args = common_args(problem.geometry, plan, workspace);
   args.training = problem.training;
   args.cumulative = problem.cumulative;
-  args.counted = plan.reduce;
+  args.batch_counted = plan.reduce;
   args.momentum = problem.momentum;
   args.eps = problem.eps;
   args.running_limit = problem.running_limit;
@@ -275,22 +286,22 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   const View none, &x = problem.x, &dy = problem.dy, &dx = problem.dx;
   // In eval, one pass does it all.
   const bool writes_dx = plan.reduce && !plan.apply;
-  set_views(stages.reduce, plan, dy, make_request(problem).reads_x ? x : none, writes_dx ? dx : none);
+  set_views(stages.reduce, plan, dy, plan.reads_x ? x : none, writes_dx ? dx : none);
   set_views(stages.apply, plan, dx, problem.training ? x : none, dy);
   return run_plan(stages, plan, stream);
 }
 
 static_assert(kClusterSizes[kNumClusterSizes - 1] <= kFewLanes, "a lane for each block of a cluster");
 
-// A block that fills an SM's memory may have as many threads as launch bounds allow, and they are the same for all on-chip
-// kernels: one of them stands for all.
-int active_clusters(int cluster, int64_t shared_bytes) {
+// A block that fills an SM's memory may have as many threads as launch bounds allow, and they are the same for all
+// on-chip kernels: one of them stands for all.
+int ask_active_clusters(int cluster, int64_t shared_bytes) {
   return count_clusters<&on_chip_backward_kernel<float, 4, false, true, Blocks::kOneTile>>(
       on_chip_shape(cluster, kMaxOnChipThreads, shared_bytes, cluster));
 }
 
-// Or so many of their threads, in several blocks.
-int active_blocks(int blocks, int64_t shared_bytes) {
+// The same for grids: one of `blocks` blocks on an SM, which share those threads between them.
+int ask_active_blocks(int blocks, int64_t shared_bytes) {
   return count_blocks<&on_chip_backward_kernel<float, 4, false, true, Blocks::kGrid>>(
       on_chip_shape(blocks, kMaxOnChipThreads / blocks, shared_bytes));
 }

@@ -12,9 +12,10 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
 
 // How many clusters of on-chip blocks with so much shared memory can run at once on the current device. 0 where they
 // cannot run, for whatever reason: a size that the device does not have is no error.
-int active_clusters(int cluster, int64_t shared_bytes);
-// How many blocks an SM of it has room for that have one of `blocks` parts of an on-chip block's threads, and this memory.
-int active_blocks(int blocks, int64_t shared_bytes);
+int ask_active_clusters(int cluster, int64_t shared_bytes);
+// How many blocks an SM of it has room for that have one of `blocks` parts of an on-chip block's threads, and this
+// memory.
+int ask_active_blocks(int blocks, int64_t shared_bytes);
 // Whether kernels may overlap on the current device.
 bool can_overlap();
 

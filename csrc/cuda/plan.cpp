@@ -12,8 +12,8 @@
 namespace bnext::cuda {
 namespace {
 
-// Contiguous bytes of a row that a block reads: a whole cache line and no more, because a block leaves 24 bytes of partial
-// sums for each channel, which should be little beside the rows that it has read for them.
+// Contiguous bytes of a row that a block reads: a whole cache line and no more, because a block leaves 24 bytes of
+// partial sums for each channel, which should be little beside the rows that it has read for them.
 constexpr int64_t kRowBytes = kLineBytes;
 // Partial sums that an apply block of rows adds up by itself: 24 bytes each, from L2.
 constexpr int64_t kFusedPartials = 512;
@@ -77,6 +77,7 @@ int choose_threads(int most, int fewest, Fits fits) {
 void plan_stages(const Request& r, Plan& plan) {
   const bool one_pass = r.pass == Pass::kBackward && !r.training;  // eval: dx does not wait for the sums
   plan.reduce = r.pass == Pass::kForward ? r.training : r.sums;
+  plan.reads_x = r.reads_x;
   plan.apply = r.output && !(one_pass && plan.reduce);
   const bool backward = r.pass == Pass::kBackward;
   if (plan.reduce) {
@@ -89,8 +90,8 @@ void plan_stages(const Request& r, Plan& plan) {
   }
 }
 
-// How many blocks share a channel, or a slab: as many as run at once, or a few times that where threads would have too many
-// batches to sum; each with at least a batch. A wave that is nearly empty would take as long as a full one.
+// How many blocks share a channel, or a slab: as many as run at once, or a few times that where threads would have too
+// many batches to sum; each with at least a batch. A wave that is nearly empty would take as long as a full one.
 void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns, int64_t parallel_items, Plan& plan) {
   const int64_t full = int64_t{device.num_sms} * std::max(1, streaming_threads(device) / plan.threads);
   const int64_t batch = parallel_items * kUnroll;
@@ -104,22 +105,24 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   set_step(plan, parallel_items);
 }
 
-// Kernels that take packs count a channel's items in an int, and packs from a tensor's first one in 32 bits.
-bool takes_packs(const Request& r) {
-  const bool few_items = r.geometry.num_positions() < (int64_t{1} << 31) - kMaxThreads * kUnroll;
-  return r.geometry.unit_stride && few_items && !r.far;
+// Kernels that take packs count a channel's items in an int, as far as a batch behind the last one, and packs from a
+// tensor's first one in 32 bits.
+bool takes_packs(const Request& r, int64_t num_items) {
+  constexpr int64_t kBatch = std::max(kMaxThreads * kUnroll, kMaxOnChipThreads * kOnChipBatch);
+  return r.geometry.unit_stride && num_items < (int64_t{1} << 31) - kBatch && !r.far;
 }
 
 void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limits, Plan& plan) {
   const Geometry& g = r.geometry;
-  plan.vec = takes_packs(r) ? static_cast<int>(kPackBytes / dtype_bytes(g.dtype)) : 1;
-  plan.whole_packs = plan.vec == 1 || (r.aligned && g.size[2] % plan.vec == 0);
   // A plane that begins inside a pack may touch one pack more.
-  const int64_t inner = g.size[2] + (r.aligned ? 0 : plan.vec - 1);
+  auto items_of_plane = [&](int64_t vec) { return ceil_div(g.size[2] + (r.aligned ? 0 : vec - 1), vec); };
+  const int64_t vec = kPackBytes / dtype_bytes(g.dtype), planes = g.size[0] * g.size[1];
+  plan.vec = takes_packs(r, planes * items_of_plane(vec)) ? static_cast<int>(vec) : 1;
+  plan.whole_packs = plan.vec == 1 || (r.aligned && g.size[2] % plan.vec == 0);
   plan.size[0] = g.size[0];
   plan.size[1] = g.size[1];
-  plan.size[2] = ceil_div(inner, plan.vec);
-  plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
+  plan.size[2] = items_of_plane(plan.vec);
+  plan.num_items = planes * plan.size[2];
   plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads,
                                 [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
   plan.wide_channels = g.num_channels;
@@ -130,7 +133,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   const Geometry& g = r.geometry;
   const int64_t vec = kPackBytes / dtype_bytes(g.dtype);
   for (int d = 0; d < 3; ++d) plan.size[d] = g.size[d];
-  if (takes_packs(r)) {
+  if (takes_packs(r, g.num_positions())) {
     const int64_t fold = vec / std::gcd(vec, g.num_channels);
     if (fold == 1 && r.aligned) {
       plan.vec = static_cast<int>(vec);
@@ -144,11 +147,10 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   plan.num_items = plan.size[0] * plan.size[1] * plan.size[2];
   const int64_t packs = plan.wide_channels / plan.vec;
   const int64_t row_packs = std::min(packs, kRowBytes / (plan.vec * dtype_bytes(g.dtype)));
-  auto packs_for = [&](int threads) { return std::min<int64_t>(row_packs, threads / plan.vec); };
-  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads, [&](int threads) {
-    return packs_for(threads) == packs_for(2 * threads) && plan.num_items <= threads / packs_for(threads) * kUnroll;
-  });
-  plan.num_slabs = ceil_div(packs, packs_for(plan.threads));
+  static_assert(kRowBytes / 2 <= kMinThreads, "a block has a thread for each pack, or element, of its rows");
+  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads,
+                                [&](int threads) { return plan.num_items <= threads / row_packs * kUnroll; });
+  plan.num_slabs = ceil_div(packs, row_packs);
   plan.block_packs = static_cast<int>(ceil_div(packs, plan.num_slabs));  // slabs of about the same width
   plan.block_rows = plan.threads / plan.block_packs;
   split_items(device, limits, plan.num_slabs, plan.block_rows, plan);
@@ -175,7 +177,7 @@ std::string with_unit(double bytes) {
 std::string stages_text(const Plan& plan) {
   const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
   if (plan.on_chip) {
-    std::string text = plan.count ? " count, then" : "";
+    std::string text = plan.counts_behind ? " count, then" : "";
     text += grid;
     if (plan.cluster > 1) text += " in clusters of " + std::to_string(plan.cluster);
     if (plan.family == Family::kGrid) {
@@ -230,11 +232,10 @@ Plan plan_streaming(const Request& r, const DeviceInfo& device, const Limits& li
   plan.finish_shared_bytes = finish_shared(plan.finish_threads);
   plan.layout = make_layout(plan, 0);
   if (plan.reduce) {
-    const int64_t partial_bytes = kNumSums * plan.wide_channels * plan.num_splits * 8;
-    plan.coefficient_offset = round_up(partial_bytes, kPackBytes);
+    plan.coefficient_offset = round_up(partial_bytes(plan.wide_channels, plan.num_splits), kPackBytes);
   }
   plan.workspace_bytes = plan.coefficient_offset;
-  if (plan.finish && plan.apply) plan.workspace_bytes += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+  if (plan.finish && plan.apply) plan.workspace_bytes += coefficient_bytes(plan.dtype, r.geometry.num_channels);
 
   plan.overlaps = limits.overlap && device.overlaps && plan.reduce + plan.finish + plan.apply > 1;
 
@@ -308,20 +309,32 @@ bool operator==(const Limits& a, const Limits& b) {
   return fields(a) == fields(b);
 }
 
+bool operator==(const SharedLayout& a, const SharedLayout& b) {
+  auto fields = [](const SharedLayout& layout) {
+    const auto& [parts, counts, totals, results, coefficients, bytes] = layout;
+    return std::tie(parts, counts, totals, results, coefficients, bytes);
+  };
+  return fields(a) == fields(b);
+}
+
 bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
-    const auto choice = std::tie(p.family, p.walk, p.dtype, p.pass, p.vec, p.fold, p.threads, p.num_items, p.chunk,
-                                 p.num_splits, p.wide_channels, p.num_slabs, p.block_packs, p.block_rows, p.num_blocks);
-    const auto stages =
-        std::tie(p.reduce, p.finish, p.apply, p.fused, p.overlaps, p.finish_threads, p.finish_shared_bytes,
-                 p.coefficient_offset, p.workspace_bytes, p.tensors_read, p.tensors_written, p.bytes_moved, p.error);
-    const auto on_chip =
-        std::tie(p.on_chip, p.count, p.cluster, p.num_teams, p.persistent, p.shares_out, p.words_offset, p.num_steps,
-                 p.held_steps, p.run_length, p.slab_channels, p.whole_packs, p.held, p.layout.bytes, p.microseconds,
-                 p.batches_ahead, p.late_from, p.num_late, p.late_us);
-    return std::tuple_cat(choice, stages, on_chip);
+    // A field that is not named here is an error of the compiler's.
+    const auto& [family, walk, dtype, pass, whole_packs, vec, fold, threads, size, step, num_items, chunk, num_splits,
+                 wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length, num_blocks, reduce,
+                 finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes, coefficient_offset,
+                 workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent, shares_out, words_offset,
+                 num_steps, held_steps, batches_ahead, late_from, num_late, late_us, held, layout, tensors_read,
+                 tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
+    return std::tie(family, walk, dtype, pass, whole_packs, vec, fold, threads, size[0], size[1], size[2], step[0],
+                    step[1], step[2], num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows,
+                    slab_channels, run_length, num_blocks, reduce, finish, apply, fused, reads_x, overlaps,
+                    finish_threads, finish_shared_bytes, coefficient_offset, workspace_bytes, on_chip, counts_behind,
+                    cluster, num_teams, persistent, shares_out, words_offset, num_steps, held_steps, batches_ahead,
+                    late_from, num_late, late_us, held, layout, tensors_read, tensors_written, tensor_bytes,
+                    bytes_moved, microseconds, error);
   };
-  return fields(a) == fields(b) && std::equal(a.size, a.size + 3, b.size) && std::equal(a.step, a.step + 3, b.step);
+  return fields(a) == fields(b);
 }
 
 std::string to_string(const Plan& plan) {

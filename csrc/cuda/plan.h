@@ -31,14 +31,14 @@ struct DeviceInfo {
   double memory_gb_per_s = 4800;
 };
 
-// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or in any
-// number of blocks. They are for passes that would else read their tensors twice; all others are for streaming, whatever the
-// limits say.
+// kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or
+// in any number of blocks. They are for passes that would else read their tensors twice; all others are for streaming,
+// whatever the limits say.
 enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
 constexpr Family kLastFamily = Family::kGrid;
 
-// Whether blocks and clusters of the on-chip families are persistent: they go on to further slabs, instead of making room for
-// others that begin anew. (A grid's always do.)
+// Whether blocks and clusters of the on-chip families are persistent: they go on to further slabs, instead of making
+// room for others that begin anew. (A grid's always do.)
 enum class Persistent : uint8_t { kNever, kWhereFaster, kAlways };
 
 enum class Pass : uint8_t { kForward, kBackward };
@@ -91,7 +91,7 @@ struct Plan {
   Walk walk = Walk::kPlanes;
   DType dtype = DType::kFloat32;
   Pass pass = Pass::kForward;
-  bool whole_packs = true;  // no pack is shared by two planes
+  bool whole_packs = true;  // every pack lies in one plane or row, and is aligned in every tensor
   int vec = 1;              // elements in one access: 16 bytes of them, or one
   int64_t fold = 1;         // rows taken as one, where a row does not fill packs
   int threads = 0;
@@ -102,12 +102,13 @@ struct Plan {
   int64_t num_blocks = 0;  // of the reduce and of the apply kernel
   // Which kernels run, in this order. `fused`: apply does what finish would have done.
   bool reduce = false, finish = false, apply = false, fused = false;
+  bool reads_x = true;    // as in Request
   bool overlaps = false;  // kernels begin before those before them have ended, and wait for them then
   int finish_threads = 32;
   int64_t finish_shared_bytes = 0;  // the other kernels: layout.bytes
   int64_t coefficient_offset = 0, workspace_bytes = 0;
   // On chip: one kernel for all, and a tiny one behind it where all its blocks read how many batches there were.
-  bool on_chip = false, count = false;
+  bool on_chip = false, counts_behind = false;
   int cluster = 1;                    // blocks that see each other's memory
   int64_t num_teams = 1;              // of num_splits blocks each
   bool persistent = false;            // there are fewer teams than slabs: each has one slab after the other
@@ -126,6 +127,7 @@ struct Plan {
   std::string error;
 };
 
+bool operator==(const SharedLayout& a, const SharedLayout& b);
 bool operator==(const Plan& a, const Plan& b);
 inline bool operator!=(const Plan& a, const Plan& b) { return !(a == b); }
 

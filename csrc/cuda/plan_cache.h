@@ -1,5 +1,5 @@
-// Plans that this thread has made before: one takes some ten microseconds, and a network asks for the same ones again and
-// again.
+// Plans that this thread has made before: one takes some ten microseconds, and a network asks for the same ones again
+// and again.
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace bnext::cuda {
 
-// make_plan(request, info, limits). `info` is of the device with this number, and always the same. The plan stays where it is
-// until the thread asks for another one.
+// make_plan(request, info, limits). `info` is of the device with this number, and always the same. The plan stays where
+// it is until the thread asks for another one.
 const Plan& cached_plan(const Request& request, int device, const DeviceInfo& info, const Limits& limits);
 
 // How many of them the thread has.

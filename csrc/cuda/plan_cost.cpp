@@ -10,8 +10,9 @@ namespace {
 
 constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed. H100: 2.3
 constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
-// From the last load of a block to its first store, and from its start to its first load. An H100 took 3 and 8 before this
-// code was made shorter; these are guesses. Runs of channels are between the others, as their instructions are.
+// R: microseconds in which a block moves nothing, from its start to its first load and from its last load to its first
+// store. Guesses: of the longer kernels before these an H100 took about 3 in planes, and 8 or more in rows. Runs of
+// channels are between them, as their instructions are.
 constexpr double kReductionUs = 1.5, kRunsReductionUs = 2, kRowsReductionUs = 2.5;
 constexpr double kBeginUs = 0.7;  // what of these a persistent block is spared from its second slab on
 constexpr double kL2Time = 0.6;   // of a byte from L2, with a byte from memory as 1
@@ -54,8 +55,8 @@ double reduction_time(const Plan& plan) {
   return has_two_sides(plan.vec, plan.run_length) ? kRunsReductionUs : kRowsReductionUs;
 }
 
-// Of on-chip blocks whose teams take `exchange` to tell each other what they have found. While a block maps its last steps,
-// memory has those of the next slab to bring, if copies are asynchronous.
+// Of on-chip blocks whose teams take `exchange` to tell each other what they have found. While a block maps its last
+// steps, memory has those of the next slab to bring, if copies are asynchronous.
 Stops on_chip_stops(const Plan& plan, const DeviceInfo& device, double exchange) {
   const double reduction = reduction_time(plan) + exchange, first = reduction + plan.held_steps * kStepUs;
   if (!plan.persistent) return {first, first};
@@ -80,8 +81,8 @@ double speed(const Places& at, double sms, double blocks) {
   return std::min(1.0, sms * at.sms / kBusyShare * std::min(1.0, blocks * at.threads / kBusyThreads));
 }
 
-// For all blocks, with no stops between them. SMs that have one more than others are alone at the end; but if all blocks run at
-// once, and are so small that each moves what its threads can ask for, the others do not matter to them.
+// For all blocks, with no stops between them. SMs that have one more than others are alone at the end; but if all
+// blocks run at once, and are so small that each moves what its threads can ask for, the others do not matter to them.
 double moving_time(const Places& at, double traffic) {
   const double full = std::floor(at.blocks), rest = at.blocks - full;
   if (at.blocks <= at.at_once && (full + 1) * at.threads <= kBusyThreads) {
@@ -95,7 +96,8 @@ double moving_time(const Places& at, double traffic) {
 
 double turns_of(const Places& at) { return std::max(1.0, at.blocks / at.at_once); }
 
-// Bytes at memory's full speed. Of those that are read again, L2 has to keep what belongs to the blocks that run at once.
+// Bytes at memory's full speed. Of those that are read again, L2 has to keep what belongs to the blocks that run at
+// once.
 double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places& at) {
   const double bytes = static_cast<double>(plan.bytes_moved);
   const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
@@ -182,7 +184,8 @@ double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& s
   return together;
 }
 
-// See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add up.
+// See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add
+// up.
 double meeting_time(const Plan& plan, const DeviceInfo& device) {
   const int64_t splits = plan.num_splits, channels = plan.slab_channels, reads = kPartialsAtOnce;
   if (plan.shares_out) {
@@ -206,7 +209,7 @@ double predict_floor(int64_t bytes, const DeviceInfo& device) {
 
 double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   if (!plan.on_chip) return streaming_time(plan, r, device);
-  return kLaunchUs * (1 + plan.count) +
+  return kLaunchUs * (1 + plan.counts_behind) +
          (plan.family == Family::kGrid ? grid_time(plan, device) : blocks_time(plan, device));
 }
 

@@ -8,8 +8,6 @@
 namespace bnext::cuda {
 namespace {
 
-// ---- from a request to blocks ------------------------------------------------------------------------------------
-
 // Planes where each channel by itself begins inside a pack, but g neighbours together do not: rows of columns, one row
 // for each of the outer positions. False where the walk stays as it is.
 bool take_runs(const Request& r, Plan& plan) {
@@ -111,10 +109,10 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   }
   plan.num_blocks = plan.num_teams * team.blocks;
   if (grid) {
-    plan.coefficient_offset = round_up(kNumSums * r.geometry.num_channels * team.blocks * 8, kPackBytes);
+    plan.coefficient_offset = round_up(partial_bytes(r.geometry.num_channels, team.blocks), kPackBytes);
     plan.words_offset = plan.coefficient_offset;
     share_out(device, limits, plan);
-    if (plan.shares_out) plan.words_offset += 4 * r.geometry.num_channels * acc_bytes(plan.dtype);
+    if (plan.shares_out) plan.words_offset += coefficient_bytes(plan.dtype, r.geometry.num_channels);
     plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
   }
   // What comes first in each block has to go again.
@@ -159,6 +157,67 @@ Plan begin_on_chip(const Request& r, const Plan& streaming) {
   return plan;
 }
 
+// The best plan so far, of all walks, families and blocks that are tried.
+struct Search {
+  const Request& request;
+  const DeviceInfo& device;
+  const Limits& limits;
+  Plan best;
+
+  Search(const Request& r, const DeviceInfo& d, const Limits& l) : request(r), device(d), limits(l) {
+    best.error = "rows are too wide for a block";
+  }
+
+  // A legal plan is better than one that is not, and a faster one than a slower one.
+  void try_plan(const Plan& plan) {
+    const bool legal = plan.error.empty(), best_is_legal = best.error.empty();
+    const bool faster = !best.on_chip || compared_time(plan) < compared_time(best);
+    if (legal == best_is_legal ? faster : legal) best = plan;
+  }
+
+  // With as many threads as the model likes best, but not more than `most`, where rows fit.
+  void try_team(const Plan& walk, Team team, int most) {
+    if (limits.family != Family::kAuto && limits.family != team.family) return;
+    if (limits.team != 0 && limits.team != team.blocks) return;
+    int fewest = kMinThreads;
+    while (fewest < walk.block_packs) fewest *= 2;
+    for (team.threads = fewest; team.threads <= std::max(fewest, std::min(limits.threads, most)); team.threads *= 2) {
+      Plan plan = walk;
+      finish_plan(request, device, limits, team, plan);
+      try_plan(plan);
+      if (plan.num_steps <= kOnChipBatch) break;  // one batch: more threads would have nothing to do
+    }
+  }
+
+  void try_blocks(const Plan& walk, bool persistent) {
+    const int64_t shared_bytes = device.shared_bytes_opt_in;
+    try_team(walk, {Family::kResident, 1, 0, shared_bytes, persistent}, kMaxOnChipThreads);
+    if (limits.family == Family::kAuto && !limits.clusters) return;
+    for (int cluster : kClusterSizes) {
+      try_team(walk, {Family::kCluster, cluster, 0, shared_bytes, persistent}, kMaxOnChipThreads);
+    }
+  }
+
+  void try_grids(const Plan& walk, int per_sm) {
+    const int64_t all = int64_t{per_sm} * device.num_sms, shared_bytes = grid_shared_bytes(device, per_sm);
+    for (int64_t most : kTeams) {
+      // Fewer teams where they take as many turns.
+      const int64_t turns = ceil_div(walk.num_slabs, most), teams = ceil_div(walk.num_slabs, turns);
+      const int64_t blocks = limits.team != 0 ? limits.team : std::min(all / teams, walk.num_items);
+      if (teams * blocks > all || blocks < 1) return;
+      try_team(walk, {Family::kGrid, blocks, teams, shared_bytes}, kMaxOnChipThreads / per_sm);
+      if (turns == 1) return;
+    }
+  }
+
+  void try_walk(const Plan& walk) {
+    if (limits.persistent != Persistent::kAlways) try_blocks(walk, false);
+    if (limits.persistent != Persistent::kNever) try_blocks(walk, true);
+    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative)) return;
+    for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) try_grids(walk, per_sm);
+  }
+};
+
 }  // namespace
 
 int64_t grid_shared_bytes(const DeviceInfo& device, int blocks_per_sm) {
@@ -168,68 +227,26 @@ int64_t grid_shared_bytes(const DeviceInfo& device, int blocks_per_sm) {
 Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limits, const Plan& streaming) {
   Plan base = begin_on_chip(r, streaming);
   base.family = limits.family == Family::kAuto ? Family::kResident : limits.family;
-  base.count = r.pass == Pass::kForward && r.cumulative;
+  base.counts_behind = r.pass == Pass::kForward && r.cumulative;
   if (!base.error.empty()) return base;
-  Plan best;
-  best.error = "rows are too wide for a block";
-  // With as many threads as the model likes best, but not more than `most`, where rows fit.
-  auto consider_team = [&](const Plan& walk, Team team, int most) {
-    if (limits.family != Family::kAuto && limits.family != team.family) return;
-    if (limits.team != 0 && limits.team != team.blocks) return;
-    int fewest = kMinThreads;
-    while (fewest < walk.block_packs) fewest *= 2;
-    for (team.threads = fewest; team.threads <= std::max(fewest, std::min(limits.threads, most)); team.threads *= 2) {
-      Plan plan = walk;
-      finish_plan(r, device, limits, team, plan);
-      const bool first_legal = plan.error.empty() && !best.error.empty();
-      const bool same_kind = plan.error.empty() == best.error.empty();
-      if (first_legal || (same_kind && (!best.on_chip || compared_time(plan) < compared_time(best)))) best = plan;
-      if (plan.num_steps <= kOnChipBatch) break;  // one batch: more threads would have nothing to do
-    }
-  };
-  auto consider_grids = [&](const Plan& walk) {
-    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative)) return;
-    for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) {
-      const int64_t all = int64_t{per_sm} * device.num_sms;
-      for (int64_t most : kTeams) {
-        // Fewer teams where they take as many turns.
-        const int64_t turns = ceil_div(walk.num_slabs, most), teams = ceil_div(walk.num_slabs, turns);
-        const int64_t blocks = limits.team != 0 ? limits.team : std::min(all / teams, walk.num_items);
-        if (teams * blocks > all || blocks < 1) break;
-        consider_team(walk, {Family::kGrid, blocks, teams, grid_shared_bytes(device, per_sm)},
-                      kMaxOnChipThreads / per_sm);
-        if (turns == 1) break;
-      }
-    }
-  };
-  auto consider = [&](const Plan& walk) {
-    for (bool persistent : {false, true}) {
-      if (limits.persistent == (persistent ? Persistent::kNever : Persistent::kAlways)) continue;
-      consider_team(walk, {Family::kResident, 1, 0, device.shared_bytes_opt_in, persistent}, kMaxOnChipThreads);
-      if (limits.family == Family::kAuto && !limits.clusters) continue;
-      for (int cluster : kClusterSizes) {
-        consider_team(walk, {Family::kCluster, cluster, 0, device.shared_bytes_opt_in, persistent}, kMaxOnChipThreads);
-      }
-    }
-    consider_grids(walk);
-  };
+  Search search(r, device, limits);
   Plan walk = base;
   if (take_runs(r, walk)) {
-    consider(walk);
+    search.try_walk(walk);
   } else if (base.walk == Walk::kPlanes) {
     walk.num_slabs = r.geometry.num_channels;
-    consider(walk);
+    search.try_walk(walk);
   } else {
     for (int64_t row_bytes : {kLineBytes, kLineBytes / 2}) {
-      if (take_rows(r.geometry, row_bytes, walk)) consider(walk);
+      if (take_rows(r.geometry, row_bytes, walk)) search.try_walk(walk);
       walk = base;
     }
   }
-  if (!best.on_chip) {
-    base.error = best.error;
+  if (!search.best.on_chip) {
+    base.error = search.best.error;
     return base;
   }
-  return best;
+  return search.best;
 }
 
 }  // namespace bnext::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cassert>
 
 #include "plan.h"
 
@@ -10,12 +11,19 @@ namespace bnext::cuda {
 constexpr int kMinThreads = 64;
 constexpr int64_t kLineBytes = 128;                     // of a cache
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // gridDim.x
-constexpr int64_t kReservedSharedBytes = 1 << 10;       // of each block, by the driver
-constexpr int64_t kSharedUnit = 256;  // of an SM's memory, as it is handed out: so many bytes, or fewer
+constexpr int64_t kSharedUnit = 256;                    // in which an SM hands out its memory, or a smaller one
 
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : 4; }
+inline int64_t acc_bytes(DType dtype) { return dtype == DType::kFloat64 ? sizeof(double) : sizeof(float); }
+
+// In the workspace: the partial sums of so many blocks for each channel, and the coefficients of so many channels.
+inline int64_t partial_bytes(int64_t channels, int64_t blocks) {
+  return kNumSums * channels * blocks * static_cast<int64_t>(sizeof(double));
+}
+inline int64_t coefficient_bytes(DType dtype, int64_t channels) {
+  return channels * (dtype == DType::kFloat64 ? sizeof(Coefficients<double>) : sizeof(Coefficients<float>));
+}
 
 // Of streaming kernels, threads that an SM has room for at once.
 inline int streaming_threads(const DeviceInfo& device) {
@@ -30,9 +38,9 @@ inline void set_step(Plan& plan, int64_t distance) {
   plan.step[2] = distance % plan.size[2];
 }
 
-// How many groups of lanes share a channel's sums. Where a channel has many places (runs of channels), one group would go round
-// long, and the other warps would wait for it: a second stage, with a barrier before it, is worth it from some rounds on. Sums
-// of a grid, and of streaming, go through the workspace anyway.
+// How many groups of lanes share a channel's sums. Where a channel has many places (runs of channels), one group would
+// go round long, and the other warps would wait for it: a second stage, with a barrier before it, is worth it from some
+// rounds on. Sums of a grid, and of streaming, go through the workspace anyway.
 inline int64_t slices_of(const Plan& plan) {
   constexpr int64_t kRounds = 4;
   if (!plan.on_chip || plan.family == Family::kGrid || plan.walk != Walk::kRows) return 1;
@@ -47,6 +55,7 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   const bool rows = plan.walk == Walk::kRows;
   const int64_t acc = acc_bytes(plan.dtype), parts = count_parts(plan.threads, plan.block_packs);
   const int64_t places = rows ? count_part_places(plan.vec, plan.run_length, plan.block_packs) : 1;
+  assert(!has_two_sides(plan.vec, plan.run_length) || !parts_are_warps(plan.block_packs));
   SharedLayout layout;
   layout.parts = slots;
   layout.counts = layout.parts + kNumSums * parts * places * acc;
@@ -55,7 +64,7 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   layout.results = layout.totals + totals * kNumSums * plan.slab_channels * 8;
   const int outputs = plan.on_chip ? count_outputs(plan.pass == Pass::kBackward) : 0;
   layout.coefficients = round_up(layout.results + outputs * plan.slab_channels * 8, kPackBytes);
-  layout.bytes = layout.coefficients + 4 * plan.slab_channels * acc;
+  layout.bytes = layout.coefficients + coefficient_bytes(plan.dtype, plan.slab_channels);
   return layout;
 }
 

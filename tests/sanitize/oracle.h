@@ -1,5 +1,6 @@
-// What batch norm should give, by plain float64 loops, each number with a bar: how far off an implementation may be that
-// sums in float64 (bfloat16: groups of eight in float32) and does elementwise work in float32 or, for float64, float64.
+// What batch norm should give, by plain float64 loops, each number with a bar: how far off an implementation may be
+// that sums in float64 (bfloat16: groups of eight in float32) and does elementwise work in float32 or, for float64,
+// float64.
 #pragma once
 
 #include <algorithm>
@@ -100,7 +101,8 @@ class Oracle {
     std::vector<double> shift_bar(channels.size());
     for (int64_t c = 0; c < size_[1]; ++c) {
       const Channel& channel = channels[c];
-      // The kernel's pivot may be the nearest bfloat16: then x - pivot is larger than x - mean, but by no more than this.
+      // The kernel's pivot may be the nearest bfloat16: then x - pivot is larger than x - mean, but by no more than
+      // this.
       const double off = dtype_ == DType::kBFloat16 ? rounding(dtype_) * std::abs(channel.mean) : 0;
       double sum_dy = 0, sum_abs = 0, sum_dy_xmu = 0, sum_abs_xmu = 0;
       for (int64_t i = 0; i < num_values(); ++i) {

@@ -26,7 +26,8 @@ struct Query {
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
-  int64_t steps_add_up, family_chosen, on_chip, count, cluster, num_steps, held_steps, run_length, slab_channels;
+  int64_t steps_add_up, family_chosen, on_chip, counts_behind, cluster, num_steps, held_steps, run_length,
+      slab_channels;
   int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late, registers,
       overlapping;
   double held, microseconds, late_us;
@@ -131,7 +132,7 @@ void plan_run(Query* q) {
                     (p.step[1] < p.size[1] || p.size[0] == 1) && p.step[2] < p.size[2];
   q->family_chosen = static_cast<int64_t>(p.family);
   q->on_chip = p.on_chip;
-  q->count = p.count;
+  q->counts_behind = p.counts_behind;
   q->cluster = p.cluster;
   q->num_steps = p.num_steps;
   q->held_steps = p.held_steps;
@@ -153,8 +154,8 @@ void plan_run(Query* q) {
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
 }
 
-// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop, for `stop`, and then for `later`.
-// Half of them begin late_us late.
+// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop, for `stop`, and then for
+// `later`. Half of them begin late_us late.
 double plan_on_chip_time(double at_once, double threads, double blocks, double traffic, double stop, double later,
                          int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
   Plan plan;
@@ -167,8 +168,8 @@ double plan_on_chip_time(double at_once, double threads, double blocks, double t
   return time;
 }
 
-// Asks for the plans of so many shapes, and for the same ones again; each on two devices that differ, and with no persistent
-// blocks. How many were still where they had been. -1: a plan was not what make_plan says.
+// Asks for the plans of so many shapes, and for the same ones again; each on two devices that differ, and with no
+// persistent blocks. How many were still where they had been. -1: a plan was not what make_plan says.
 int64_t plan_cache_keeps(int64_t shapes) {
   const DeviceInfo large, small{75, 40, 1024, 48 << 10, 4 << 20, 64 << 10, 64 << 10, 64 << 10, {0, 0, 0, 0}};
   Limits one_slab;
@@ -199,6 +200,7 @@ int64_t plan_allows_late(int64_t read_again) {
   return limits_of_environment().late;
 }
 
+int64_t plan_streaming_shared_bytes() { return kStreamingSharedBytes; }
 double plan_busy_share() { return kBusyShare; }
 int64_t plan_busy_threads() { return kBusyThreads; }
 

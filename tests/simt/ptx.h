@@ -1,11 +1,12 @@
-// Kernels as nvcc has compiled them: reads PTX and runs it on the shim, thread by thread, in place of what the C++ compiler
-// makes of the same sources. So what the shim cannot see in those is executed too: inline assembly, the branches for each
-// architecture, conversions in pairs, the grid barrier of CUDA's headers.
+// Kernels as nvcc has compiled them: reads PTX and runs it on the shim, thread by thread, in place of what the C++
+// compiler makes of the same sources. So what the shim cannot see in those is executed too: inline assembly, the
+// branches for each architecture, conversions in pairs, the grid barrier of CUDA's headers.
 //
-// It reports, beside what simt.h says: an access outside the memory of the call; shared memory that two threads touch, one of them
-// to write, without a barrier between them; a relaxed arrival at the cluster's barrier that leaves stores unfenced; a load through L1
-// of what kernels leave for each other. What a block stores there others see when it has been released. Of other orders that the
-// memory model allows, and of time, it knows nothing: a clock is what a thread slept.
+// It reports, beside what simt.h says: an access outside the memory of the call; shared memory that two threads touch,
+// one of them to write, without a barrier between them; a relaxed arrival at the cluster's barrier that leaves stores
+// unfenced; a load through L1 of what kernels leave for each other. What a block stores there others see when it has
+// been released. Of other orders that the memory model allows, and of time, it knows nothing: a clock is what a thread
+// slept.
 #pragma once
 
 #include <cstddef>

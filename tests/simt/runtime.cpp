@@ -1,11 +1,12 @@
-// A CUDA runtime whose devices are the SIMT shim: loaded before NVIDIA's library (LD_PRELOAD), it takes its place for a CUDA build
-// of PyTorch and of bnext. What torch and bnext do on the host is then run as it is, down to each launch's attributes. A
-// device's memory is the host's, and kernels of bnext run as the C++ compiler makes them. No other kernel runs, and torch's
-// operators start none: see operators.py. What is not defined here is NVIDIA's, and says that there is no driver.
+// A CUDA runtime whose devices are the SIMT shim: loaded before NVIDIA's library (LD_PRELOAD), it takes its place for a
+// CUDA build of PyTorch and of bnext. What torch and bnext do on the host is then run as it is, down to each launch's
+// attributes. A device's memory is the host's, and kernels of bnext run as the C++ compiler makes them. No other kernel
+// runs, and torch's operators start none: see operators.py. What is not defined here is NVIDIA's, and says that there
+// is no driver.
 //
-// Streams are queues. Work waits there until somebody waits for it; or it runs when other work comes, as a seed decides. It
-// refuses what a device would: memory and clusters that a kernel has not been allowed, cooperative launches that are too
-// large, calls that end a capture.
+// Streams are queues. Work waits there until somebody waits for it; or it runs when other work comes, as a seed
+// decides. It refuses what a device would: memory and clusters that a kernel has not been allowed, cooperative launches
+// that are too large, calls that end a capture.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 
@@ -450,7 +451,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
-// ---- memory -----------------------------------------------------------------------------------------------------------
+// ---- memory
+// -----------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaMalloc(void** to, size_t bytes) {
   const Lock lock(runtime().mutex);
@@ -513,7 +515,8 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
   return enqueue(stream_of(stream), [=] { std::memset(to, value, bytes); });
 }
 
-// ---- streams and events -------------------------------------------------------------------------------------------------
+// ---- streams and events
+// -------------------------------------------------------------------------------------------------
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* to, unsigned, int) {
   const Lock lock(runtime().mutex);
@@ -620,7 +623,8 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t first, cudaEve
   return give(milliseconds, std::chrono::duration<float, std::milli>(to->when - from->when).count());
 }
 
-// ---- graphs -------------------------------------------------------------------------------------------------------------
+// ---- graphs
+// -------------------------------------------------------------------------------------------------------------
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   std::swap(*mode, capture_mode);
@@ -693,7 +697,8 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
   return cudaGraphDestroy(reinterpret_cast<cudaGraph_t>(graph));
 }
 
-// ---- kernels --------------------------------------------------------------------------------------------------------------
+// ---- kernels
+// --------------------------------------------------------------------------------------------------------------
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle = nullptr;

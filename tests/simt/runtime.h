@@ -1,5 +1,5 @@
-// What the CUDA runtime of runtime.cpp asks of the library that has the shim and the kernels. Plain data: neither knows the
-// other's headers.
+// What the CUDA runtime of runtime.cpp asks of the library that has the shim and the kernels. Plain data: neither knows
+// the other's headers.
 #pragma once
 
 #include <cstddef>

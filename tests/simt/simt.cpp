@@ -60,8 +60,8 @@ struct Range {
   std::vector<bool> stored;  // for outputs: one flag per byte
 };
 
-// When a thread of a block has touched a word of shared memory: how many barriers it had passed, and clusters' barriers had
-// arrived at.
+// When a thread of a block has touched a word of shared memory: how many barriers it had passed, and clusters' barriers
+// had arrived at.
 struct Touch {
   int fiber = -1, barriers = 0, arrived = 0;
 };
@@ -76,7 +76,8 @@ struct Machine {
   std::mt19937_64 random;
   std::deque<Fiber> fibers;   // of all blocks of a cluster, or of a cooperative launch
   std::vector<State> states;  // of each fiber; set_state changes them
-  // The order in which fibers are preferred, where each of them is in it, and one bit for each place: whether it is ready.
+  // The order in which fibers are preferred, where each of them is in it, and one bit for each place: whether it is
+  // ready.
   std::vector<unsigned> order, position;
   std::vector<uint64_t> ready;
   std::vector<unsigned> at_barrier, done;  // of each block, so many fibers

@@ -1,13 +1,14 @@
 // A GPU for kernels that are compiled by g++: one fiber per thread, run one at a time in a random order that a seed
 // decides. Included by csrc/cuda/device/portability.cuh in place of the CUDA runtime.
 //
-// It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned pack;
-// a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size, or that
-// of a block that has ended; an asynchronous copy that nobody waits for; a wait for other blocks that nothing will end; a store,
-// or a look at what a kernel before has left, in a kernel that may run at the same time and has not waited.
-// Shared memory starts as NaN; asynchronous copies arrive when they are waited for, no sooner, and leave NaN until then: a
-// value read too early shows in the result, and so does a missing barrier, since some seeds run the reader first. The blocks
-// of a cluster, and of a cooperative launch, run at the same time, others one by one, and kernels one after the other.
+// It reports: a barrier or shuffle that some threads do not reach, or reach elsewhere; a partial warp; a misaligned
+// pack; a load or store outside the tensors of the call; an element stored twice; shared memory used beyond its size,
+// or that of a block that has ended; an asynchronous copy that nobody waits for; a wait for other blocks that nothing
+// will end; a store, or a look at what a kernel before has left, in a kernel that may run at the same time and has not
+// waited. Shared memory starts as NaN; asynchronous copies arrive when they are waited for, no sooner, and leave NaN
+// until then: a value read too early shows in the result, and so does a missing barrier, since some seeds run the
+// reader first. The blocks of a cluster, and of a cooperative launch, run at the same time, others one by one, and
+// kernels one after the other.
 #pragma once
 
 #include <cstddef>
@@ -104,8 +105,8 @@ void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluste
 // Ends the launch with an error.
 [[noreturn]] void fail(const std::string& what);
 
-// Check an access by its address. What kernels leave for each other has to be loaded from L2; and stores there arrive when
-// some thread releases them, or when the block has ended.
+// Check an access by its address. What kernels leave for each other has to be loaded from L2; and stores there arrive
+// when some thread releases them, or when the block has ended.
 const void* load_anywhere(const void* from, size_t bytes, bool from_l2);
 void store_anywhere(void* to, const void* value, size_t bytes);
 // What lies so many bytes into the shared memory of this block, or of one of the cluster.

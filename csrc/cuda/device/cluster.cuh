@@ -1,21 +1,21 @@
-// Thread-block clusters (sm_90+): the barrier over all their blocks, and reads of another block's shared memory. With one
-// block a cluster is that block, on any architecture. Code compiled for less has no clusters: count_clusters says so, and
-// to come here all the same ends the kernel, because its sums would be wrong.
+// Thread-block clusters (sm_90+): the barrier over all their blocks, and reads of another block's shared memory. With
+// one block a cluster is that block, on any architecture. Code compiled for less has no clusters: count_clusters says
+// so, and to come here all the same ends the kernel, because its sums would be wrong.
 #pragma once
 
 #include "portability.cuh"
 
 namespace bnext::cuda {
 
-// The two halves of a barrier over all threads of the cluster: what a thread wrote to shared memory before it arrived is
-// seen by all who have waited.
+// The two halves of a barrier over all threads of the cluster: what a thread wrote to shared memory before it arrived
+// is seen by all who have waited.
 __device__ inline void cluster_arrive(BNEXT_CALLER) {
 #ifdef BNEXT_SIMT
   simt::cluster_arrive(file, line);
 #elif __CUDA_ARCH__ >= 900
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
-  // A release of what the thread wrote to shared memory only: that of all memory waits for every store to reach L2. What it has
-  // read of other blocks' has arrived: it has been added up, across lanes.
+  // A release of what the thread wrote to shared memory only: that of all memory waits for every store to reach L2.
+  // What it has read of other blocks' has arrived: it has been added up, across lanes.
   asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #else

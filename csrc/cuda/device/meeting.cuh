@@ -1,5 +1,5 @@
-// Barriers between blocks through global memory, in two halves like a cluster's. Those who wait rely on a cooperative launch,
-// which starts all blocks or none.
+// Barriers between blocks through global memory, in two halves like a cluster's. Those who wait rely on a cooperative
+// launch, which starts all blocks or none.
 #pragma once
 
 #include "portability.cuh"
@@ -43,12 +43,12 @@ __device__ inline void grid_wait([[maybe_unused]] GridToken token BNEXT_AND_CALL
 
 // ---- some of them: for single threads -----------------------------------------------------------------------------
 
-// Such a barrier is a word that is zero before the first use. Of n that arrive, one adds 2^31 - (n - 1) and the others 1: when
-// all have come, the upper bit has changed and the others are zero again, ready for the next time. The bit that the word begins
-// with is 0, after the first time it is 1, and so on.
+// Such a barrier is a word that is zero before the first use. Of n that arrive, one adds 2^31 - (n - 1) and the others
+// 1: when all have come, the upper bit has changed and the others are zero again, ready for the next time. The bit that
+// the word begins with is 0, after the first time it is 1, and so on.
 
-// One of n arrives; exactly one of them is `first`. Who has waited sees what this thread stored before, and what other threads
-// had stored before they met it at a barrier of the block.
+// One of n arrives; exactly one of them is `first`. Who has waited sees what this thread stored before, and what other
+// threads had stored before they met it at a barrier of the block.
 __device__ inline void arrive_at(unsigned* word, int n, bool first BNEXT_AND_CALLER) {
   const unsigned amount = first ? (1u << 31) - static_cast<unsigned>(n - 1) : 1;
 #ifdef BNEXT_SIMT

@@ -1,6 +1,6 @@
-// Kernels of one stream that overlap (sm_90+): the launch of the next one, and what it does before it waits, go on while
-// this one still runs. CUDA calls it programmatic dependent launch. LaunchShape::overlaps asks for it; without that, or
-// before sm_90, a kernel begins when the ones before it have ended, and these functions do nothing.
+// Kernels of one stream that overlap (sm_90+): the launch of the next one, and what it does before it waits, go on
+// while this one still runs. CUDA calls it programmatic dependent launch. LaunchShape::overlaps asks for it; without
+// that, or before sm_90, a kernel begins when the ones before it have ended, and these functions do nothing.
 #pragma once
 
 #include <cstring>
@@ -16,8 +16,8 @@ __device__ inline void start_next_kernel() {
 #endif
 }
 
-// Until the kernel before has ended and all that it stored is there. For every thread that looks at it, or overwrites what
-// that kernel reads. (And so have all before that one, which has waited for them itself.)
+// Until the kernel before has ended and all that it stored is there. For every thread that looks at it, or overwrites
+// what that kernel reads. (And so have all before that one, which has waited for them itself.)
 __device__ inline void wait_for_kernels(BNEXT_CALLER) {
 #ifdef BNEXT_SIMT
   simt::wait_for_kernels(file, line);
@@ -26,10 +26,10 @@ __device__ inline void wait_for_kernels(BNEXT_CALLER) {
 #endif
 }
 
-// What the kernel before, or another block of this one, has left, for a thread that has waited for it. From L2: L1 may have
-// what was there before.
+// What the kernel before, or another block of this one, has left, for a thread that has waited for it. From L2: L1 may
+// have what was there before.
 template <typename T>
-__device__ inline T load_left(const T* from) {
+__device__ inline T load_from_l2(const T* from) {
 #ifdef BNEXT_SIMT
   simt::check_dependency();
   return *from;

@@ -51,8 +51,8 @@ __device__ inline void store_pack(T* to, const Pack<T, kVec>& from) {
 #endif
 }
 
-// A place in the block's shared memory. On a GPU not a pointer: from one, compilers work out anew at each use where the shared
-// memory of a cluster's block begins.
+// A place in the block's shared memory. On a GPU not a pointer: from one, compilers work out anew at each use where the
+// shared memory of a cluster's block begins.
 #ifdef BNEXT_SIMT
 using SharedAddress = unsigned char*;
 #else
@@ -67,8 +67,8 @@ __device__ inline SharedAddress shared_address(int offset) {
 #endif
 }
 
-// Packs of 16 bytes there. Nothing but these and asynchronous copies may touch them: what compilers keep in order here are
-// volatile statements, not other accesses.
+// Packs of 16 bytes there. Nothing but these and asynchronous copies may touch them: what compilers keep in order here
+// are volatile statements, not other accesses.
 template <typename T, int kVec>
 __device__ inline void load_slot(Pack<T, kVec>& to, SharedAddress from) {
   static_assert(sizeof to == kPackBytes, "whole packs only");

@@ -1,5 +1,5 @@
-// Whether kernels are compiled by nvcc for a GPU or by g++ for the SIMT shim of tests/simt: only the files of this folder know.
-// Here are shared memory and the launch.
+// Whether kernels are compiled by nvcc for a GPU or by g++ for the SIMT shim of tests/simt: only the files of this
+// folder know. Here are shared memory and the launch.
 #pragma once
 
 #include <atomic>
@@ -29,7 +29,8 @@ constexpr int kDeviceArch = __CUDA_ARCH__ / 10;
 constexpr int kDeviceArch = kClusterArch;
 #endif
 
-// For 32 bits. Compilers work out again at each use what they could keep: they count registers, not a loop's instructions.
+// For 32 bits. Compilers work out again at each use what they could keep: they count registers, not a loop's
+// instructions.
 template <typename T>
 __device__ inline void keep_in_register(T& value) {
 #ifdef BNEXT_SIMT
@@ -50,18 +51,19 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
-// Of an SM's memory, per cent that should be shared: all, where blocks keep data there; or enough for the small blocks of
-// streaming, and the rest for L1, where loads on their way arrive. The same for all kernels of a pass: an SM must be empty
-// to change it.
-constexpr int kAllShared = 100, kSomeShared = 28;
+// Of an SM's memory, bytes that should be shared: all, where blocks keep data there; or what the blocks of streaming
+// that run at once take, and the rest for L1, where loads on their way arrive. The same for all kernels of a pass: an
+// SM must be empty to change it.
+constexpr int64_t kAllShared = INT64_MAX;
+constexpr int64_t kSomeShared = kStreamingBlocksPerSm * (kStreamingSharedBytes + kReservedSharedBytes);
 
-// Blocks of `cluster` neighbours run together and see each other's shared memory. Cooperative: all blocks run at once, or
-// the launch is an error. A kernel that overlaps the one before it may begin before that has ended: see overlap.cuh.
+// Blocks of `cluster` neighbours run together and see each other's shared memory. Cooperative: all blocks run at once,
+// or the launch is an error. A kernel that overlaps the one before it may begin before that has ended: see overlap.cuh.
 struct LaunchShape {
   unsigned blocks = 0, threads = 0, cluster = 1;
   size_t shared_bytes = 0;
   bool cooperative = false, overlaps = false;
-  int carveout = kSomeShared;
+  int64_t sm_shared_bytes = kSomeShared;
 };
 
 #ifdef BNEXT_SIMT
@@ -70,6 +72,11 @@ cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const A
   simt::launch(kKernel, shape.blocks, shape.threads, shape.cluster, shape.cooperative, shape.shared_bytes,
                shape.overlaps, stream, args);
   return cudaGetLastError();
+}
+
+template <auto kKernel>
+cudaError_t prepare_kernel(int64_t) {
+  return cudaSuccess;
 }
 
 // What the shim can run is up to those who ask for plans.
@@ -93,12 +100,12 @@ inline cudaError_t keep_to_ourselves(cudaError_t error) {
   return error;
 }
 
-// What a kernel must be told once per device: that it may have large shared memory and large clusters, and the carveout, which
-// is always the same for a kernel.
+// What a kernel must be told once per device: that it may have large shared memory and large clusters, and how much of
+// an SM's memory should be shared, which is always the same for a kernel. It is loaded by that, if it was not yet.
 template <auto kKernel>
-cudaError_t set_attributes(int carveout) {
+cudaError_t prepare_kernel(int64_t sm_shared_bytes) {
   static std::atomic<uint64_t> prepared{0};  // one bit per device
-  int device = 0, shared_bytes = 0, arch_major = 0;
+  int device = 0, shared_bytes = 0, per_sm = 0, arch_major = 0;
   cudaError_t error = cudaGetDevice(&device);
   const uint64_t bit = uint64_t{1} << (device % 64);
   if (error != cudaSuccess || (device < 64 && (prepared.load(std::memory_order_relaxed) & bit) != 0)) return error;
@@ -107,9 +114,13 @@ cudaError_t set_attributes(int carveout) {
     if (error == cudaSuccess) error = call();
   };
   attempt([&] { return cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device); });
+  attempt([&] { return cudaDeviceGetAttribute(&per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device); });
   attempt([&] { return cudaDeviceGetAttribute(&arch_major, cudaDevAttrComputeCapabilityMajor, device); });
   attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes); });
-  attempt([&] { return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, carveout); });
+  attempt([&] {
+    const int percent = sm_shared_bytes < per_sm ? static_cast<int>(ceil_div(100 * sm_shared_bytes, per_sm)) : 100;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, percent);
+  });
   // Where that is refused, count_clusters finds no clusters of 16.
   if (arch_major >= 9)
     keep_to_ourselves(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
@@ -144,7 +155,7 @@ inline cudaLaunchConfig_t launch_config(const LaunchShape& shape, cudaStream_t s
 // The only launch of the package.
 template <auto kKernel, typename Args>
 cudaError_t launch_kernel(const LaunchShape& shape, cudaStream_t stream, const Args& args) {
-  cudaError_t error = set_attributes<kKernel>(shape.carveout);
+  cudaError_t error = prepare_kernel<kKernel>(shape.sm_shared_bytes);
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(shape, stream, attribute);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kKernel, args);
@@ -168,7 +179,7 @@ int count_clusters(const LaunchShape& shape) {
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = launch_config(shape, nullptr, attribute);
   if (compiled_arch<kKernel>() < kClusterArch) return 0;
-  cudaError_t error = set_attributes<kKernel>(shape.carveout);
+  cudaError_t error = prepare_kernel<kKernel>(shape.sm_shared_bytes);
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kKernel, &config);
   return keep_to_ourselves(error) == cudaSuccess ? count : 0;
 }
@@ -177,7 +188,7 @@ int count_clusters(const LaunchShape& shape) {
 template <auto kKernel>
 int count_blocks(const LaunchShape& shape) {
   int count = 0;
-  cudaError_t error = set_attributes<kKernel>(shape.carveout);
+  cudaError_t error = prepare_kernel<kKernel>(shape.sm_shared_bytes);
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kKernel, static_cast<int>(shape.threads),
                                                           shape.shared_bytes);

@@ -7,8 +7,6 @@
 // over lanes and columns, and not unrolled.
 #pragma once
 
-#include <type_traits>
-
 #include "../device/reduce.cuh"
 #include "elementwise.cuh"
 
@@ -21,8 +19,8 @@ struct ChannelTotals {
 };
 
 // Merges statistics of parts as Chan does: each part's squares are moved to a common point, which is the mean of one of
-// the parts, and the sum of them from there to the mean of all. All in float64: that last step takes off at most (number of
-// parts) times what stays, and there are digits to spare for it.
+// the parts, and the sum of them from there to the mean of all. All in float64: that last step takes off at most
+// (number of parts) times what stays, and there are digits to spare for it.
 struct Moments {
   double point = 0, count = 0, sum = 0, squares = 0;  // the last two around `point`
 
@@ -40,56 +38,56 @@ struct Moments {
 };
 
 // Sums of x - pivot and of its square lose as many digits as the pivot's distance from the mean, squared, is times the
-// variance. The first element will do for most data, but not where it is far from all others, as in the black border of an
-// image. Where a share s of a part lies behind its pivot, that ratio is (1 - s) / s at most, whatever the data. So a part
-// begins with the mean of its first batch, and takes the mean again after kPivotItems items of each thread: what comes
-// before is at most eight batches, and what comes after at most eight times as much.
+// variance. The first element will do for most data, but not where it is far from all others, as in the black border of
+// an image. Where a share s of a part lies behind its pivot, that ratio is (1 - s) / s at most, whatever the data. So a
+// part begins with the mean of its first batch, and takes the mean again after kPivotItems items of each thread: what
+// comes before is at most eight batches, and what comes after at most eight times as much.
 constexpr int kPivotItems = 16;
 
 // From a thread's sums of `count` positions to the means of its part.
-template <bool kRows, int kLanes, typename Acc>
-__device__ inline void take_part_means(const KernelArgs& args, Acc (&sum)[kLanes], int count) {
+template <bool kRows, int kElements, typename Acc>
+__device__ inline void take_part_means(const KernelArgs& args, Acc (&sum)[kElements], int count) {
   if (!kRows || args.parts_are_warps) {
 #pragma unroll 1
     for (int distance = kRows ? args.block_packs : 1; distance < kWarpSize; distance *= 2) {
 #pragma unroll
-      for (int v = 0; v < kLanes; ++v) sum[v] += __shfl_xor_sync(kFullWarp, sum[v], distance);
+      for (int v = 0; v < kElements; ++v) sum[v] += __shfl_xor_sync(kFullWarp, sum[v], distance);
       count += __shfl_xor_sync(kFullWarp, count, distance);
     }
   }
   const Acc inverse = Acc(1) / static_cast<Acc>(count > 0 ? count : 1);
 #pragma unroll
-  for (int v = 0; v < kLanes; ++v) sum[v] *= inverse;
+  for (int v = 0; v < kElements; ++v) sum[v] *= inverse;
 }
 
 template <bool kRows, typename T, int kVec, int kItems, int kViews, typename Acc>
 __device__ inline void find_pivots(const KernelArgs& args, const Pack<T, kVec> (&x)[kItems],
                                    const Item<T, kViews> (&items)[kItems], Acc (&pivot)[kVec]) {
-  constexpr int kLanes = kRows ? kVec : 1;
-  Acc mean[kLanes] = {};
+  constexpr int kElements = kRows ? kVec : 1;
+  Acc mean[kElements] = {};
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
 #pragma unroll
-    for (int u = 0; u < kItems; ++u) mean[v % kLanes] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
+    for (int u = 0; u < kItems; ++u) mean[v % kElements] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
   }
   take_part_means<kRows>(args, mean, count_positions<kRows>(items));
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
     pivot[v] =
-        is_finite(mean[v % kLanes]) ? mean[v % kLanes] : Acc(0);  // NaN and Inf reach the result through the sums
+        is_finite(mean[v % kElements]) ? mean[v % kElements] : Acc(0);  // NaN and Inf reach the result through the sums
   }
 }
 
 // To the mean of what the part has seen, with the sums of this thread, which has had `count` positions.
-template <bool kRows, int kVec, int kLanes, typename Acc>
-__device__ inline void move_pivots(const KernelArgs& args, Acc (&pivot)[kVec], Acc (&s1)[kLanes], Acc (&s2)[kLanes],
-                                   int count) {
+template <bool kRows, int kVec, int kElements, typename Acc>
+__device__ inline void move_pivots(const KernelArgs& args, Acc (&pivot)[kVec], Acc (&s1)[kElements],
+                                   Acc (&s2)[kElements], int count) {
   constexpr int kMoved = kRows ? kVec : 1;
   // Planes: how many positions each of a thread's running sums has does not matter, as long as they add up.
   if constexpr (!kRows) {
-    s1[0] = add_lanes(s1);
+    s1[0] = add_elements(s1);
 #pragma unroll
-    for (int v = 1; v < kLanes; ++v) s1[v] = 0;
+    for (int v = 1; v < kElements; ++v) s1[v] = 0;
   }
   Acc distance[kMoved];
 #pragma unroll
@@ -112,17 +110,17 @@ __device__ inline Value* shared_at(int64_t offset) {
   return reinterpret_cast<Value*>(shared_memory() + offset);
 }
 
-// Adds up, or where all have the same only hands out, the columns of lanes that lie packs, 2 * packs, ... apart in a warp.
-// As long as a lane has several columns, it gives half of them to its partner and takes the other half's sums, so half as
-// much goes round each time. Returns the first column that the lane has then; value[0], value[1], ... up to `held` are of
-// that one and the next ones. The last partners have the same.
-template <bool kAdd, int kLanes, typename Acc>
-__device__ inline int halve_columns(int packs, Acc (&value)[kLanes], int& held) {
+// Adds up, or where all have the same only hands out, the columns of lanes that lie packs, 2 * packs, ... apart in a
+// warp. As long as a lane has several columns, it gives half of them to its partner and takes the other half's sums, so
+// half as much goes round each time. Afterwards value[0] to value[held - 1] are columns first to first + held - 1;
+// returns `first`. Lanes that are down to one column add it up with their partners, and all of them have the result.
+template <bool kAdd, int kElements, typename Acc>
+__device__ inline int halve_columns(int packs, Acc (&value)[kElements], int& held) {
   const int lane = threadIdx.x % kWarpSize;
   int first = 0, distance = kWarpSize / 2;
-  held = kLanes;
+  held = kElements;
 #pragma unroll
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+  for (int half = kElements / 2; half > 0; half /= 2) {
     if (distance < packs) break;
     const bool upper = (lane & distance) != 0;
 #pragma unroll
@@ -141,8 +139,9 @@ __device__ inline int halve_columns(int packs, Acc (&value)[kLanes], int& held) 
   return first;
 }
 
-// Leaves the sums of a part for add_parts: for each column kNumSums sums, or pivot, sum of x - pivot and of its square, where
-// all threads of a part have the same pivot, and `count` positions of each thread. In planes a part is a warp, with one column.
+// Leaves the sums of a part for add_parts: for each column kNumSums sums, or pivot, sum of x - pivot and of its square,
+// where all threads of a part have the same pivot, and `count` positions of each thread. In planes a part is a warp,
+// with one column.
 template <bool kMoments, typename Acc>
 __device__ inline void leave_warp(const KernelArgs& args, Acc (&value)[kNumSums], int count = 0) {
 #pragma unroll
@@ -158,25 +157,25 @@ __device__ inline void leave_warp(const KernelArgs& args, Acc (&value)[kNumSums]
   if (kMoments) shared_at<int>(args.layout.counts)[part] = count;
 }
 
-// A pack of a run: sums of its columns to those of its sides, the first of which has `near` columns. Statistics go to the mean of
-// a side's pivots first: as far from a column's as its data are from all others.
-template <bool kMoments, int kLanes, typename Acc>
-__device__ inline void add_sides(int near, const Acc (&value)[kNumSums][kLanes], int count,
+// A pack of a run: sums of its columns to those of its sides, the first of which has `near` columns. Statistics go to
+// the mean of a side's pivots first: as far from a column's as its data are from all others.
+template <bool kMoments, int kElements, typename Acc>
+__device__ inline void add_sides(int near, const Acc (&value)[kNumSums][kElements], int count,
                                  Acc (&sum)[kNumSums][kSides]) {
 #pragma unroll
   for (int side = 0; side < kSides; ++side) {
     auto has = [&](int v) { return (v < near) == (side == 0); };
     if (kMoments) {
-      const int columns = side == 0 ? near : kLanes - near;
+      const int columns = side == 0 ? near : kElements - near;
       const Acc inverse = Acc(1) / static_cast<Acc>(columns > 0 ? columns : 1);
       sum[0][side] = 0;
 #pragma unroll
-      for (int v = 0; v < kLanes; ++v) sum[0][side] += has(v) ? value[0][v] * inverse : Acc(0);
+      for (int v = 0; v < kElements; ++v) sum[0][side] += has(v) ? value[0][v] * inverse : Acc(0);
     }
 #pragma unroll
     for (int k = kMoments ? 1 : 0; k < kNumSums; ++k) sum[k][side] = 0;
 #pragma unroll
-    for (int v = 0; v < kLanes; ++v) {
+    for (int v = 0; v < kElements; ++v) {
       if (!has(v)) continue;
       if (kMoments) {
         const Acc distance = value[0][v] - sum[0][side], moved = static_cast<Acc>(count) * distance;
@@ -190,38 +189,38 @@ __device__ inline void add_sides(int near, const Acc (&value)[kNumSums][kLanes],
   }
 }
 
-// In rows a thread has numbers for each of its columns. A pack's lanes lie apart: no bank conflicts.
-template <bool kMoments, int kLanes, typename Acc>
-__device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSums][kLanes], int count = 0) {
+// In rows a thread has numbers for each of its columns. A pack's columns lie apart: no bank conflicts.
+template <bool kMoments, int kElements, typename Acc>
+__device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSums][kElements], int count = 0) {
   Acc* parts = shared_at<Acc>(args.layout.parts);
   const int thread = threadIdx.x, packs = args.block_packs;
-  const bool warps = args.parts_are_warps;
-  const int row = static_cast<int>(args.by_packs.divide(thread));
-  const int part = warps ? thread / kWarpSize : row, place = warps ? thread & (packs - 1) : thread - row * packs;
-  const bool there = part < args.num_parts;
-  if (args.two_sided) {
-    const int left = args.run_length - static_cast<int>(args.by_run.remainder(place * kLanes));
+  const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * packs;
+  if (args.two_sided) {  // and parts are rows: see has_two_sides
+    const int left = args.run_length - static_cast<int>(args.by_run.remainder(pack * kElements));
     Acc sum[kNumSums][kSides];
-    add_sides<kMoments>(left < kLanes ? left : kLanes, value, count, sum);
-    if (!there) return;
-    Acc* to = parts + part * args.part_places + place;
+    add_sides<kMoments>(left < kElements ? left : kElements, value, count, sum);
+    if (row >= args.num_parts) return;
+    Acc* to = parts + row * args.part_places + pack;
 #pragma unroll
     for (int k = 0; k < kNumSums; ++k) {
 #pragma unroll
       for (int side = 0; side < kSides; ++side) to[k * args.num_parts * args.part_places + side * packs] = sum[k][side];
     }
-    if (kMoments && place == 0) shared_at<int>(args.layout.counts)[part] = count;
+    if (kMoments && pack == 0) shared_at<int>(args.layout.counts)[row] = count;
     return;
   }
+  const bool warps = args.parts_are_warps;
+  const int part = warps ? thread / kWarpSize : row, place = warps ? thread & (packs - 1) : pack;
+  const bool there = part < args.num_parts;
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) {
-    Acc(&sum)[kLanes] = value[k];
-    int first = 0, held = kLanes;
+    Acc(&sum)[kElements] = value[k];
+    int first = 0, held = kElements;
     if (warps) {
       first = kMoments && k == 0 ? halve_columns<false>(packs, sum, held) : halve_columns<true>(packs, sum, held);
     }
 #pragma unroll
-    for (int v = 0; v < kLanes; ++v) {
+    for (int v = 0; v < kElements; ++v) {
       Acc* to = parts + (k * args.num_parts + part) * args.part_places + (first + v) * packs + place;
       if (there && v < held) *to = sum[v];
     }
@@ -236,20 +235,20 @@ __device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSu
   if (there && (warps ? thread % kWarpSize : place) == 0) shared_at<int>(args.layout.counts)[part] = count;
 }
 
-// The same from running sums: of kSumLanes lanes, and for statistics with a pivot for each of them.
-template <bool kRows, int kLanes, typename Acc>
-__device__ inline void leave_sums(const KernelArgs& args, Acc (&sum)[kNumSums][kLanes]) {
+// The same from running sums: kSumElements of each, and for statistics with a pivot for each of them.
+template <bool kRows, int kElements, typename Acc>
+__device__ inline void leave_sums(const KernelArgs& args, Acc (&sum)[kNumSums][kElements]) {
   if constexpr (kRows) {
     leave_columns<false>(args, sum);
   } else {
-    Acc value[kNumSums] = {add_lanes(sum[0]), add_lanes(sum[1]), add_lanes(sum[2])};
+    Acc value[kNumSums] = {add_elements(sum[0]), add_elements(sum[1]), add_elements(sum[2])};
     leave_warp<false>(args, value);
   }
 }
 
-template <bool kRows, int kVec, int kLanes, typename Acc>
-__device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[kVec], const Acc (&s1)[kLanes],
-                                     const Acc (&s2)[kLanes], int count) {
+template <bool kRows, int kVec, int kElements, typename Acc>
+__device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[kVec], const Acc (&s1)[kElements],
+                                     const Acc (&s2)[kElements], int count) {
   if constexpr (kRows) {
     Acc value[kNumSums][kVec];
 #pragma unroll
@@ -260,20 +259,20 @@ __device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[
     }
     leave_columns<true>(args, value, count);
   } else {
-    Acc value[kNumSums] = {pivot[0], add_lanes(s1), add_lanes(s2)};
+    Acc value[kNumSums] = {pivot[0], add_elements(s1), add_elements(s2)};
     leave_warp<true>(args, value, count);
   }
 }
 
-// Which of the channels of all blocks side by side, args.tile_channels, is the block's channel i. Of the last slab, not all
-// may be there.
+// Which of the channels of all blocks side by side, args.tile_channels, is the block's channel i. Of the last slab, not
+// all may be there.
 __device__ inline int64_t tile_channel(const KernelArgs& args, const Tile& tile, int i) {
-  return tile.column * args.slab_channels + i;
+  return tile.slab * args.slab_channels + i;
 }
 
 // Calls f(channel of the block, lane of its group, whether there is such a channel, how often before) in groups of
-// neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in shuffles.
-// Planes have one channel, and a warp for it.
+// neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in
+// shuffles. Planes have one channel, and a warp for it.
 template <bool kRows, typename F>
 __device__ inline void for_each_group(const KernelArgs& args, int channels, F f) {
   const int thread = threadIdx.x;
@@ -304,8 +303,8 @@ __device__ inline void group_sum(int lanes, double (&value)[kNumbers]) {
   }
 }
 
-// Parts of planes, and blocks of a cluster, are no more than these. Both halves of the channel's warp add them up, so that all
-// lanes have the sums one shuffle sooner.
+// Parts of planes, and blocks of a cluster, are no more than these. Both halves of the channel's warp add them up, so
+// that all lanes have the sums one shuffle sooner.
 constexpr int kFewLanes = 16;
 static_assert(kMaxOnChipThreads / kWarpSize <= kFewLanes && kMaxThreads / kWarpSize <= kFewLanes,
               "a lane for each part");
@@ -326,8 +325,8 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
   return merged.totals(count == args.num_positions ? args.inverse_positions : 1 / count);
 }
 
-// A channel's totals of the block, from its places of all parts. For a group of lanes, after a barrier; or for one of several
-// groups, whose lanes go on counting where those before have stopped: then of a slice of them.
+// A channel's totals of the block, from its places of all parts. For a group of lanes, after a barrier; or for one of
+// several groups, whose lanes go on counting where those before have stopped: then of a slice of them.
 template <bool kRows, bool kMoments, int kVec, typename Acc>
 __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, int lane) {
   const Acc* parts = shared_at<const Acc>(args.layout.parts);

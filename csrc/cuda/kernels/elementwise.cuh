@@ -5,25 +5,26 @@
 
 namespace bnext::cuda {
 
-// Rows: each lane is a channel of its own. Planes: lanes share a channel, and a few running sums are enough to keep the
-// sums short; one for each lane of a half would cost registers that spill.
+// Rows: each element of a pack is of a channel of its own. Planes: they share a channel, and a few running sums are
+// enough to keep the sums short; one for each of eight halves would cost registers that spill.
 template <bool kRows, int kVec>
-constexpr int kSumLanes = kRows || kVec < 4 ? kVec : 4;
+constexpr int kSumElements = kRows || kVec < 4 ? kVec : 4;
 
-template <typename Acc, int kLanes>
-__device__ inline Acc add_lanes(const Acc (&value)[kLanes]) {
+template <typename Acc, int kElements>
+__device__ inline Acc add_elements(const Acc (&value)[kElements]) {
   Acc sum = value[0];
 #pragma unroll
-  for (int v = 1; v < kLanes; ++v) sum += value[v];
+  for (int v = 1; v < kElements; ++v) sum += value[v];
   return sum;
 }
 
-// Items whose elements are taken apart, and added up, at once: short sums, for less rounding, but only so many registers.
+// Items whose elements are taken apart, and added up, at once: short sums, for less rounding, but only so many
+// registers.
 template <int kItems, int kVec>
 constexpr int kAtOnce = kItems * kVec <= 16 ? kItems : 16 / kVec;
 
-// The elements of some of the items, from `first` on. Lanes without data get a value that adds nothing to any sum; nearly
-// always all have data, and then nothing is done.
+// The elements of some of the items, from `first` on. Those without data get a value that adds nothing to any sum;
+// nearly always all have data, and then nothing is done.
 template <int kSome, typename T, int kVec, int kItems, int kViews, typename Acc>
 __device__ inline void take_apart(Acc (&wide)[kSome][kVec], const Pack<T, kVec> (&packs)[kItems],
                                   const Item<T, kViews> (&items)[kItems], int first, const Acc (&neutral)[kVec]) {
@@ -31,7 +32,7 @@ __device__ inline void take_apart(Acc (&wide)[kSome][kVec], const Pack<T, kVec> 
 #pragma unroll
   for (int u = 0; u < kSome; ++u) {
     widen_pack(wide[u], packs[first + u]);
-    full = full && items[first + u].lanes == (1u << kVec) - 1;
+    full = full && items[first + u].elements == (1u << kVec) - 1;
   }
   if (full) return;
 #pragma unroll
@@ -42,9 +43,9 @@ __device__ inline void take_apart(Acc (&wide)[kSome][kVec], const Pack<T, kVec> 
 }
 
 // Sums of x - pivot and of its square.
-template <typename T, int kVec, int kItems, int kViews, typename Acc, int kLanes>
+template <typename T, int kVec, int kItems, int kViews, typename Acc, int kElements>
 __device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems], const Item<T, kViews> (&items)[kItems],
-                                   const Acc (&pivot)[kVec], Acc (&s1)[kLanes], Acc (&s2)[kLanes]) {
+                                   const Acc (&pivot)[kVec], Acc (&s1)[kElements], Acc (&s2)[kElements]) {
   constexpr int kSome = kAtOnce<kItems, kVec>;
 #pragma unroll
   for (int first = 0; first < kItems; first += kSome) {
@@ -60,17 +61,17 @@ __device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems], const Item<
         b1 += d;
         b2 += d * d;
       }
-      s1[v % kLanes] += b1;
-      s2[v % kLanes] += b2;
+      s1[v % kElements] += b1;
+      s2[v % kElements] += b2;
     }
   }
 }
 
 // Sums of dy, dy * (x - mean) and x - mean.
-template <typename T, int kVec, int kItems, int kViews, typename Acc, int kLanes>
+template <typename T, int kVec, int kItems, int kViews, typename Acc, int kElements>
 __device__ inline void add_gradients(const Pack<T, kVec> (&x)[kItems], const Pack<T, kVec> (&dy)[kItems],
                                      const Item<T, kViews> (&items)[kItems], const Acc (&mean)[kVec],
-                                     Acc (&sum)[kNumSums][kLanes]) {
+                                     Acc (&sum)[kNumSums][kElements]) {
   constexpr int kSome = kAtOnce<kItems, kVec>;
   const Acc zero[kVec] = {};
 #pragma unroll
@@ -89,9 +90,9 @@ __device__ inline void add_gradients(const Pack<T, kVec> (&x)[kItems], const Pac
         b1 += wide_dy[u][v] * xmu;
         b2 += xmu;
       }
-      sum[0][v % kLanes] += b0;
-      sum[1][v % kLanes] += b1;
-      sum[2][v % kLanes] += b2;
+      sum[0][v % kElements] += b0;
+      sum[1][v % kElements] += b1;
+      sum[2][v % kElements] += b2;
     }
   }
 }
@@ -101,7 +102,7 @@ template <bool kRows, typename T, int kItems, int kViews>
 __device__ inline int count_positions(const Item<T, kViews> (&items)[kItems]) {
   int count = 0;
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) count += kRows ? !items[u].empty() : popcount(items[u].lanes);
+  for (int u = 0; u < kItems; ++u) count += kRows ? !items[u].empty() : popcount(items[u].elements);
   return count;
 }
 

@@ -1,6 +1,7 @@
-// From the totals of a channel to its results and to the coefficients of the apply pass. All of it in float64: it is little
-// work, and what it rounds every element would inherit. A group of lanes does it for each channel: all lanes work out the
-// same, but each loads, and each stores, another vector's number. So it is one trip to memory, and one piece of code.
+// From the totals of a channel to its results and to the coefficients of the apply pass. All of it in float64: it is
+// little work, and what it rounds every element would inherit. A group of lanes does it for each channel: all lanes
+// work out the same, but each loads, and each stores, another vector's number. So it is one trip to memory, and one
+// piece of code.
 #pragma once
 
 #include "../device/math.cuh"
@@ -27,7 +28,8 @@ __device__ inline double load_input(const KernelArgs& args, int64_t channel, int
   return lane < kRoles ? load_channel(args.input[lane], channel, weight ? 1 : 0) : 0;
 }
 
-// What the lane with a role has, for all lanes of the group.
+// What the lane with a role has, for all lanes of the group. (Where a whole warp finishes a channel, a group can be a
+// part of it, and the first one is the channel's. The others have no vectors' numbers, and nobody uses what they find.)
 __device__ inline double of_role(const KernelArgs& args, double value, int role) {
   return __shfl_sync(kFullWarp, value, (threadIdx.x & ~static_cast<unsigned>(args.group_lanes - 1)) + role);
 }
@@ -43,8 +45,8 @@ __device__ inline double pick_output(int lane, const double (&output)[kRoles]) {
 // The functions that finish a channel call leave(coefficients), what its elements are mapped with, as soon as they know
 // them: others wait for those. They return what the lane's role has to store.
 
-// y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes from
-// the mean to make it `centre` goes into the shift.
+// y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes
+// from the mean to make it `centre` goes into the shift.
 template <typename Acc, typename F>
 __device__ inline double finish_forward(const KernelArgs& args, const ChannelTotals& totals, double input, int lane,
                                         F leave) {
@@ -59,7 +61,7 @@ __device__ inline double finish_forward(const KernelArgs& args, const ChannelTot
   double output[kRoles] = {mean, invstd, mean, var, old_mean, old_var};
   if (args.output[forward::kNewMean].data == nullptr) return pick_output(lane, output);
   const double momentum = args.cumulative && args.num_batches_tracked != nullptr
-                              ? 1.0 / static_cast<double>(load_left(args.num_batches_tracked) + !args.counted)
+                              ? 1.0 / static_cast<double>(load_from_l2(args.num_batches_tracked) + !args.batch_counted)
                               : args.momentum;
   const double new_mean = momentum * mean + (1 - momentum) * old_mean;
   const double new_var = momentum * (var * args.unbiased) + (1 - momentum) * old_var;
@@ -78,8 +80,8 @@ __device__ inline double finish_backward(const KernelArgs& args, const ChannelTo
   const double invstd = of_role(args, input, backward::kInvstd), mean = of_role(args, input, backward::kMean);
   const double scale = of_role(args, input, backward::kWeight) * invstd;
   const double sum_dy = totals.value[0];
-  // The mean was rounded when it was saved. In training it is the batch mean, so sum(x - mean) / m is what rounding took
-  // from it; in eval it is a constant.
+  // The mean was rounded when it was saved. In training it is the batch mean, so sum(x - mean) / m is what rounding
+  // took from it; in eval it is a constant.
   const double lost = args.training ? totals.value[2] * args.inverse_positions : 0;
   const double sum_dy_xmu = totals.value[1] - lost * sum_dy;
   const double dvar = of_role(args, input, backward::kGradVar) - 0.5 * scale * invstd * invstd * sum_dy_xmu;
@@ -115,9 +117,9 @@ __device__ inline void store_output(const KernelArgs& args, int64_t channel, int
 
 // ---- from partial sums -------------------------------------------------------------------------------------------
 
-// This thread's share of the partial sums of channel c, of which `sharers` threads take the splits in turns: of tile
-// channels c, c + num_channels, and so on. A few at once: each is a trip to L2. Statistics are around the mean of the first
-// block, which all have to know.
+// This thread's share of the partial sums of channel c: of its splits every `sharers`-th. A folded row has several
+// columns of channel c, num_channels apart, and all of them are added up. A few reads at once: each is a trip to L2.
+// Statistics are around the mean of the first block, which all have to know.
 struct PartialSums {
   double point, value[kNumSums];
 };
@@ -128,7 +130,7 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, in
   const int64_t stride = args.tile_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
   const int splits = static_cast<int>(args.num_splits);
-  const double first_mean = backward ? 0 : load_left(of_channel + stride);
+  const double first_mean = backward ? 0 : load_from_l2(of_channel + stride);
   PartialSums sums = {is_finite(first_mean) ? first_mean : 0, {0, 0, 0}};
   for (int64_t column = c; column < args.tile_channels; column += args.num_channels) {
 #pragma unroll 1
@@ -139,7 +141,7 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, in
         const int split = first + i * sharers;
 #pragma unroll
         for (int k = 0; k < kNumSums; ++k) {
-          part[k][i] = split < splits ? load_left(of_channel + k * stride + split) : 0;
+          part[k][i] = split < splits ? load_from_l2(of_channel + k * stride + split) : 0;
         }
       }
 #pragma unroll
@@ -208,14 +210,15 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
   store_output(args, c, lane, output);
 }
 
-// By one thread of a kernel in which nobody reads it: in one that finishes channels, not where the momentum is cumulative.
+// By one thread of a kernel in which nobody reads it: in one that finishes channels, not where the momentum is
+// cumulative.
 __device__ inline void count_batch(const KernelArgs& args, bool if_cumulative) {
   const bool counts = args.num_batches_tracked != nullptr && (if_cumulative || !args.cumulative);
   if (counts && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
 }
 
-// After on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all their blocks read. Not before
-// them, so that nothing is counted if their launch is refused.
+// After on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all their blocks read. Not
+// before them, so that nothing is counted if their launch is refused.
 __global__ void __launch_bounds__(kWarpSize) count_kernel(const __grid_constant__ KernelArgs args) {
   count_batch(args, true);
 }

@@ -30,10 +30,13 @@ constexpr int kMostGroups = 6;
 constexpr int kMaxThreads = 256;
 // Streaming: blocks of kMaxThreads that an SM has registers for. So many run at once, and more would be another wave.
 constexpr int kStreamingBlocksPerSm = 2;
+constexpr int64_t kStreamingSharedBytes = 26 << 10;  // of such a block, at most: what it adds up in
+constexpr int64_t kReservedSharedBytes = 1 << 10;    // of each block, by the driver
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
-// Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with 64 for
-// each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains next to nothing.)
+// Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with
+// 64 for each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains
+// next to nothing.)
 BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(bool backward, int element_bytes, bool rows, bool whole_packs,
                                                      bool persistent, bool grid, int arch) {
   const bool halves = element_bytes == 2, planes = !rows;
@@ -69,7 +72,8 @@ struct SharedLayout {
 };
 
 // Division of 0 <= n < 2^31 by a number that the host knows, without dividing: a multiplication and a shift, where a
-// division takes some twenty instructions. (Granlund and Montgomery, "Division by Invariant Integers using Multiplication".)
+// division takes some twenty instructions. (Granlund and Montgomery, "Division by Invariant Integers using
+// Multiplication".)
 struct Divider {
   uint32_t divisor = 1, multiplier = 1, shift = 0;
 
@@ -88,11 +92,12 @@ inline Divider make_divider(int64_t divisor) {
   return by;
 }
 
-// An item is what one thread loads at once: of a channel's planes or strided positions (kPlanes), or of one row (kRows).
-// Planes: item (i0, i1, j) is pack j of plane (i0, i1). Rows: item (i0, i1, i2) is a row, and a block has block_packs of
-// its packs. A block has `chunk` consecutive items.
+// An item is what one thread loads at once: of a channel's planes or strided positions (kPlanes), or of one row
+// (kRows). Planes: item (i0, i1, j) is pack j of plane (i0, i1). Rows: item (i0, i1, i2) is a row, and a block has
+// block_packs of its packs. A block has `chunk` consecutive items.
 struct KernelArgs {
-  // Reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null. Strides are of packs where all packs are whole.
+  // Reduce: x, or dy, x, dx; apply: out, x, dy. The first is never null. Strides are of packs where all packs are
+  // whole.
   View view[3];
   int64_t size[3];  // of i0, i1 and j or i2
   bool grouped;     // size[0] > 1: otherwise nobody looks at i1
@@ -106,11 +111,11 @@ struct KernelArgs {
   int64_t num_channels;
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
   int block_packs, block_rows;
-  Divider by_size[3];   // of items that threads count in an int, by size[d]; [0] is not used
-  Divider by_tile;      // of blocks: by num_slabs (streaming, rows) or num_splits
-  Divider by_packs;     // of threads, by block_packs
-  Divider by_batch;     // of a block's items, by those of kUnroll steps
-  Divider by_channels;  // of wide channels, by num_channels
+  Divider by_planes, by_packs_of_plane;  // of items that threads count in an int, by size[1] and size[2]
+  Divider by_tile;                       // of blocks: by num_slabs (streaming, rows) or num_splits
+  Divider by_packs;                      // of threads, by block_packs
+  Divider by_batch;                      // of a block's items, by those of kUnroll steps
+  Divider by_channels;                   // of wide channels, by num_channels
   SharedLayout layout;
 
   // A block has slab_channels channels: one (planes), or those of its columns.
@@ -121,18 +126,20 @@ struct KernelArgs {
   Divider by_run, by_slab;
   // Sums are added up by parts, and then by groups of lanes, one group for each channel: see block_sums.cuh.
   bool parts_are_warps;
-  // A part has places for what its threads leave of each sum, channel_places of them for each channel. Of a pack these are as
-  // many as it has columns; or two_sided, see has_two_sides.
+  // A part has places for what its threads leave of each sum, channel_places of them for each channel. Of a pack these
+  // are as many as it has columns; or two_sided, see has_two_sides.
   bool two_sided;
   int part_places, channel_places;
   int num_parts, group_lanes, group_shift;
-  int slices;                   // groups that add up parts of the same channel, each some of them
-  int total_lanes;              // of a group: a power of two, enough for what slices and the blocks of a cluster leave
-  int lane_parts, lane_places;  // the lanes of all of these, as so many times channel_places, and the rest
-  Divider by_places;            // of lanes, by channel_places
+  int slices;       // groups that add up parts of the same channel, each some of them
+  int total_lanes;  // of a group: a power of two, enough for what slices and the blocks of a cluster leave
+  // How far a lane goes from a number that it adds up to its next, in parts and in places:
+  // slices * group_lanes = lane_parts * channel_places + lane_places.
+  int lane_parts, lane_places;
+  Divider by_places;  // of lanes, by channel_places
 
-  // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. Where there are fewer teams than
-  // slabs, a team has one after the other, those that are num_teams apart.
+  // On chip only. The blocks of a team share a channel or a slab; num_splits is their number. Where there are fewer
+  // teams than slabs, a team has one after the other, those that are num_teams apart.
   int cluster_size;
   int num_teams, num_slabs;
   bool shares_out;               // a grid's blocks finish a slab's channels between them, and not each of them all
@@ -146,7 +153,7 @@ struct KernelArgs {
   void* coefficients;       // [num_channels] of Coefficients<Acc>
   Source source;
   bool backward, training, cumulative;
-  bool counted;                                       // where cumulative: num_batches_tracked has this batch already
+  bool batch_counted;                                 // where cumulative: num_batches_tracked has this batch already
   double num_positions, inverse_positions, unbiased;  // m, 1 / m, m / (m - 1)
   double momentum, eps, running_limit;
 
@@ -163,14 +170,15 @@ struct alignas(16) Coefficients {
 
 // ---- how a block adds up ------------------------------------------------------------------------------------------
 
-// A part is what meets before shared memory: a warp, where a column's threads divide it evenly, or a single row of threads.
-// Planes have one column, and warps are their parts.
+// A part is what meets before shared memory: a warp, where a column's threads divide it evenly, or a single row of
+// threads. Planes have one column, and warps are their parts.
 constexpr bool parts_are_warps(int block_packs) { return kWarpSize % block_packs == 0; }
 constexpr int count_parts(int threads, int block_packs) {
   return threads / (parts_are_warps(block_packs) ? kWarpSize : block_packs);
 }
-// A pack of a run of channels that are no shorter has columns of one channel or of two neighbours: its sides. A thread adds up
-// the columns of each before it leaves the sums.
+// A pack of a run of channels that are no shorter has columns of one channel or of two neighbours: its sides. A thread
+// adds up the columns of each before it leaves the sums. (Its parts are rows: in a run whose channels do not fill
+// packs, the packs are a multiple of an odd number, and do not divide a warp.)
 constexpr int kSides = 2;
 constexpr bool has_two_sides(int vec, int run_length) { return run_length > 1 && run_length >= vec; }
 constexpr int count_part_places(int vec, int run_length, int block_packs) {

@@ -1,8 +1,9 @@
-// The on-chip families: training passes that read their tensors once. At a time, a team has a channel, a slab of channels, or a run of
-// them: one block (family resident), a cluster of blocks (family cluster), or any number of blocks that tell each other
-// through memory what they have found (family grid). Each thread keeps the packs that it reads in shared memory, in slots
-// that no other thread looks at, until the sums of all blocks are there. Where there are too few slots, what was read first
-// makes room for what comes later, and is read again when the rest has been mapped.
+// The on-chip families: training passes that read their tensors once. At a time, a team has a channel, a slab of
+// channels, or a run of them: one block (family resident), a cluster of blocks (family cluster), or any number of
+// blocks that tell each other through memory what they have found (family grid). Each thread keeps the packs that it
+// reads in shared memory, in slots that no other thread looks at, until the sums of all blocks are there. Where there
+// are too few slots, what was read first makes room for what comes later, and is read again when the rest has been
+// mapped.
 #pragma once
 
 #include "../device/cluster.cuh"
@@ -15,10 +16,10 @@ namespace bnext::cuda {
 
 // ---- what a thread reads -----------------------------------------------------------------------------------------
 
-// A thread's batches, 0 to n - 1, and its places for `held` of them, a ring. They are summed up in order, so the last ones are
-// there at the end; and mapped from the last one on, so that each place is free for the batch that had it before, and gets it
-// back. The places that come free last are for the first batches of the block's next tile, if there is one; that tile goes
-// round the ring the other way. So some batches are on their way to their places all the time.
+// A thread's batches, 0 to n - 1, and its places for `held` of them, a ring. They are summed up in order, so the last
+// ones are there at the end; and mapped from the last one on, so that each place is free for the batch that had it
+// before, and gets it back. The places that come free last are for the first batches of the block's next tile, if there
+// is one; that tile goes round the ring the other way. So some batches are on their way to their places all the time.
 template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 class OnChip {
  public:
@@ -50,8 +51,8 @@ class OnChip {
     }
   }
 
-  // The same batches again, the last one first. If there are more tiles, asks for the next one's first batches: all that are
-  // kept ahead, but for the one that load() asks for before begin().
+  // The same batches again, the last one first. If there are more tiles, asks for the next one's first batches: all
+  // that are kept ahead, but for the one that load() asks for before begin().
   template <typename F>
   __device__ void revisit(const Tile& tile, bool more, const Tile& next, F use) {
     Steps steps(args_, tile, batches_ * kOnChipBatch - 1);
@@ -108,8 +109,8 @@ __device__ inline double load_on_chip_input(const KernelArgs& args, const Tile& 
   return load_input(args, channel < args.num_channels ? channel : 0, lane);
 }
 
-// The same before anything is added up: the lane gets that of its first round, which for most blocks is all, and keeps it
-// until it is needed. Backward leaves the channels' means for all threads, who see them after a barrier.
+// The same before anything is added up: the lane gets that of its first round, which for most blocks is all, and keeps
+// it until it is needed. Backward leaves the channels' means for all threads, who see them after a barrier.
 template <bool kRows, bool kBackward, typename Acc>
 __device__ inline double load_first_inputs(const KernelArgs& args, const Tile& tile) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
@@ -137,8 +138,8 @@ __device__ inline void leave_totals(const KernelArgs& args) {
   });
 }
 
-// A channel's totals from all slices, and all blocks of the cluster, for a group of lanes: each reads those of one or two, and
-// where there are more lanes, some read the same. They are added up in an order that never changes.
+// A channel's totals from all slices, and all blocks of the cluster, for a group of lanes: each reads those of one or
+// two, and where there are more lanes, some read the same. They are added up in an order that never changes.
 template <bool kRows, bool kMoments>
 __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, int lane) {
   const double* own = shared_at<const double>(args.layout.totals) + channel;
@@ -172,8 +173,9 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
   return group_totals<kRows, kMoments>(args, moments, sum, args.total_lanes);
 }
 
-// Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors, lane) for
-// a group of lanes. The first block of the team leaves the results for store_results: others do not wait for the stores.
+// Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors,
+// lane) for a group of lanes. The first block of the team leaves the results for store_results: others do not wait for
+// the stores.
 template <bool kRows, bool kBackward, typename Acc, typename F>
 __device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
@@ -205,8 +207,8 @@ __device__ inline void store_results(const KernelArgs& args, const Tile& tile) {
   }
 }
 
-// The same where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of many
-// channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
+// The same where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of
+// many channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
 template <bool kBackward, typename Acc>
 __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
   auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
@@ -231,7 +233,7 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, co
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) {
     const int64_t channel = tile_channel(args, turn.tile, i);
-    if (channel < args.num_channels) shared[i] = load_left(left + channel);
+    if (channel < args.num_channels) shared[i] = load_from_l2(left + channel);
   }
 }
 
@@ -293,7 +295,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1>;
-  constexpr int kLanes = kSumLanes<kRows, kVec>;
+  constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
   count_batch(args, false);
   const TeamMeetings<kBlocks> meetings(args, turn);
@@ -304,7 +306,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
 #pragma unroll 1
   do {
     double first_input = 0;
-    Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
+    Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
     int count = 0, batches = 0;
     data.load(
         turn.tile, [&] { first_input = load_first_inputs<kRows, false, Acc>(args, turn.tile); },
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2>;
-  constexpr int kLanes = kSumLanes<kRows, kVec>;
+  constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
   const TeamMeetings<kBlocks> meetings(args, turn);
   begin_late(args);
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
 #pragma unroll 1
   do {
     double first_input = 0;
-    Acc mean[kVec] = {}, sum[kNumSums][kLanes] = {};
+    Acc mean[kVec] = {}, sum[kNumSums][kElements] = {};
     data.load(
         turn.tile,
         [&] {

@@ -1,9 +1,10 @@
-// The streaming family: any shape, layout, dtype and architecture. A reduce kernel leaves one set of sums per block in the
-// workspace; an apply kernel, which starts with what the reduce kernel read last, reads the tensors again. In eval the
-// backward pass is the reduce kernel alone: dx does not wait for the sums.
+// The streaming family: any shape, layout, dtype and architecture. A reduce kernel leaves one set of sums per block in
+// the workspace; an apply kernel, which starts with what the reduce kernel read last, reads the tensors again. In eval
+// the backward pass is the reduce kernel alone: dx does not wait for the sums.
 //
-// A block asks for its first batch before it looks at anything else: two trips to memory at once, not one after the other.
-// The kernels of a pass overlap: that batch is on its way before the kernel before has ended, which only reads it.
+// A block asks for its first batch before it looks at anything else: two trips to memory at once, not one after the
+// other. The kernels of a pass overlap: that batch is on its way before the kernel before has ended, which only reads
+// it.
 #pragma once
 
 #include "elementwise.cuh"
@@ -25,8 +26,8 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
   return tile_channel(args, tile, i) < args.num_channels;
 }
 
-// What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads after a
-// barrier. `write`: the results as well, once for each channel.
+// What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads
+// after a barrier. `write`: the results as well, once for each channel.
 template <bool kRows, typename Acc>
 __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile, bool backward, bool write) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   start_next_kernel();
   count_batch(args, true);  // finish kernels may read it, and wait
 
-  constexpr int kLanes = kSumLanes<kRows, kVec>;
-  Acc pivot[kVec] = {}, s1[kLanes] = {}, s2[kLanes] = {};
+  constexpr int kElements = kSumElements<kRows, kVec>;
+  Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
   int count = 0;
   const int batches = num_batches(args, tile);
   for (int b = 0; b < batches; ++b) {
@@ -72,8 +73,8 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   store_partials<kRows, true, kVec, Acc>(args, tile);
 }
 
-// Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on the
-// way, and with halves, or packs that planes share, fewer packs at once, because there are not enough registers.
+// Sums of dy, dy * (x - mean) and x - mean, or of dy alone where x is null. kWritesDx is for eval: dx = scale * dy on
+// the way, and with halves, or packs that planes share, fewer packs at once, because there are not enough registers.
 template <typename T, int kVec, bool kRows, bool kWhole, bool kWritesDx>
 __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
     streaming_backward_reduce_kernel(const __grid_constant__ KernelArgs args) {
@@ -82,18 +83,19 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   constexpr int kViews = kWritesDx ? 3 : 2, kItems = kWritesDx && (kVec == 8 || !kWhole) ? kUnroll / 2 : kUnroll;
   Cursor<T, kVec, kRows, kWhole, kViews> cursor(args, tile);
   const bool has_x = args.view[1].data != nullptr;
+  constexpr Cache kUse = kWritesDx ? Cache::kLastUse : Cache::kKeep;
   start_next_kernel();
 
-  constexpr int kLanes = kSumLanes<kRows, kVec>;
-  Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kLanes] = {};
+  constexpr int kElements = kSumElements<kRows, kVec>;
+  Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kElements] = {};
   const int batches = num_batches(args, tile) * (kUnroll / kItems);
   for (int b = 0; b < batches; ++b) {
     Item<T, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
     for (auto& item : items) item = cursor.next();
-    load_batch<Cache::kKeep, kWhole>(dy, items, 0);
+    load_batch<kUse, kWhole>(dy, items, 0);
     if (has_x) {
-      load_batch<Cache::kKeep, kWhole>(x, items, 1);
+      load_batch<kUse, kWhole>(x, items, 1);
     } else {
       for (auto& pack : x) pack = {};
     }
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 
 // ---- apply -------------------------------------------------------------------------------------------------------
 
-// What this thread's lanes are mapped with, from wherever the plan says.
+// What this thread's elements are mapped with, from wherever the plan says.
 template <bool kRows, int kVec, typename Acc>
 __device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
@@ -160,7 +162,7 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
     } else if (args.source == Source::kFinished) {
       int64_t channel;
       find_channel(args, tile, i, channel);
-      found[v] = load_left(static_cast<const Coefficients<Acc>*>(args.coefficients) + channel);
+      found[v] = load_from_l2(static_cast<const Coefficients<Acc>*>(args.coefficients) + channel);
     } else {
       found[v] = shared[i];
     }

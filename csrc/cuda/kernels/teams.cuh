@@ -1,4 +1,5 @@
-// Teams of blocks that share a channel or a slab: which tiles are a block's, which begin late, and where a grid's teams meet.
+// Teams of blocks that share a channel or a slab: which tiles are a block's, which begin late, and where a grid's teams
+// meet.
 #pragma once
 
 #include <type_traits>
@@ -9,11 +10,11 @@
 
 namespace bnext::cuda {
 
-// Blocks with one tile; persistent ones, with one tile after the other, which keep more in registers; and those of a grid: the
-// same, and their teams meet.
+// Blocks with one tile; persistent ones, with one tile after the other, which keep more in registers; and those of a
+// grid: the same, and their teams meet.
 enum class Blocks { kOneTile, kPersistent, kGrid };
 
-// What a block has to do now: a part of its team's tile.
+// What a block has to do now: its part of the slab that its team has now.
 struct Turn {
   Tile tile;
   int team, number = 0;
@@ -25,16 +26,16 @@ struct Turn {
   }
   // False after the last one.
   __device__ bool next(const KernelArgs& args) {
-    tile.column += args.num_teams;
+    tile.slab += args.num_teams;
     ++number;
-    return tile.column < args.num_slabs;
+    return tile.slab < args.num_slabs;
   }
   // The upper bit after this turn, of a word at which the team meets in each: see meeting.cuh.
   __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }
 };
 
-// Half of the blocks that run at once begin late, and are out of step with the others ever after: one half moves data while the
-// other one adds up.
+// Half of the blocks that run at once begin late, and are out of step with the others ever after: one half moves data
+// while the other one adds up.
 __device__ inline void begin_late(const KernelArgs& args) {
   if (blockIdx.x - args.late_from < args.num_late) wait_clocks(args.late_clocks);
 }

@@ -11,7 +11,7 @@ namespace bnext::cuda {
 
 // The part of the work that a block has: a channel or a slab of packs, and a range of items.
 struct Tile {
-  int64_t column;  // channel, or slab
+  int64_t slab;  // of planes, one channel
   int64_t split;
 };
 
@@ -26,11 +26,11 @@ __device__ inline Tile make_tile(const KernelArgs& args, bool backwards) {
 
 template <typename T, int kViews>
 struct Item {
-  T* at[kViews];   // lane 0, whether or not it belongs to the item
-  unsigned lanes;  // one bit for each lane that does: all, or fewer at the ends of a plane, or none
+  T* at[kViews];      // element 0, whether or not it belongs to the item
+  unsigned elements;  // one bit for each element that does: all, or fewer at the ends of a plane, or none
 
-  __device__ bool has(int lane) const { return lanes >> lane & 1; }
-  __device__ bool empty() const { return lanes == 0; }
+  __device__ bool has(int element) const { return elements >> element & 1; }
+  __device__ bool empty() const { return elements == 0; }
 };
 
 // kWhole: every pack belongs to one row or plane entirely and is aligned in every view.
@@ -44,12 +44,12 @@ class Cursor {
   __device__ Cursor(const KernelArgs& args, const Tile& tile, Index step = 0) : args_(&args) {
     static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
     const int thread = threadIdx.x;
-    int64_t start = thread, offset_c = tile.column;
+    int64_t start = thread, offset_c = tile.slab;
     bool idle = false;
     num_threads_ = blockDim.x;
     if (kRows) {
       const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * args.block_packs;
-      offset_c = tile.column * args.block_packs + pack;
+      offset_c = tile.slab * args.block_packs + pack;
       start = row;
       num_threads_ = args.block_rows;
       idle = row >= args.block_rows || offset_c * kVec >= args.wide_channels;
@@ -62,10 +62,10 @@ class Cursor {
     // Where there is one group of planes or rows, the second digit has no end: items beyond the last have places, too.
     Distance digit[3];
     if constexpr (kVec > 1) {
-      const unsigned rows = args.by_size[2].divide(static_cast<unsigned>(item));
-      const unsigned groups = args.grouped ? args.by_size[1].divide(rows) : 0;
-      digit[2] = static_cast<unsigned>(item) - rows * args.by_size[2].divisor;
-      digit[1] = rows - groups * args.by_size[1].divisor;
+      const unsigned rows = args.by_packs_of_plane.divide(static_cast<unsigned>(item));
+      const unsigned groups = args.grouped ? args.by_planes.divide(rows) : 0;
+      digit[2] = static_cast<unsigned>(item) - rows * args.by_packs_of_plane.divisor;
+      digit[1] = rows - groups * args.by_planes.divisor;
       digit[0] = groups;
     } else {
       const int64_t rows = item / args.size[2];
@@ -118,27 +118,27 @@ class Cursor {
   }
 
  private:
-  // Where all packs are whole, places are packs, counted from the view's first one modulo 2^32: to go on is an addition for
-  // each view. Else they are addresses, and distances are of elements.
+  // Where all packs are whole, places are packs, counted from the view's first one modulo 2^32: to go on is an addition
+  // for each view. Else they are addresses, and distances are of elements.
   static constexpr bool kPacks = kWhole && kVec > 1;
   using Place = std::conditional_t<kPacks, unsigned, T*>;
   using Distance = std::conditional_t<kPacks, unsigned, int64_t>;
 
   __device__ Item<T, kViews> here() const {
     Item<T, kViews> item;
-    constexpr unsigned kAllLanes = (1u << kVec) - 1;
-    item.lanes = item_ < end_ ? kAllLanes : 0;
+    constexpr unsigned kAllElements = (1u << kVec) - 1;
+    item.elements = item_ < end_ ? kAllElements : 0;
     if constexpr (kPacks) {
       for (int k = 0; k < kViews; ++k) item.at[k] = static_cast<T*>(args_->view[k].data) + size_t{at_[k]} * kVec;
     } else if constexpr (kWhole) {
       for (int k = 0; k < kViews; ++k) item.at[k] = at_[k];
     } else {
-      // The plane begins inside a pack, and lane 0 of its first pack before it.
+      // The plane begins inside a pack, and element 0 of its first pack before it.
       const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(at_[0]) % kPackBytes / sizeof(T));
       for (int k = 0; k < kViews; ++k) item.at[k] = at_[k] - skew;
-      if (digit_[2] == 0) item.lanes &= kAllLanes << skew;
+      if (digit_[2] == 0) item.elements &= kAllElements << skew;
       const int64_t left = args_->plane_size + skew - int64_t{digit_[2]} * kVec;
-      if (left < kVec) item.lanes &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
+      if (left < kVec) item.elements &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
     }
     return item;
   }
@@ -163,7 +163,7 @@ class Cursor {
   }
 
   const KernelArgs* args_;
-  Place at_[kViews];  // of lane 0 if planes began at packs
+  Place at_[kViews];  // of element 0 if planes began at packs
   Index item_, end_, digit_[3];
   int num_threads_;
 };
@@ -174,7 +174,8 @@ __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   return static_cast<int>(args.by_batch.divide(static_cast<unsigned>(items) + args.by_batch.divisor - 1));
 }
 
-// Of this thread's lanes, their channels among those of the block. Rows have as many columns as their packs have elements.
+// Of this thread's elements, their channels among those of the block. Rows have as many columns as their packs have
+// elements.
 template <bool kRows, int kVec>
 __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)[kVec]) {
   const int column = kRows ? static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec : 0;
@@ -194,8 +195,9 @@ __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)
   }
 }
 
-// View k of a batch of items. An aligned pack is read whole also where only some of its lanes are in the item: they share
-// 16 aligned bytes with one that is, so they are memory of the same allocation. Lanes outside the item hold anything.
+// View k of a batch of items. An aligned pack is read whole also where only some of its elements are in the item: they
+// share 16 aligned bytes with one that is, so they are memory of the same allocation. Elements outside the item hold
+// anything.
 template <Cache kCache, bool kWhole, int kVec, int kItems, typename T, int kViews>
 __device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, kViews> (&items)[kItems], int k) {
   bool aligned = true;
@@ -226,7 +228,7 @@ __device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, 
 
 template <bool kWhole, int kVec, typename T, int kViews>
 __device__ inline void store_item(const Pack<T, kVec>& pack, const Item<T, kViews>& item, int k) {
-  if (item.lanes == (1u << kVec) - 1 && (kWhole || k == 0 || is_aligned(item.at[k]))) {
+  if (item.elements == (1u << kVec) - 1 && (kWhole || k == 0 || is_aligned(item.at[k]))) {
     store_pack(item.at[k], pack);
     return;
   }
