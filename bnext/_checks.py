@@ -16,7 +16,9 @@ def refuse_derivative(name: str) -> None:
 
 
 def check_constants(running_mean: Any, running_var: Any) -> None:
-    """Nobody may ask for a derivative by the running statistics."""
+    """Where gradients are on, nobody may ask for one by the running statistics."""
+    if not torch.is_grad_enabled():
+        return
     for name, t in (("running_mean", running_mean), ("running_var", running_var)):
         if isinstance(t, Tensor) and t.requires_grad:
             refuse_derivative(name)

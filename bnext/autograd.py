@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
+from torch.compiler import is_compiling
 
 from bnext import _vmap
 from bnext._checks import check_constants, check_saved, refuse_derivative
@@ -74,7 +75,9 @@ def _input_gradients(
     if dy is None:  # only mean and var were used
         dy = torch.zeros_like(x)
     if x is None:  # not read, but for its shape and strides
-        if not _is_batched(dy):  # by is_grads_batched, which knows no memory formats
+        if is_compiling() or not _is_batched(
+            dy
+        ):  # by is_grads_batched, which knows no memory formats
             dy = dy.contiguous(memory_format=ctx.memory_format)
         x = dy
     training, _, eps, _, _ = ctx.options
@@ -106,7 +109,7 @@ class BatchNorm2dFunction(Function):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad
         if needs_grad[1] or needs_grad[2]:
-            check_constants(running_mean, running_var)
+            refuse_derivative("running_mean" if needs_grad[1] else "running_var")
         output, save_mean, save_invstd, mean, var = _C.batchnorm2d_forward(
             input, running_mean, running_var, num_batches_tracked, weight, bias, *options
         )
@@ -119,9 +122,8 @@ class BatchNorm2dFunction(Function):
         ctx.options = options
         if not return_stats:
             return output
-        if training:
-            ctx.set_materialize_grads(False)
-        else:
+        ctx.set_materialize_grads(False)
+        if not training or not needs_grad[0]:
             ctx.mark_non_differentiable(mean, var)
         return output, mean, var
 
@@ -259,9 +261,10 @@ class BatchNorm2dBackwardFunction(Function):
         eps: float,
         mask: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
-        return _C.batchnorm2d_backward(
-            dy, x, weight, mean, invstd, training, (*mask, False, False), grad_mean, grad_var, None
-        )[:3]
+        arguments = (dy, x, weight, mean, invstd, training, (*mask, False, False))
+        if is_compiling():  # compiled autograd comes here
+            return torch.ops.bnext.batchnorm2d_backward(*arguments, grad_mean, grad_var)[:3]
+        return _C.batchnorm2d_backward(*arguments, grad_mean, grad_var, None)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -220,7 +220,7 @@ def layer_gradients(
             "layer_gradients(): argument 'layer' must be torch.nn.BatchNorm2d, "
             f"not {type(layer).__name__}"
         )
-    training = layer.training or layer.running_mean is None
+    training = layer.training or (layer.running_mean is None and layer.running_var is None)
     running = (None, None) if training else (layer.running_mean, layer.running_var)
     return batchnorm2d_backward(
         grad_output, input, layer.weight, *running, training=training, eps=layer.eps

@@ -76,6 +76,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         return f"{text}, skip_nonfinite=True" if self.skip_nonfinite else text
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, Tensor):  # anything else is for _ops.batchnorm2d to refuse, or to ask
+            self._check_input_dim(input)
         training = self.training
         running_mean: Tensor | None = self.running_mean
         running_var: Tensor | None = self.running_var

@@ -111,16 +111,15 @@ at::Tensor empty_activation(const at::Tensor& input) {
 
 // grad_output may come in any strides. Where it and input have one walk in common it is read in place; otherwise it is
 // copied into the memory format of input, if input itself is dense: one more pass in order beats reading one of the two
-// out of order.
+// out of order, or one element at a time, as where a sum has been expanded.
 at::Tensor match_walk(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& dx) {
   View x, dy, out;
   const TensorLayout x_layout = read_layout(input), out_layout = read_layout(dx.defined() ? dx : input);
   const Geometry together = make_geometry(sizes_of(input), dtype_of(input),
                                           {x_layout, read_layout(grad_output), out_layout}, {&x, &dy, &out});
   if (together.unit_stride) return grad_output;
-  const bool broadcast = together.walk == Walk::kPlanes && dy.stride[kReduceDims - 1] == 0;
   const Geometry alone = make_geometry(sizes_of(input), dtype_of(input), {x_layout, out_layout}, {&x, &out});
-  if (broadcast || !alone.unit_stride) return grad_output;
+  if (!alone.unit_stride) return grad_output;
   return grad_output.contiguous(format_of(input));
 }
 
@@ -215,12 +214,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> run_forwa
   if (skip_nonfinite && given(running_mean)) {
     problem.running_limit = std::min(largest(problem.running_mean.dtype), largest(problem.running_var.dtype));
   }
+  at::Tensor count;
   if (training && given(num_batches_tracked)) {
-    problem.num_batches_tracked = num_batches_tracked->mutable_data_ptr<int64_t>();
+    count = num_batches_tracked->to(at::kLong);  // the tensor itself, unless the layer was cast to something else
+    problem.num_batches_tracked = count.mutable_data_ptr<int64_t>();
   }
   run(input, problem);
 
   if (training) {
+    if (count.defined() && !count.is_same(*num_batches_tracked)) num_batches_tracked->copy_(count);
     mark_written(running_mean);
     mark_written(running_var);
     mark_written(num_batches_tracked);

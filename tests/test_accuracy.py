@@ -269,3 +269,39 @@ def test_second_order_never_worse_than_pytorch(distance: float) -> None:
         floor = 2.0**-24 * right.abs().max().item()
         error, allowed = (mine - right).abs().max().item(), (yours - right).abs().max().item()
         assert error <= max(TIMES_PYTORCH * allowed, floor), (name, error, allowed)
+
+
+@pytest.mark.parametrize("power", [-350, 350])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_in_all_of_float64s_range(training: bool, power: int) -> None:
+    """To scale x by a power of two, and eps by its square, scales dx by its inverse: no rounding.
+    dL/dvar, with the third power of it, is out of range long before dx is."""
+    case = cases.make_case(SHAPE, "float64")
+    scale, eps = 2.0**power, 1e-5
+
+    def gradient(by: float) -> Tensor:
+        x = (case.input * by).requires_grad_()
+        stats = (case.running_mean * by, case.running_var * by * by)
+        y = bnext.batchnorm2d(x, *stats, case.weight, training=training, eps=eps * by * by)
+        return torch.autograd.grad(y, x, case.grad_output)[0]
+
+    assert torch.equal(gradient(scale) * scale, gradient(1.0))
+
+
+@pytest.mark.parametrize("power", [70, 80, 90, 100])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_gradient_of_huge_values(layout: str, power: int, device: str) -> None:
+    """Where dx's share of x is too small for float32, what is left of it may not be too much."""
+    case = cases.make_case(SHAPE, "float32", layout=layout, device=device)
+    want = gradient_of(bnext.batchnorm2d, case.input.double(), case.grad_output.double())
+    x = case.input * 2.0**power
+    ours, theirs = (
+        gradient_of(call, x, case.grad_output).double() * 2.0**power - want
+        for call in (bnext.batchnorm2d, F.batch_norm)
+    )
+    assert ours.abs().max() <= TIMES_PYTORCH * theirs.abs().max()
+
+
+def gradient_of(call: Callable[..., Tensor], x: Tensor, grad_output: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(call(x, None, None, training=True, eps=1e-30), x, grad_output)[0]

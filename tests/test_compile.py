@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -394,3 +395,21 @@ def test_batched_gradients() -> None:
         return bnext.batchnorm2d(t, training=True)
 
     torch.testing.assert_close(jacobian(call, x, vectorize=True), jacobian(call, x))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_backward_pass_compiles_as_one_graph(frozen: bool) -> None:
+    """Compiled autograd traces the backward pass of a call that was eager."""
+    layer = bnext.BatchNorm2d(5).train(not frozen).requires_grad_(not frozen)
+    x = torch.randn(3, 5, 4, 4, requires_grad=True)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    (want := layer(x).square().sum()).backward()
+    wanted = [t.grad for t in leaves]
+    for t in leaves:
+        t.grad = None
+    loss = layer(x).square().sum()
+    with compiled_autograd._enable(lambda g: torch.compile(g, backend="eager", fullgraph=True)):
+        loss.backward()
+    assert torch.equal(loss, want)
+    for t, grad in zip(leaves, wanted, strict=True):
+        torch.testing.assert_close(t.grad, grad)

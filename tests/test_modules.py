@@ -52,6 +52,47 @@ def test_a_class_between_ours_and_that_of_torch() -> None:
     assert Both(3, dtype=torch.float64).weight.dtype == torch.float64
 
 
+def test_checks_of_a_subclass_are_made() -> None:
+    class Even(bnext.BatchNorm2d):
+        def _check_input_dim(self, input: Tensor) -> None:
+            super()._check_input_dim(input)
+            if input.shape[-1] % 2:
+                raise ValueError("odd width")
+
+    layer = Even(3)
+    layer(torch.randn(2, 3, 4, 4))
+    with pytest.raises(ValueError, match="odd width"):
+        layer(torch.randn(2, 3, 4, 5))
+    assert layer.num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int32])
+def test_a_count_that_was_cast_with_the_layer(
+    dtype: torch.dtype, momentum: float | None, device: str
+) -> None:
+    """As `Module.type` does, and `load_state_dict(assign=True)` may: it counts as torch's does."""
+    layers = [
+        cls(3, momentum=momentum, device=device) for cls in (nn.BatchNorm2d, bnext.BatchNorm2d)
+    ]
+    for layer in layers:
+        layer.num_batches_tracked = layer.num_batches_tracked.to(dtype)
+    ours = layers[1]
+    version = ours.num_batches_tracked._version
+    for _ in range(2):
+        x = torch.randn(2, 3, 4, 4, device=device)
+        for layer in layers:
+            layer(x)
+    for theirs, found in zip(layers[0].buffers(), ours.buffers(), strict=True):
+        assert found.dtype == theirs.dtype
+        torch.testing.assert_close(found, theirs)
+    assert ours.num_batches_tracked == 2
+    assert ours.num_batches_tracked._version > version
+    with pytest.raises(ValueError, match="4D input"):
+        ours(x[0])
+    assert ours.num_batches_tracked == 2
+
+
 def test_training_is_what_is_true() -> None:
     layer = bnext.BatchNorm2d(3)
     for training in (1, 0):

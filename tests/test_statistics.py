@@ -290,3 +290,17 @@ def test_scripted_layer() -> None:
     scripted = torch.jit.script(layer)
     scripted(bad_batch("cpu"))
     assert scripted.running_mean[2] == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_of_a_constant_are_constants(training: bool, device: str) -> None:
+    """weight and bias have no part in them."""
+    case = cases.make_case((2, 3, 4, 4), device=device)
+    weight = case.weight.requires_grad_()
+    stats = (case.running_mean, case.running_var)
+    y, mean, var = bnext.batchnorm2d(
+        case.input, *stats, weight, training=training, return_stats=True
+    )
+    assert y.requires_grad and not mean.requires_grad and not var.requires_grad
+    y.sum().backward()
+    assert weight.grad is not None

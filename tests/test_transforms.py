@@ -520,3 +520,19 @@ def test_make_fx() -> None:
     operators = ("batchnorm2d_forward_with_stats", "batchnorm2d_backward")
     assert called == [f"bnext.{name}.default" for name in operators]
     same(traced(x), call(x))
+
+
+def test_constants_may_require_a_gradient_that_nobody_asks_for(device: str) -> None:
+    x = torch.randn(4, 2, C, 3, 3, device=device)
+    mean, var = torch.zeros(C, device=device, requires_grad=True), torch.ones(C, device=device)
+    want = torch.stack([bnext.batchnorm2d(image, mean.detach(), var) for image in x])
+
+    def ours(x: Tensor) -> Tensor:
+        return bnext.batchnorm2d(x, mean, var)
+
+    with pytest.raises(RuntimeError, match="with respect to argument 'running_mean'"):
+        torch.vmap(ours)(x)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(ours)(x), want)
+        with forward_ad.dual_level():
+            torch.testing.assert_close(ours(x[0]), want[0])

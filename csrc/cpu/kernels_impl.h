@@ -90,7 +90,8 @@ void set_coefficients(void* arrays, int64_t width, int64_t slot, const Coefficie
     const double lost = c.scale - static_cast<double>(scale);
     lost_scale = lost != 0 && std::isfinite(lost) ? lost : 0x1p-60 * c.scale;
     constexpr double kLeast = std::numeric_limits<float>::denorm_min();
-    if (c.scale != 0 && std::abs(lost_scale) < kLeast) lost_scale = std::copysign(kLeast, c.scale);
+    // Of a scale that is less itself, and is 0 in float32, that would be more than there is.
+    if (scale != 0 && std::abs(lost_scale) < kLeast) lost_scale = std::copysign(kLeast, c.scale);
   }
   to[0] = mean;
   to[width] = scale;

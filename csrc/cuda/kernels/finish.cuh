@@ -84,13 +84,16 @@ __device__ inline double finish_backward(const KernelArgs& args, const ChannelTo
   // took from it; in eval it is a constant.
   const double lost = args.training ? totals.value[2] * args.inverse_positions : 0;
   const double sum_dy_xmu = totals.value[1] - lost * sum_dy;
-  const double dvar = of_role(args, input, backward::kGradVar) - 0.5 * scale * invstd * invstd * sum_dy_xmu;
+  const double grad_var = of_role(args, input, backward::kGradVar);
+  const double scale_invstd = scale * invstd, dweight = sum_dy_xmu * invstd;
+  const double dvar = grad_var - 0.5 * scale_invstd * invstd * sum_dy_xmu;
   // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
   const double dmean = of_role(args, input, backward::kGradMean) - scale * sum_dy;
-  const double scale_x = 2 * dvar * args.inverse_positions;
+  // 2 * dvar / m without invstd * invstd * invstd, which is out of range long before this is.
+  const double scale_x = (2 * grad_var - scale_invstd * dweight) * args.inverse_positions;
   leave(Coefficients<Acc>{static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(mean),
                           static_cast<Acc>(dmean * args.inverse_positions - scale_x * lost)});
-  return pick_output(lane, {sum_dy, sum_dy_xmu * invstd, dvar, dmean});
+  return pick_output(lane, {sum_dy, dweight, dvar, dmean});
 }
 
 // Eval: everything follows from vectors. In Acc, because float64 is slow on some devices.
