@@ -142,9 +142,10 @@ void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, 
   if (given(num_batches_tracked)) {
     check_same_device("num_batches_tracked", *num_batches_tracked, input);
     const auto dtype = num_batches_tracked->scalar_type();
-    TORCH_CHECK((at::isIntegralType(dtype, false) || at::isFloatingType(dtype)) && num_batches_tracked->sym_numel() == 1,
-                "num_batches_tracked should be one number, not ", num_batches_tracked->sym_numel(), " of dtype ",
-                python_name(dtype));
+    TORCH_CHECK(
+        (at::isIntegralType(dtype, false) || at::isFloatingType(dtype)) && num_batches_tracked->sym_numel() == 1,
+        "num_batches_tracked should be one number, not ", num_batches_tracked->sym_numel(), " of dtype ",
+        python_name(dtype));
   }
 }
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
 
 import bnext
 
@@ -85,6 +86,22 @@ def work(rank: int, folder: str, wraps: tuple[Callable, ...]) -> None:
         # not while the other rank uses it.
         gc.collect()
         distributed.barrier()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_a_dtensor_is_refused(tmp_path: Path) -> None:
+    """torch asks the operator how its results are spread over the mesh, and it does not say."""
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        layer = distribute_module(bnext.BatchNorm2d(3), mesh)
+        x = distribute_tensor(torch.randn(2, 3, 4, 4), mesh, [Replicate()])
+        with pytest.raises(NotImplementedError, match="sharding strategy"):
+            layer(x)
+        assert layer.num_batches_tracked.to_local() == 0
     finally:
         distributed.destroy_process_group()
 
