@@ -114,3 +114,41 @@ def test_a_stream_with_a_part_of_the_device() -> None:
     for sms in ("16", "1"):
         done = run("-c", REFUSED, BNEXT_SHIM_STREAM_SMS=sms)
         assert done.returncode == 0, done.stderr
+
+
+UNLOADABLE = """
+import torch, bnext
+
+torch.manual_seed(0)
+layer = bnext.BatchNorm2d(32, momentum=MOMENTUM, device="cuda")
+x = torch.randn(2, 32, 40, 40, device="cuda").to(memory_format=torch.channels_last)
+before = {name: t.clone() for name, t in layer.state_dict().items()}
+try:
+    layer(x)
+except RuntimeError as error:
+    assert "could not launch" in str(error), error
+else:
+    raise AssertionError("no error")
+for name, t in layer.state_dict().items():
+    assert torch.equal(t, before[name]), name
+"""
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel", "momentum"),
+    [
+        ("streaming", "finish_kernel", 0.1),
+        ("streaming", "apply_kernel", 0.1),
+        ("streaming", "apply_kernel", None),
+        ("resident", "count_kernel", None),
+    ],
+)
+def test_a_kernel_that_cannot_be_loaded(family: str, kernel: str, momentum: float | None) -> None:
+    """Those before it in the pass have not run: no batch counts, no statistics are updated."""
+    program = UNLOADABLE.replace("MOMENTUM", str(momentum))
+    done = run(
+        *("-c", program),
+        BNEXT_CUDA_FAMILY=family,
+        BNEXT_SHIM_UNLOADABLE=kernel,
+    )
+    assert done.returncode == 0, done.stderr

@@ -6,7 +6,8 @@ runs Python with these arguments and two CUDA devices, as they are described in 
 takes a CUDA build of bnext, with a PyTorch and a toolkit for CUDA 13. BNEXT_SHIM_SEED says what
 runs when; PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives each tensor memory of its own, so that an access
 outside it is seen; BNEXT_SHIM_STREAM_SMS=2 lets streams use two SMs of a device, as in a green
-context, of which the device itself says nothing.
+context, of which the device itself says nothing; BNEXT_SHIM_UNLOADABLE=apply_kernel stands for
+kernels that cannot be loaded.
 """
 
 from __future__ import annotations

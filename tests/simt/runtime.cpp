@@ -91,6 +91,7 @@ struct Runtime {
   std::unordered_map<const void*, Kernel> kernels;
   cudaError_t broken = cudaSuccess;  // by a kernel; for good
   int stream_sms = kNumSms;          // that the work of a stream may use
+  std::string unloadable;            // kernels with this in their names cannot be loaded
 };
 
 Runtime& runtime() {
@@ -100,6 +101,8 @@ Runtime& runtime() {
     made->random.seed(seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10));
     const char* sms = std::getenv("BNEXT_SHIM_STREAM_SMS");
     if (sms != nullptr) made->stream_sms = std::atoi(sms);
+    const char* unloadable = std::getenv("BNEXT_SHIM_UNLOADABLE");
+    if (unloadable != nullptr) made->unloadable = unloadable;
     for (int d = 0; d < kNumDevices; ++d) {
       made->default_streams[d].device = d;
       made->streams.insert(&made->default_streams[d]);
@@ -718,6 +721,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   const cudaError_t error = refuse_while_capturing();
   if (error != cudaSuccess) return error;
   Kernel& kernel = runtime().kernels.at(function);
+  const std::string& unloadable = runtime().unloadable;
+  if (!unloadable.empty() && std::string(kernel.name).find(unloadable) != std::string::npos)
+    return result(cudaErrorInvalidKernelImage);
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
     if (static_cast<size_t>(value) > kSharedOptIn) return result(cudaErrorInvalidValue);
     kernel.shared_bytes = static_cast<size_t>(value);
