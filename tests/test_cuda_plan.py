@@ -452,7 +452,7 @@ def test_persistent_blocks() -> None:
 def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
     """The model is near a simulation, in which it is worth some time that half of the blocks are
     late. Of blocks with few threads on an SM none are."""
-    sms, off, gained = 24, [], []
+    sms, off, gained = 12, [], []
     busy = library().plan_busy_share(), library().plan_busy_threads()
     for blocks, move, stop, spared, moved in itertools.product(
         (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25), (3, 6, 12), (1.5, 3, 4.5), (0, 0.6), (3, 4)

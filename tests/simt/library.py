@@ -11,7 +11,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +23,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # the order of DType
-FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC", "-shared"]
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wno-unknown-pragmas", "-Werror", "-fPIC"]
 # A checked longjmp refuses to leave a fiber's stack.
 FLAGS += ["-U_FORTIFY_SOURCE", "-DBNEXT_SIMT", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/simt"]
 PLANS = (
@@ -61,19 +63,32 @@ def build_library(name: str, sources: tuple[str, ...], flags: tuple[str, ...] = 
     target = folder / f"{name}-{state.hexdigest()[:16]}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        files = [str(ROOT / s) for s in sources]
-        run = subprocess.run(
-            [*command, *FLAGS, "-x", "c++", *files, *flags, "-o", str(unfinished)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert run.returncode == 0, run.stderr
-        for old in folder.glob(f"{name}-*.so"):
-            old.unlink(missing_ok=True)
-        unfinished.replace(target)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            link(command, sources, flags, Path(unfinished) / "library.so")
+            for old in folder.glob(f"{name}-*.so"):
+                old.unlink(missing_ok=True)
+            (Path(unfinished) / "library.so").replace(target)
     return target
+
+
+def link(command: list[str], sources: tuple[str, ...], flags: tuple[str, ...], to: Path) -> None:
+    """Compiles as many sources at a time as there are cores, the longest first."""
+
+    def compile_one(source: str) -> str:
+        target = str(to.with_name(source.replace("/", "-") + ".o"))
+        include = [flag for flag in flags if flag.startswith("-I")]
+        call([*command, *FLAGS, *include, "-c", "-x", "c++", str(ROOT / source), "-o", target])
+        return target
+
+    longest_first = sorted(sources, key=lambda source: not source.endswith(".cu"))
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(compile_one, longest_first))
+    call([*command, "-shared", *objects, *flags, "-o", str(to)])
+
+
+def call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def compile_library(name: str, sources: tuple[str, ...]) -> ctypes.CDLL:
