@@ -530,6 +530,7 @@ def test_a_kernel_of_its_own_counts_batches_that_all_blocks_read() -> None:
         for cumulative in (0, 1):
             q = plan(DEVICES["h200"], shape, backward=0, cumulative=cumulative, family=family)
             assert q.counts_behind == first[cumulative]
+            assert (b", then count; moves" in q.text) == q.counts_behind
 
 
 @pytest.mark.parametrize("name", DEVICES)

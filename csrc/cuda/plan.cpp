@@ -177,8 +177,7 @@ std::string with_unit(double bytes) {
 std::string stages_text(const Plan& plan) {
   const std::string grid = " " + std::to_string(plan.num_blocks) + " x " + std::to_string(plan.threads);
   if (plan.on_chip) {
-    std::string text = plan.counts_behind ? " count, then" : "";
-    text += grid;
+    std::string text = grid;
     if (plan.cluster > 1) text += " in clusters of " + std::to_string(plan.cluster);
     if (plan.family == Family::kGrid) {
       text += " in " + std::to_string(plan.num_teams) + (plan.num_teams == 1 ? " team" : " teams");
@@ -190,6 +189,7 @@ std::string stages_text(const Plan& plan) {
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
     text += " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
     if (plan.num_late > 0) text += ", half of the first ones " + format("%.2g", plan.late_us) + " us late";
+    if (plan.counts_behind) text += ", then count";
     return text;
   }
   std::string text;
