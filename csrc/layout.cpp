@@ -55,7 +55,7 @@ Geometry make_geometry(const std::array<int64_t, 4>& size, DType dtype, std::ini
   for (int d = 0; d < num_merged; ++d) geometry.size[first + d] = dims[d].size;
 
   int64_t inner_stride = 0, channel_stride = 0;
-  bool unit_planes = true, unit_rows = true;
+  bool unit_planes = true, unit_rows = size[1] > 1;  // a row of one channel is none
   for (int t = 0; t < num_tensors; ++t) {
     View& view = *views.begin()[t];
     view.data = tensor[t].data;

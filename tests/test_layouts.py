@@ -137,6 +137,13 @@ def test_every_misalignment(dtypes: str, offset: int, device: str) -> None:
         check_gradients(shifted, f"offset {offset}")
 
 
+def test_one_channel_is_no_row() -> None:
+    """Its positions lie apart, whichever dimension is called the innermost."""
+    x = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert "rows" in bnext.explain(x[:, :2], "cpu")
+    assert "planes (strided positions)" in bnext.explain(x[:, :1], "cpu")
+
+
 @pytest.mark.parametrize("channels", range(1, 35))
 def test_every_channel_count(channels: int, device: str) -> None:
     """Rows and planes that end anywhere within a vector."""

@@ -1,27 +1,50 @@
 // One element at a time, in the order of the walk: correct for any strides, without copying the tensor first.
 #include "strided.h"
 
+#include <algorithm>
+#include <type_traits>
+
 #include "half.h"
 
 namespace bnext::cpu {
 namespace {
 
-// Calls f(c, pointer_into(view)...) for every element of the block.
+// Elements of one channel that lie `step` apart.
+template <typename T>
+struct Strided {
+  T* first;
+  int64_t step;
+
+  T* operator+(int64_t i) const { return first + i * step; }
+};
+
+// How many elements a run of rows has, for the compiler.
+using One = std::integral_constant<int64_t, 1>;
+
+// Calls f(c, n, n elements of each view...) until every element of the block has been there. Planes: each channel in
+// turn, as many as lie along the innermost dimension. Rows: one of each channel at each position.
 template <typename T, typename F, typename... Views>
-void for_each_element(const Geometry& g, Block block, F f, const Views&... views) {
+void for_each_run(const Geometry& g, Block block, F f, const Views&... views) {
   const bool rows = g.walk == Walk::kRows;
-  // Planes: each channel in turn. Rows: all channels at each position.
   for (int64_t c0 = block.channel_begin; c0 < block.channel_end; c0 = rows ? block.channel_end : c0 + 1) {
-    const int64_t c1 = rows ? block.channel_end : c0 + 1;
     int64_t i2 = block.begin % g.size[2];
     int64_t i1 = block.begin / g.size[2] % g.size[1];
     int64_t i0 = block.begin / g.size[2] / g.size[1];
-    for (int64_t position = block.begin; position < block.end; ++position) {
-      for (int64_t c = c0; c < c1; ++c) {
-        f(c, static_cast<T*>(views.data) + c * views.stride_c + i0 * views.stride[0] + i1 * views.stride[1] +
-                 i2 * views.stride[2]...);
+    auto elements = [&](int64_t c, const View& view) {
+      return Strided<T>{static_cast<T*>(view.data) + c * view.stride_c + i0 * view.stride[0] + i1 * view.stride[1] +
+                            i2 * view.stride[2],
+                        view.stride[2]};
+    };
+    for (int64_t position = block.begin; position < block.end;) {
+      const int64_t n = rows ? 1 : std::min(g.size[2] - i2, block.end - position);
+      if (rows) {
+        for (int64_t c = c0; c < block.channel_end; ++c) f(c, One(), elements(c, views)...);
+      } else {
+        f(c0, n, elements(c0, views)...);
       }
-      if (++i2 < g.size[2]) continue;
+      position += n;
+      i2 += n;
+      if (i2 < g.size[2]) continue;
       i2 = 0;
       if (++i1 < g.size[1]) continue;
       i1 = 0;
@@ -42,12 +65,18 @@ const Coefficients* all_of(CoefficientArrays arrays) { return static_cast<const 
 template <typename T>
 void moments(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
   const auto* pivot = static_cast<const double*>(pivots);
-  for_each_element<T>(
+  for_each_run<T>(
       g, block,
-      [&](int64_t c, const T* px) {
-        const double d = load_one(px) - pivot[c];
-        s1[c] += d;
-        s2[c] += d * d;
+      [&](int64_t c, auto n, Strided<T> px) {
+        const double around = pivot[c];
+        double sum1 = s1[c], sum2 = s2[c];
+        for (int64_t i = 0; i < n; ++i) {
+          const double d = load_one(px + i) - around;
+          sum1 += d;
+          sum2 += d * d;
+        }
+        s1[c] = sum1;
+        s2[c] = sum2;
       },
       x);
 }
@@ -58,20 +87,31 @@ template <typename T>
 void normalize(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays,
                ElementwiseOptions) {
   const Coefficients* of = all_of(arrays);
-  for_each_element<T>(
-      g, block, [&](int64_t c, const T* px, T* py) { store_one(py, affine(of[c], load_one(px))); }, x, y);
+  for_each_run<T>(
+      g, block,
+      [&](int64_t c, auto n, Strided<T> px, Strided<T> py) {
+        const Coefficients channel = of[c];
+        for (int64_t i = 0; i < n; ++i) store_one(py + i, affine(channel, load_one(px + i)));
+      },
+      x, y);
 }
 
 template <typename T>
 void backward_sums(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots, double* sum_dy,
                    double* sum_dy_xmp) {
   const auto* pivot = static_cast<const double*>(pivots);
-  for_each_element<T>(
+  for_each_run<T>(
       g, block,
-      [&](int64_t c, const T* px, const T* pdy) {
-        const double xmp = load_one(px) - pivot[c], d = load_one(pdy);
-        sum_dy[c] += d;
-        sum_dy_xmp[c] += d * xmp;
+      [&](int64_t c, auto n, Strided<T> px, Strided<T> pdy) {
+        const double around = pivot[c];
+        double sum = sum_dy[c], sum_xmp = sum_dy_xmp[c];
+        for (int64_t i = 0; i < n; ++i) {
+          const double xmp = load_one(px + i) - around, d = load_one(pdy + i);
+          sum += d;
+          sum_xmp += d * xmp;
+        }
+        sum_dy[c] = sum;
+        sum_dy_xmp[c] = sum_xmp;
       },
       x, dy);
 }
@@ -80,10 +120,13 @@ template <typename T>
 void backward_apply(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                     CoefficientArrays arrays, ElementwiseOptions) {
   const Coefficients* of = all_of(arrays);
-  for_each_element<T>(
+  for_each_run<T>(
       g, block,
-      [&](int64_t c, const T* px, const T* pdy, T* pdx) {
-        store_one(pdx, load_one(pdy) * of[c].scale_dy + affine(of[c], load_one(px)));
+      [&](int64_t c, auto n, Strided<T> px, Strided<T> pdy, Strided<T> pdx) {
+        const Coefficients channel = of[c];
+        for (int64_t i = 0; i < n; ++i) {
+          store_one(pdx + i, load_one(pdy + i) * channel.scale_dy + affine(channel, load_one(px + i)));
+        }
       },
       x, dy, dx);
 }
