@@ -26,7 +26,7 @@ CPP_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.c
 	tests/sanitize/*.cpp tests/sanitize/*.h tests/sanitize/ATen/*.h)
 CREATED := $(VENV)/.stamp-created
 PACKAGES := $(VENV)/.stamp-packages
-BUILT := $(VENV)/.stamp-built-$(BNEXT_CUDA)
+BUILT := $(VENV)/.stamp-built-$(BNEXT_CUDA)$(shell printf %s "$$TORCH_CUDA_ARCH_LIST" | tr -c A-Za-z0-9.+ _)
 INSTALLED := $(VENV)/.stamp-installed
 
 NVCC = $(or $(wildcard $(CUDA_HOME)/bin/nvcc),$(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))

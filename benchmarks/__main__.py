@@ -137,12 +137,13 @@ def measure(arguments: argparse.Namespace, providers: Sequence[Any] | None = Non
         for case, found in benchmark.run(cases):
             table.add(case, found)
             rows += [asdict(row) for row in found]
+            if a.output:  # a crash, or a hang, loses no more than the case that it is in
+                results.save(a.output, environment, rows)
             advance(f"{case.suite} {case.shape} {case.direction}")
     finally:  # an interrupted run keeps what it has
         close()
         table.end()
         if a.output and rows:
-            results.save(a.output, environment, rows)
             print(f"\n{len(rows)} rows in {a.output}")
     print(f"\n{report.summary(rows)}")
     print("\nRatios are medians of round by round, peer over bnext: above 1 bnext is faster.")
@@ -166,9 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compare(argv[1:])
     if command == "summary":
         return summarize(argv[1:])
-    rows = measure(parse(argv))
-    wrong = [r for r in rows if r["provider"] == "bnext" and (r["note"] or "").startswith("wrong")]
-    return 1 if wrong else 0
+    return 1 if any(map(is_defect, measure(parse(argv)))) else 0
+
+
+def is_defect(row: dict[str, Any]) -> bool:
+    """Whether bnext could not do what a row asks for. A variant may refuse, but not be wrong."""
+    note = row["note"] or ""
+    if row["provider"].startswith("bnext-"):
+        return note.startswith("wrong")
+    no_room = note.startswith("needs ") or "OutOfMemoryError" in note
+    return row["provider"] == "bnext" and note != "" and not no_room
 
 
 def summarize(argv: Sequence[str]) -> int:

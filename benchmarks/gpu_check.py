@@ -14,6 +14,7 @@ import datetime
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
-TESTS_SHARE = 0.6  # of what is left, or two minutes
+TESTS_SHARE, SANITIZER_SHARE = 0.6, 0.3  # of what is left, or two minutes
 GRACE = 20.0  # for a stage that is told to stop, to save what it has
 # Asked of the Python there, once; anything else that a stage needs is in its `needs`.
 DEVICE = """
@@ -243,10 +244,13 @@ def sanitizer(run: Run, result: Result) -> None:
         return
     target = (sys.executable, "tests/sanitizer_run.py")
     options = ("--error-exitcode", "99", "--print-limit", "20")
+    # Not all of the time that is left: as for the tests.
+    until = time.monotonic() + max(120.0, SANITIZER_SHARE * run.left)
     for name in ("memcheck", "racecheck", "synccheck"):
         status = run.command(
             name,
             *(str(tool), "--tool", name, *options, *target),
+            limit=max(0.01, until - time.monotonic()),
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             PYTHONPATH=str(ROOT),
         )
@@ -271,6 +275,8 @@ def bench(run: Run, result: Result) -> None:
     """The suites, most wanted first, each with what is left of the time; rows in bench.json."""
     bench_file = run.folder / "bench.json"
     part = run.folder / "bench-part.json"
+    for old in (bench_file, part):  # of a run before, into the same folder
+        old.unlink(missing_ok=True)
     # 0.05 s a line is enough for medians on a GPU; a short budget has to cover more shapes.
     seconds = "0.2" if run.left > 1200 else "0.05"
     for number, arguments in enumerate(BENCHMARKS):
@@ -278,7 +284,7 @@ def bench(run: Run, result: Result) -> None:
         common = ("--device", "cuda", "--seconds", seconds, "--output", str(part))
         what = f"bench {number + 1} of {len(BENCHMARKS)} ({' '.join(arguments)})"
         command = (sys.executable, "-m", "benchmarks", *arguments, *providers, *common)
-        # The last one always gets its chance, but not the time of those behind it.
+        # Each may use all that is left, but for the seconds in which it is told to end.
         status = run.command(what, *command, limit=max(run.left - GRACE, 1))
         result.add(*status)
         if part.exists():
@@ -290,6 +296,8 @@ def bench(run: Run, result: Result) -> None:
 
 def append_rows(target: Path, part: Path) -> None:
     """Rows of one run after those of the runs before, under the first one's environment."""
+    from benchmarks.results import write_whole  # needs torch
+
     new = json.loads(part.read_text(encoding="utf-8"))
     if target.exists():
         old = json.loads(target.read_text(encoding="utf-8"))
@@ -297,7 +305,7 @@ def append_rows(target: Path, part: Path) -> None:
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in new["rows"])
     environment = json.dumps(new["environment"], ensure_ascii=False)
     text = f'{{"environment": {environment},\n"rows": [\n{rows}\n]}}\n'
-    target.write_text(text, encoding="utf-8")
+    write_whole(target, text)
 
 
 STAGES: dict[str, Callable[[Run, Result], None]] = {
@@ -356,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found["commit"] = first_line("git", "describe", "--always", "--dirty") or "unknown"
     found["python"] = sys.version.split()[0]
     print(f"gpu-check on {found['name']}: {' '.join(stages)}\n  into {folder}", flush=True)
-    run = Run(folder, time.monotonic() + a.seconds, a.pytest_args.split())
+    run = Run(folder, time.monotonic() + a.seconds, shlex.split(a.pytest_args))
     results: list[Result] = []
     for name in stages:
         result = Result(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from xml.etree import ElementTree
@@ -263,29 +263,43 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def speed_sections(path: Path) -> list[str]:
+    bench = load(path)
+    rows = bench["rows"]
+    gbps = bench["environment"].get("copy_gbps")
+    sections = [
+        f"## Speed\n\n{len(rows)} rows in bench.json; copies at {gbps} GB/s. Ratios above 1: "
+        "bnext is faster than the best of its peers.",
+        headline(rows),
+    ]
+    sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
+    return [*sections, "## Kernels", peer_kernels(rows)]
+
+
+def family_sections(path: Path) -> list[str]:
+    """What asks the extension for plans, and so needs one that loads."""
+    rows = load(path)["rows"]
+    return ["## Families", families(rows), variants(rows), over_floor(rows)]
+
+
 def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageResult]) -> None:
     """summary.md from all that lies in the folder."""
     about = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
     sections = [f"# bnext on {device['name']}", about, "## Stages", stage_table(results)]
-    for name in ("tests", "cpu-tests"):
-        if (folder / f"{name}.xml").exists():
-            sections.append(test_section(folder / f"{name}.xml"))
-    if (folder / "bench.json").exists():
-        bench = load(folder / "bench.json")
-        rows = bench["rows"]
-        gbps = bench["environment"].get("copy_gbps")
-        sections += [
-            f"## Speed\n\n{len(rows)} rows in bench.json; copies at {gbps} GB/s. Ratios above 1: "
-            "bnext is faster than the best of its peers.",
-            headline(rows),
-        ]
-        sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
+
+    def add(file: str, write: Callable[[Path], list[str]]) -> None:
+        path = folder / file
+        if not path.exists():
+            return
         try:
-            sections += ["## Families", families(rows), variants(rows), over_floor(rows)]
-        except (ImportError, RuntimeError) as error:
-            sections.append(f"not known: {str(error).splitlines()[0]}")
-        sections += ["## Kernels", peer_kernels(rows)]
-    if (folder / "probe.json").exists():
-        sections += ["## Probe", probe_section(load(folder / "probe.json"))]
+            sections.extend(write(path))
+        except Exception as error:  # a torn file, or one of another version, hides no other
+            sections.append(f"{file} is not readable: {type(error).__name__}: {error}")
+
+    for name in ("tests", "cpu-tests"):
+        add(f"{name}.xml", lambda path: [test_section(path)])
+    add("bench.json", speed_sections)
+    add("bench.json", family_sections)
+    add("probe.json", lambda path: ["## Probe", probe_section(load(path))])
     text = "\n\n".join(section for section in sections if section)
     (folder / "summary.md").write_text(text + "\n", encoding="utf-8")

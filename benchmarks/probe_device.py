@@ -21,6 +21,7 @@ from torch import Tensor
 
 from benchmarks.checks import make_tensors
 from benchmarks.providers import Cudnn, Native
+from benchmarks.results import write_whole
 from benchmarks.runner import kernel_names, one_line, own_statistics
 from benchmarks.shapes import SUITES, Case
 from benchmarks.timing import Cpu, Cuda, Device, Timer, cache_bytes, spread
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # one that fails should not cost the others
             found[name], good = one_line(error), False
         print(f"{name}: {json.dumps(found[name])[:2000]}", flush=True)
-        a.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_whole(a.output, json.dumps(found, indent=1) + "\n")
     return 0 if good else 1
 
 

@@ -208,7 +208,14 @@ def save(path: Path, environment: dict[str, Any], rows: Iterable[Any]) -> None:
     head = json.dumps(environment, indent=1, ensure_ascii=False)
     text = f'{{"environment": {head},\n"rows": [\n' + ",\n".join(lines) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing: who is killed meanwhile leaves what was there."""
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

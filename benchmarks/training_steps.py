@@ -137,9 +137,12 @@ def memory_of(model: nn.Module, step: Callable[[], None], x: Tensor) -> tuple[fl
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # the other model's gradients among it
         step()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() / 2**20, "peak of a step"
+        return (
+            torch.cuda.max_memory_allocated() - before
+        ) / 2**20, "peak of a step, above what stays"
     with count_saved(model) as kept:
         step()
     return sum(kept.values()) / 2**20, "saved for backward"

@@ -48,9 +48,9 @@ def main() -> None:
     add("--pass", dest="direction", choices=("forward", "backward", "both"), default="both")
     add("--eval", action="store_true", help="in evaluation mode")
     arguments = parser.parse_args()
-    print(build_report())
-    if arguments.explain:
-        try:
+    try:
+        print(build_report())
+        if arguments.explain:
             x = torch.empty(
                 arguments.explain,
                 dtype=DTYPES[arguments.dtype],
@@ -67,8 +67,8 @@ def main() -> None:
                     training=not arguments.eval,
                 )
             )
-        except (RuntimeError, ValueError) as error:
-            parser.error(str(error))
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

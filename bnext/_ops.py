@@ -98,8 +98,9 @@ def batchnorm2d_backward(
     return (out, *rest)
 
 
-# These two are the Functions; traced, they break down into _forward or _eval, and _backward. Both
-# where a compiler meets them and, before torch.func takes any call apart, under its transforms.
+# These two run the autograd Function. Under a compiler it breaks down into the operators _forward
+# or _eval, and _backward. The second key catches a graph's call before a transform of torch.func
+# takes it apart, so that the Function's own rules apply.
 _library = torch.library.Library("bnext", "IMPL")
 for _key in ("CompositeImplicitAutograd", "FuncTorchDynamicLayerFrontMode"):
     _library.impl("batchnorm2d", differentiable, _key)

@@ -81,7 +81,7 @@ def forward(
     outputs = _forward(
         apply, batch, in_dims, x, running_mean, running_var, tracked, weight, bias, options
     )
-    if counts is not None:  # when nothing can fail any more
+    if counts is not None and x.numel() != 0:  # when nothing can fail any more
         counts.add_(1)
     return outputs
 

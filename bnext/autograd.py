@@ -75,9 +75,8 @@ def _input_gradients(
     if dy is None:  # only mean and var were used
         dy = torch.zeros_like(x)
     if x is None:  # not read, but for its shape and strides
-        if is_compiling() or not _is_batched(
-            dy
-        ):  # by is_grads_batched, which knows no memory formats
+        batched = not is_compiling() and _is_batched(dy)  # by is_grads_batched: no memory formats
+        if not batched:
             dy = dy.contiguous(memory_format=ctx.memory_format)
         x = dy
     training, _, eps, _, _ = ctx.options

@@ -277,6 +277,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("build") = build;
   m.def("cached_output_bytes", &bnext::cached_output_bytes);
-  m.def("empty_output_cache", &bnext::empty_output_cache);
+  m.def("empty_output_cache", &bnext::empty_output_cache, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_isa", torch::wrap_pybind_function([] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }));
 }

@@ -5,6 +5,7 @@ The timer is tested in test_benchmarks_timing.py. No test asserts how long somet
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +322,9 @@ def test_summary_adds_up() -> None:
     # 53 layers of 6 ms; 49 of 2 ms and 4 of 4 ms; the floor 53 of 1 ms.
     assert "all 53 layers of ResNet-50, batch 32: add 53.0 ms, bnext 114 ms" in text
     assert "native 318 ms" in text
+    # Warm rows beside them are of the same layers.
+    again = report.summary(rows + [row | {"cache": "warm"} for row in rows])
+    assert "all 53 layers of ResNet-50, batch 32: add 53.0 ms, bnext 114 ms" in again
 
 
 def test_predictions_against_what_peers_took(
@@ -484,3 +489,45 @@ def test_the_profiler_names_our_calls(training: bool) -> None:
     assert counts["bnext::batchnorm2d_backward"] == 2
     assert counts["bnext::batchnorm2d_statistics"] == 1
     assert counts["BatchNorm2dFunction"] == 1 and counts["BatchNorm2dFunctionBackward"] == 1
+
+
+def test_who_fails_while_all_are_timed_costs_no_other_case() -> None:
+    class FailsLater(providers.Native):
+        def prepare(self, case: shapes.Case, t: Tensors) -> providers.Call:
+            call, calls = super().prepare(case, t), itertools.count()
+
+            def later() -> Any:
+                if case.shape == SMALL and next(calls) > 2:
+                    raise RuntimeError("an illegal memory access")
+                return call()
+
+            return later
+
+    other = SMALL._replace(N=SMALL.N + 1)
+    found = run([case(), case(shape=other)], providers.Bnext(), FailsLater())
+    for row in found:
+        if row.N == other.N:
+            assert row.ms > 0 and row.note is None
+        else:
+            assert row.note == "while all were timed: RuntimeError: an illegal memory access"
+    assert [command.is_defect(asdict(row)) for row in found if row.provider == "bnext"] == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("provider", "note", "defect"),
+    [
+        ("bnext", None, False),
+        ("bnext", "wrong: dx is off by 1", True),
+        ("bnext", "RuntimeError: CUDA error", True),
+        ("bnext", "OutOfMemoryError: CUDA out of memory", False),
+        ("bnext", "needs 200 GiB of memory", False),
+        ("bnext-grid", "wrong: dx is off by 1", True),
+        ("bnext-grid", "RuntimeError: it has no plan", False),
+        ("native", "wrong: dx is off by 1", False),
+    ],
+)
+def test_what_is_a_defect(provider: str, note: str | None, defect: bool) -> None:
+    assert command.is_defect({"provider": provider, "note": note}) == defect

@@ -365,6 +365,11 @@ def test_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| backward | nchw | float32 | cold | 2 | **2.00** |" in text
     assert "| backward | nchw | float32 | " in text.split("## Families")[1]
     assert "copy from memory, GB/s by the size of one tensor: 0.25 MiB" in text
+    (tmp_path / "bench.json").write_text("{")
+    gpu_summary.write_summary(tmp_path, DEVICE, [gpu_check.Result("tests", "failed", 3.0, ["a|b"])])
+    text = (tmp_path / "summary.md").read_text()
+    assert "bench.json is not readable: JSONDecodeError" in text
+    assert "copy from memory, GB/s by the size of one tensor: 0.25 MiB" in text
 
 
 def test_the_probe_names_peers() -> None:

@@ -216,3 +216,16 @@ def test_not_a_tensor(name: str) -> None:
     kind = "Tensor" if name == "out" else "Tensor or None"
     message = f"batchnorm2d_backward(): argument '{name}' must be {kind}, not list"
     check_raises(bnext.batchnorm2d_backward, arguments, Row(BACKWARD, {}, TypeError, message))
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+def test_bytes_that_begin_anywhere(layout: str, offset: int) -> None:
+    """Of a buffer of the caller's, and large enough for stores that go around the caches."""
+    shape = (8, 64, 128, 128)
+    x, dy = (cases.LAYOUTS[layout](torch.randn(shape)) for _ in range(2))
+    want = bnext.batchnorm2d_backward(dy, x, training=True)
+    buffer = bytearray(4 * x.numel() + 4)
+    out = torch.frombuffer(buffer, dtype=torch.float32, count=x.numel(), offset=offset)
+    out = out.as_strided(shape, x.stride())
+    check_same_bits(bnext.batchnorm2d_backward(dy, x, training=True, out=out), want)

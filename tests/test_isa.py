@@ -73,4 +73,9 @@ def test_same_results(isa: str, generic: list[torch.Tensor], tmp_path: Path) -> 
 def test_unknown_is_refused(tmp_path: Path) -> None:
     done = run("sse9", tmp_path / "results.pt")
     assert done.returncode != 0
-    assert "BNEXT_CPU_ISA should be generic, avx2 or avx512, not sse9" in done.stderr
+    message = "BNEXT_CPU_ISA should be generic, avx2 or avx512, not sse9"
+    assert message in done.stderr
+    environment = {**os.environ, "BNEXT_CPU_ISA": "sse9"}
+    command = [sys.executable, "-m", "bnext"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == f"python -m bnext: error: {message}"

@@ -536,3 +536,16 @@ def test_constants_may_require_a_gradient_that_nobody_asks_for(device: str) -> N
         torch.testing.assert_close(torch.vmap(ours)(x), want)
         with forward_ad.dual_level():
             torch.testing.assert_close(ours(x[0]), want[0])
+
+
+def test_an_empty_batch_counts_for_nothing_under_vmap(device: str) -> None:
+    stats = torch.zeros(B, C, device=device), torch.ones(B, C, device=device)
+    count = torch.zeros(B, dtype=torch.int64, device=device)
+    for images, want in ((0, 0), (2, 1)):
+        x = torch.randn(B, images, C, 3, 3, device=device)
+        torch.vmap(
+            lambda x, mean, var, count: torch.ops.bnext.batchnorm2d(
+                x, mean, var, count, None, None, True, 0.1, EPS, False
+            )
+        )(x, *stats, count)
+        assert count.tolist() == [want] * B

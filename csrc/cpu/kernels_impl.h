@@ -145,18 +145,28 @@ void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, B
   kernel(g, x, dy, block, pivots, sum_dy, sum_dy_xmp);
 }
 
+// Streamed stores begin at the first vector of a run that is aligned. Where elements themselves lie askew there is
+// none.
+template <typename T>
+bool has_aligned_elements(const View& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0;
+}
+
 template <typename T>
 void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
                          ElementwiseOptions options) {
   if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
-  (options.stream ? normalize_planes<true, T> : normalize_planes<false, T>)(g, x, y, block, c, options);
+  (options.stream && has_aligned_elements<T>(y) ? normalize_planes<true, T>
+                                                : normalize_planes<false, T>)(g, x, y, block, c, options);
 }
 
 template <typename T>
 void backward_apply_of_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                               CoefficientArrays c, ElementwiseOptions options) {
   if (has_runs<T>(g, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, options);
-  (options.stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>)(g, x, dy, dx, block, c, options);
+  auto* kernel =
+      options.stream && has_aligned_elements<T>(dx) ? backward_apply_planes<true, T> : backward_apply_planes<false, T>;
+  kernel(g, x, dy, dx, block, c, options);
 }
 
 template <typename T>

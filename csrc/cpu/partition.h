@@ -19,9 +19,9 @@ namespace bnext::cpu {
 constexpr int64_t kSerialElements = 32768;
 // Elements in a block: 32 KB of float32, small enough to balance and to be in cache for a second visit.
 constexpr int64_t kBlockElements = 8192;
-// Rows in a block of NHWC: of so many bytes that a thread finds its last block in its own cache when it comes back for
-// it, and not more than leaves enough blocks to share. Not fewer than the first: a block leaves 2 float64 sums for each
-// channel.
+// Rows in a block of channels_last. At least kMinRows, because a block leaves 2 float64 sums for each channel. Else as
+// many as kRowsBytes hold, so that a thread's last block is still in its own cache when it comes back for it, but no
+// more than leave kEnoughChunks blocks to share.
 constexpr int64_t kMinRows = 64, kRowsBytes = int64_t{256} << 10, kEnoughChunks = 16;
 // What is done once for each channel takes 15 to 50 ns, and for this many about as long as waking other threads.
 constexpr int64_t kManyChannels = 256;
