@@ -4,7 +4,8 @@ The same network with the same weights, once with nn.BatchNorm2d and once conver
 backward and an SGD step, in turns. On a CPU the share of batch norm comes from a profile of the
 eager step, on a GPU likewise from its kernels' times; a compiled step fuses batch norm with its
 neighbours, and has no such share. Memory: on a CPU the bytes that autograd keeps for backward
-(distinct storages other than parameters), on a GPU the peak of a step.
+(distinct storages other than parameters), on a GPU the peak of a step above what
+stays allocated.
 """
 
 from __future__ import annotations
@@ -137,12 +138,11 @@ def memory_of(model: nn.Module, step: Callable[[], None], x: Tensor) -> tuple[fl
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()  # the other model's gradients among it
+        stays = torch.cuda.memory_allocated()  # the other model's gradients among it
         step()
         torch.cuda.synchronize()
-        return (
-            torch.cuda.max_memory_allocated() - before
-        ) / 2**20, "peak of a step, above what stays"
+        peak = torch.cuda.max_memory_allocated() - stays
+        return peak / 2**20, "peak of a step, above what stays"
     with count_saved(model) as kept:
         step()
     return sum(kept.values()) / 2**20, "saved for backward"
