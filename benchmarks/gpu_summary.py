@@ -264,6 +264,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def speed_sections(path: Path) -> list[str]:
+    """Times, and what plans say of them: for that the extension has to load."""
     bench = load(path)
     rows = bench["rows"]
     gbps = bench["environment"].get("copy_gbps")
@@ -273,13 +274,11 @@ def speed_sections(path: Path) -> list[str]:
         headline(rows),
     ]
     sections += [f"Not timed, or wrong:\n\n{text}" for text in [not_timed(rows)] if text]
+    try:
+        sections += ["## Families", families(rows), variants(rows), over_floor(rows)]
+    except Exception as error:
+        sections.append(f"not known: {type(error).__name__}: {error}")
     return [*sections, "## Kernels", peer_kernels(rows)]
-
-
-def family_sections(path: Path) -> list[str]:
-    """What asks the extension for plans, and so needs one that loads."""
-    rows = load(path)["rows"]
-    return ["## Families", families(rows), variants(rows), over_floor(rows)]
 
 
 def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageResult]) -> None:
@@ -299,7 +298,6 @@ def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageR
     for name in ("tests", "cpu-tests"):
         add(f"{name}.xml", lambda path: [test_section(path)])
     add("bench.json", speed_sections)
-    add("bench.json", family_sections)
     add("probe.json", lambda path: ["## Probe", probe_section(load(path))])
     text = "\n\n".join(section for section in sections if section)
     (folder / "summary.md").write_text(text + "\n", encoding="utf-8")

@@ -4,8 +4,7 @@ The same network with the same weights, once with nn.BatchNorm2d and once conver
 backward and an SGD step, in turns. On a CPU the share of batch norm comes from a profile of the
 eager step, on a GPU likewise from its kernels' times; a compiled step fuses batch norm with its
 neighbours, and has no such share. Memory: on a CPU the bytes that autograd keeps for backward
-(distinct storages other than parameters), on a GPU the peak of a step above what
-stays allocated.
+(distinct storages other than parameters), on a GPU the peak of a step above what stays.
 """
 
 from __future__ import annotations

@@ -256,12 +256,13 @@ void backward(const BackwardProblem& problem) {
     const double sum_dy = sums.total(0, c);
     const double mean = load_channel(problem.mean, c, 0);
     const double sum_dy_xmu = sums.total(1, c) + (pivot[c] - mean) * sum_dy;
+    const double dweight = sum_dy_xmu * invstd;
     store_channel(problem.dbias, c, sum_dy);
-    store_channel(problem.dweight, c, sum_dy_xmu * invstd);
+    store_channel(problem.dweight, c, dweight);
     const double scale_dy = weight * invstd, grad_var = load_channel(problem.grad_var, c, 0);
     const double dvar = grad_var - 0.5 * scale_dy * invstd * invstd * sum_dy_xmu;
     // 2 * dvar without invstd * invstd * invstd, which is out of range long before this is.
-    const double scale_x = 2 * grad_var - (scale_dy * invstd) * (invstd * sum_dy_xmu);
+    const double scale_x = 2 * grad_var - (scale_dy * invstd) * dweight;
     // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
     const double dmean = load_channel(problem.grad_mean, c, 0) - scale_dy * sum_dy;
     store_channel(problem.dvar, c, dvar);

@@ -145,8 +145,7 @@ void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, B
   kernel(g, x, dy, block, pivots, sum_dy, sum_dy_xmp);
 }
 
-// Streamed stores begin at the first vector of a run that is aligned. Where elements themselves lie askew there is
-// none.
+// Streamed stores begin at the first aligned vector of a run. Where elements themselves lie askew there is none.
 template <typename T>
 bool has_aligned_elements(const View& view) {
   return reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0;
@@ -156,8 +155,8 @@ template <typename T>
 void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
                          ElementwiseOptions options) {
   if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
-  (options.stream && has_aligned_elements<T>(y) ? normalize_planes<true, T>
-                                                : normalize_planes<false, T>)(g, x, y, block, c, options);
+  auto* kernel = options.stream && has_aligned_elements<T>(y) ? normalize_planes<true, T> : normalize_planes<false, T>;
+  kernel(g, x, y, block, c, options);
 }
 
 template <typename T>
