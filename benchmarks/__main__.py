@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = (*PROVIDERS, "variants")
     add("--providers", nargs="+", choices=names, default=list(PROVIDERS), help="default: all; "
         "variants: bnext with each family of CUDA kernels forced, with no persistent blocks, "
-        "and with none that begin late")  # fmt: skip
+        "with no packs in registers, and with no blocks that begin late")  # fmt: skip
     add("--seconds", type=float, help="for each line of the table; default 1, on CUDA 0.2")
     add("--threads", type=int, help="of the CPU")
     add("--quick", action="store_true", help="few shapes, short: one or two minutes")

@@ -380,12 +380,13 @@ PROVIDERS: dict[str, type[Provider]] = {
 }
 
 # Besides the contestants: bnext with each family of its CUDA kernels, with no persistent blocks,
-# and with all blocks beginning together.
+# with no packs in registers, and with all blocks beginning together.
 VARIANTS = (
     *(
         functools.partial(Variant, family, "BNEXT_CUDA_FAMILY", family)
         for family in _C.cuda_families()
     ),
     functools.partial(Variant, "one-slab", "BNEXT_CUDA_PERSISTENT", "0"),
+    functools.partial(Variant, "slots", "BNEXT_CUDA_REGISTERS", "0"),
     functools.partial(Variant, "together", "BNEXT_CUDA_LATE", "0"),
 )

@@ -32,7 +32,8 @@ def explain(
             where one cannot run. Only passes that read their tensors twice have a choice; the
             others are streamed. None is what a call would take: the best one, or what the
             environment variables ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``,
-            ``BNEXT_CUDA_PERSISTENT``, ``BNEXT_CUDA_OVERLAP`` and ``BNEXT_CUDA_LATE`` say.
+            ``BNEXT_CUDA_PERSISTENT``, ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP`` and
+            ``BNEXT_CUDA_LATE`` say.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         training: in training or in evaluation mode.
 

@@ -24,6 +24,8 @@ SHAPES = ((2, 16, 8, 8), (3, 17, 7, 7), (2, 3, 33, 35), (2, 2, 96, 96), (5, 64, 
 SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
 # More channels, and more slabs of them, than GPUs run blocks: persistent ones have several.
 PERSISTENT_SHAPES = ((8, 12288, 14, 14),)
+# The same with more of a channel than a block has slots for: registers keep some.
+KEPT_SHAPES = ((2, 320, 144, 144),)
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -44,7 +46,7 @@ def step(x: torch.Tensor, dy: torch.Tensor, training: bool) -> list[torch.Tensor
 
 
 class Run(NamedTuple):
-    """Calls with what BNEXT_CUDA_FAMILY and BNEXT_CUDA_PERSISTENT say."""
+    """Calls with what BNEXT_CUDA_FAMILY, and BNEXT_CUDA_PERSISTENT and _REGISTERS, say."""
 
     family: str
     persistent: str = "1"
@@ -53,13 +55,14 @@ class Run(NamedTuple):
 
 
 RUNS = tuple(Run(family) for family in ("auto", *_C.cuda_families()))
-RUNS += (Run("resident", "always", PERSISTENT_SHAPES, (True,)),)
+RUNS += (Run("resident", "always", PERSISTENT_SHAPES + KEPT_SHAPES, (True,)),)
 RUNS += (Run("cluster", "always", PERSISTENT_SHAPES, (True,)),)
 
 
 def main(device: str) -> int:
     for run in RUNS:
         os.environ |= {"BNEXT_CUDA_FAMILY": run.family, "BNEXT_CUDA_PERSISTENT": run.persistent}
+        os.environ["BNEXT_CUDA_REGISTERS"] = run.persistent
         _C.read_environment()
         ran = refused = 0
         for shape, dtype, layout, training in product(run.shapes, DTYPES, LAYOUTS, run.modes):

@@ -27,12 +27,12 @@ RESULTS = (
     *("finish_shared_bytes", "coefficient_offset", "workspace_bytes", "bytes_moved", "has_error"),
     *("acc_bytes", "same_again", "steps_add_up", "family_chosen", "on_chip", "counts_behind"),
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
-    *("tensor_bytes", "batches_ahead", "num_teams", "persistent", "shares_out"),
+    *("tensor_bytes", "kept_batches", "batches_ahead", "num_teams", "persistent", "shares_out"),
     *("late_from", "num_late", "registers", "overlapping"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
 REQUEST += ("family", "cumulative", "no_grid", "no_clusters", "no_overlap")
-REQUEST += ("persistent_limit", "no_late")
+REQUEST += ("persistent_limit", "registers_limit", "no_late")
 
 
 KB = 1 << 10
@@ -151,7 +151,7 @@ def plan(
     query.stride = (ctypes.c_int64 * 4)(*strides(shape, layout))
     query.dtype = simt.DTYPES.index(dtype)
     defaults = {"training": 1, "output": 1, "reads_x": 1, "sums": 1}
-    defaults["persistent_limit"] = simt.WHERE_FASTER
+    defaults |= dict.fromkeys(("persistent_limit", "registers_limit"), simt.WHERE_FASTER)
     for name, value in (defaults | request | device._asdict()).items():
         setattr(query, name, (ctypes.c_int64 * 4)(*value) if name == "active_clusters" else value)
     library().plan_run(ctypes.byref(query))
@@ -244,13 +244,21 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     slots = q.held_steps * tensors * q.threads * 16
     assert 0 < slots < q.shared_bytes <= device.shared_bytes_opt_in, text
     assert 0 < q.held <= 1, text
-    assert (q.held == 1) == (q.held_steps >= q.num_steps), text
+    batches, all_in_slots = ceil_div(q.num_steps, 2), q.held_steps >= q.num_steps
+    assert (q.held == 1) == (ceil_div(q.held_steps, 2) + q.kept_batches >= batches), text
     # Slots come in whole batches. A block of one slab that holds all may do without the last one.
-    assert q.held_steps % 2 == 0 or (q.held == 1 and not q.persistent), text
+    assert q.held_steps % 2 == 0 or (all_in_slots and not q.persistent), text
     assert q.held_steps <= q.num_steps + q.persistent * (q.num_steps % 2), text
     # A place that is copied to is free: behind the one that is used come all others but one.
-    assert 1 <= q.batches_ahead <= min(6, ceil_div(q.num_steps, 2)), text
-    assert q.held == 1 or q.batches_ahead < q.held_steps // 2, text
+    assert 1 <= q.batches_ahead <= min(6, batches), text
+    assert all_in_slots or q.batches_ahead < q.held_steps // 2, text
+    # Registers keep what is not in slots; when that is mapped, all copies have been asked for.
+    assert 0 <= q.kept_batches <= 6 // tensors, text
+    if q.kept_batches > 0:
+        assert not all_in_slots and q.kept_batches + q.batches_ahead <= batches, text
+        assert q.walk == 0 or (q.vec < 8 and device.arch >= 90), text
+        assert q.persistent or q.family_chosen == GRID, text
+        assert q.registers == 128, text
     # Sums in float32 stay short: a batch is two packs here.
     assert q.num_steps <= 2 * library().plan_batches(), text
     # Everything once, and what is not held, in whole packs, once more.
@@ -443,6 +451,39 @@ def test_persistent_blocks() -> None:
     shape = (32, 256, 56, 56)
     request = {"layout": "channels_last", "backward": 1, "persistent_limit": simt.NEVER}
     assert plan(h100, shape, **request, family=GRID).persistent
+
+
+def test_packs_in_registers() -> None:
+    """Where shared memory has no room for a channel, blocks are persistent, and nobody says no."""
+    h200, shape = DEVICES["h200"], (256, 256, 56, 56)
+    q = plan(h200, shape, backward=1)
+    assert (q.family_chosen, q.persistent, q.kept_batches) == (CLUSTER, 1, 3), q.text.decode()
+    assert b" kB in registers per block" in q.text
+    without = plan(h200, shape, backward=1, registers_limit=simt.NEVER)
+    assert without.kept_batches == 0 and b"registers" not in without.text
+    assert q.bytes_moved < without.bytes_moved and q.microseconds < without.microseconds
+    assert plan(h200, shape, backward=1, registers_limit=simt.ALWAYS).kept_batches > 0
+    # All of (32, 256, 56, 56) has room.
+    assert plan(h200, (32, 256, 56, 56), backward=1).kept_batches == 0
+    kept = set()
+    for name, side, layout, dtype in itertools.product(
+        DEVICES, (56, 55), ("nchw", "channels_last"), (torch.float32, torch.float16)
+    ):
+        other = (64, 256, side, side)
+        request = {"layout": layout, "registers_limit": simt.ALWAYS, "backward": 1}
+        for family in (RESIDENT, CLUSTER, GRID):
+            found = plan(DEVICES[name], other, dtype, **request, family=family)
+            if found.has_error:
+                continue
+            check(found, DEVICES[name], other, dtype)
+            if found.kept_batches > 0:
+                kept.add((side, layout, dtype.itemsize))
+        request["persistent_limit"] = simt.NEVER
+        assert plan(DEVICES[name], shape, dtype, **request, family=RESIDENT).kept_batches == 0
+    # No planes that share packs, and no rows of halves.
+    assert kept == {(56, "nchw", 4), (56, "nchw", 2)} | {
+        (side, "channels_last", 4) for side in (55, 56)
+    }
 
 
 @pytest.mark.parametrize(

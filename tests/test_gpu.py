@@ -176,10 +176,12 @@ def test_resnet50(
     gpu: str,
     environment: Callable[[str, str], None],
 ) -> None:
-    """Also with persistent blocks and clusters where the plan would not have them."""
+    """Also with persistent blocks and clusters, and packs in registers, where the plan would not
+    have them."""
     if persistent == "always" and family not in ("resident", "cluster"):
         pytest.skip("BNEXT_CUDA_PERSISTENT is for blocks and clusters")
-    environment("BNEXT_CUDA_PERSISTENT", persistent)
+    for name in ("BNEXT_CUDA_PERSISTENT", "BNEXT_CUDA_REGISTERS"):
+        environment(name, persistent)
     ran = 0
     for channels, side in RESNET50:
         case = large_case((32, channels, side, side), dtype, layout, gpu)

@@ -154,7 +154,9 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
 
 def test_what_the_sanitizer_runs_is_persistent(environment: Callable[[str, str], None]) -> None:
     """Where it should be, on every kind of device that has such blocks."""
-    environment("BNEXT_CUDA_PERSISTENT", "always")
+    for name in ("BNEXT_CUDA_PERSISTENT", "BNEXT_CUDA_REGISTERS"):
+        environment(name, "always")
+    kept = False
     for run in sanitizer_run.RUNS:
         if run.persistent != "always":
             continue
@@ -164,6 +166,8 @@ def test_what_the_sanitizer_runs_is_persistent(environment: Callable[[str, str],
             x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
             for plan in _C.cuda_plans(x, device, run.family, True):
                 assert plan["persistent"] or plan["error"], (device, plan["text"])
+                kept |= " in registers" in plan["text"]
+    assert kept
 
 
 def test_tests_that_are_all_skipped_are_no_success(
@@ -285,7 +289,8 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
     for number, name, variable, usual, value in (
         (0, "streaming", "BNEXT_CUDA_FAMILY", "auto", "streaming"),
-        (-2, "one-slab", "BNEXT_CUDA_PERSISTENT", "1", "0"),
+        (-3, "one-slab", "BNEXT_CUDA_PERSISTENT", "1", "0"),
+        (-2, "slots", "BNEXT_CUDA_REGISTERS", "1", "0"),
         (-1, "together", "BNEXT_CUDA_LATE", "1", "0"),
     ):
         seen.clear()

@@ -198,6 +198,18 @@ def test_who_has_persistent_blocks(environment: Callable[[str, str], None]) -> N
         bnext.explain(x, "h100")
 
 
+def test_who_keeps_packs_in_registers(environment: Callable[[str, str], None]) -> None:
+    x = torch.empty(256, 256, 56, 56, device="meta")
+    for registers, wanted in (("", True), ("1", True), ("always", True), ("0", False)):
+        environment("BNEXT_CUDA_REGISTERS", registers)
+        _, backward = plans(bnext.explain(x, "h200"))
+        assert (" in registers per block" in backward) == wanted
+    environment("BNEXT_CUDA_REGISTERS", "2")
+    message = r"^BNEXT_CUDA_REGISTERS should be 0, 1 or always, not 2"
+    with pytest.raises(RuntimeError, match=message):
+        bnext.explain(x, "h200")
+
+
 def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
     x = torch.empty(256, 512, 14, 14, device="meta")
     for late, is_there in (("", True), ("1", True), ("0", False)):

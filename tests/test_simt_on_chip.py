@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -21,6 +22,8 @@ GRID = RESIDENT._replace(family="grid")
 # Blocks that go on to further slabs.
 PERSISTENT = RESIDENT._replace(persistent_limit=simt.ALWAYS, num_sms=1)
 PERSISTENT_CLUSTER = CLUSTER._replace(persistent_limit=simt.ALWAYS, num_sms=2, team=2)
+# Registers keep what has no room in shared memory.
+KEEPING = {"registers_limit": simt.ALWAYS, "shared_bytes": 10000}
 SHARED_OUT = GRID._replace(share_out=1)  # each warp finishes some of a slab's channels
 # Layout, shape, shared memory for all of a backward pass, and for half of forward (float32).
 TIGHT = {
@@ -69,11 +72,29 @@ AGAIN = {
         (4, 144, 16, 16),
         PERSISTENT._replace(shared_bytes=14000),
     ),
+    "registers": ("nchw", (4, 5, 32, 32), PERSISTENT._replace(**KEEPING)),
+    "registers, cluster": ("nchw", (4, 5, 32, 64), PERSISTENT_CLUSTER._replace(**KEEPING)),
+    "registers, grid": ("nchw", (4, 5, 32, 64), GRID._replace(team=2, **KEEPING)),
+    "rows, registers": (
+        "channels_last",
+        (4, 144, 16, 16),
+        PERSISTENT._replace(registers_limit=simt.ALWAYS, shared_bytes=14000),
+    ),
+    "rows, registers, cluster": (
+        "channels_last",
+        (4, 144, 16, 16),
+        PERSISTENT_CLUSTER._replace(registers_limit=simt.ALWAYS, shared_bytes=14000),
+    ),
     "again, grid": ("nchw", (4, 5, 32, 32), GRID._replace(team=2, shared_bytes=10000)),
     "rows, again, grid": (
         "channels_last",
         (4, 48, 16, 16),
         SHARED_OUT._replace(team=2, shared_bytes=22000),
+    ),
+    "rows, registers, grid": (
+        "channels_last",
+        (4, 48, 16, 16),
+        SHARED_OUT._replace(team=2, registers_limit=simt.ALWAYS, shared_bytes=22000),
     ),
 }
 EVERY_WAY = WAYS | AGAIN
@@ -205,6 +226,53 @@ def test_what_does_not_fit_is_read_again(walk: str) -> None:
                         twice = call.planned_bytes - tensors * tensor_bytes
                         assert call.bytes_kept == (twice if copies_are_asynchronous() else 0)
     assert min(shares) < 0.8, shares
+
+
+@pytest.mark.parametrize("dtypes", ["float64", "float32", "float16"])
+@pytest.mark.parametrize("walk", ["planes", "rows", "runs"])
+def test_registers_keep_what_has_no_room(walk: str, dtypes: str) -> None:
+    """The first packs of a thread, 12 at most: so many fewer are read again, or none."""
+    itemsize = cases.DTYPES[dtypes][0].itemsize
+    layout, shape = {
+        "planes": ("nchw", (4, 5, 32, 128 // itemsize)),
+        "rows": ("channels_last", (4, 512 // itemsize, 16, 16)),
+        "runs": ("nchw", (256, 96 // itemsize, 3, 5)),
+    }[walk]
+    case = cases.make_case(shape, dtypes, layout=layout, grad_layout=layout)
+    tensor_bytes = case.input.numel() * itemsize
+    saved_all, most = 0, {2: 0, 3: 0}
+    for kind, (tensors, check), shared_bytes in itertools.product(
+        (PERSISTENT, PERSISTENT_CLUSTER, GRID._replace(team=2), GRID._replace(team=1)),
+        ((2, check_forward), (3, check_backward)),
+        range(3000, 30000, 3000),
+    ):
+        machine = kind._replace(shared_bytes=shared_bytes)
+        try:
+            without = check(case, "without", machine=machine).call
+        except simt.NoPlanError:
+            continue
+        assert without.kept_batches == 0 and (without.run_length > 1) == (walk == "runs")
+        machine = machine._replace(registers_limit=simt.ALWAYS)
+        call = check(case, "with", machine=machine, schedule=simt.Schedule(1)).call
+        assert call.bytes_loaded + call.bytes_stored == call.planned_bytes
+        again = without.planned_bytes - tensors * tensor_bytes
+        still = call.planned_bytes - tensors * tensor_bytes
+        assert call.bytes_kept == (still if copies_are_asynchronous() else 0)
+        if walk != "planes" and (itemsize == 2 or simt.arch() < 90):
+            assert call.kept_batches == 0
+            continue
+        assert (call.kept_batches > 0) == (again > 0)
+        if again > 0:
+            assert 0 <= still < again
+            saved_all += still == 0
+        if walk == "planes":
+            # A thread has two packs of each tensor in a batch.
+            num_threads = 64 * call.num_splits * shape[1]
+            in_registers = call.kept_batches * 2 * 16 * (tensors - 1) * num_threads
+            assert still == max(0, again - in_registers)
+        most[tensors] = max(most[tensors], call.kept_batches)
+    if walk == "planes" or (itemsize > 2 and simt.arch() >= 90):
+        assert saved_all > 0 and most == {2: 6, 3: 3}
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ ALL_AT_ONCE = {
     "load from L2": (r"\tld\.global\.cg\.u64", "\tld.global.u64"),
 }
 Run = Callable[[int], object]
+SLICES_KEPT = PERSISTENT._replace(threads=512, registers_limit=simt.ALWAYS, shared_bytes=78500)
 
 
 def all_runs() -> Iterator[Run]:
@@ -51,6 +52,7 @@ def all_runs() -> Iterator[Run]:
         # runs that are added up in slices
         ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=512)),
         ("nchw", (40, 20, 7, 7), PERSISTENT._replace(threads=512)),
+        ("nchw", (100, 20, 7, 7), SLICES_KEPT),
         *RUNS["streaming"],
         ("nchw", (4, 5, 17, 15), simt.Machine()),
         ("sliced_w", (3, 5, 7, 6), simt.Machine()),
@@ -141,7 +143,7 @@ def test_without_it_results_are_wrong(what: str, module: Module) -> None:
         # thread that arrives: there the barrier is for nobody. (Rows need it.)
         names = {name for name, _ in missed}
         assert len(names) == len(missed) == 4
-        assert all(re.search("kernelIfLi4ELb0ELb[01]ELNS0_6BlocksE2", name) for name in names)
+        assert all(re.search("kernelIfLi4ELb0ELb[01]ELNS0_6BlocksE3", name) for name in names)
     else:
         assert missed == []
 

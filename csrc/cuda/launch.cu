@@ -66,6 +66,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.shares_out = plan.shares_out;
   args.num_steps = plan.num_steps;
   args.held_steps = plan.held_steps;
+  args.kept_batches = plan.kept_batches;
   args.batches_ahead = plan.batches_ahead;
   args.late_from = static_cast<unsigned>(plan.late_from);
   args.num_late = static_cast<unsigned>(plan.num_late);
@@ -195,6 +196,9 @@ cudaError_t run_family(const Stages& stages, const Plan& plan, cudaStream_t stre
     const KernelArgs& args = stages.apply;
     if (plan.family == Family::kGrid) return run_on_chip<T, kVec, kRows, kWhole, Blocks::kGrid>(args, plan, stream);
     if (plan.on_chip) {
+      if constexpr (most_kept_batches(sizeof(T), kRows, kWhole, 1, kClusterArch) > 0) {
+        if (plan.kept_batches > 0) return run_on_chip<T, kVec, kRows, kWhole, Blocks::kKeeping>(args, plan, stream);
+      }
       return plan.persistent ? run_on_chip<T, kVec, kRows, kWhole, Blocks::kPersistent>(args, plan, stream)
                              : run_on_chip<T, kVec, kRows, kWhole, Blocks::kOneTile>(args, plan, stream);
     }

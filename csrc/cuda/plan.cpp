@@ -187,7 +187,10 @@ std::string stages_text(const Plan& plan) {
     }
     text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
-    text += " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared per block)";
+    text += " on chip (" + with_unit(static_cast<double>(plan.layout.bytes)) + " shared";
+    const double kept = plan.kept_batches * kOnChipBatch * kPackBytes * plan.threads;
+    if (kept > 0) text += ", " + with_unit(kept * plan.tensors_read) + " in registers";
+    text += " per block)";
     if (plan.num_late > 0) text += ", half of the first ones " + format("%.2g", plan.late_us) + " us late";
     if (plan.counts_behind) text += ", then count";
     return text;
@@ -301,10 +304,10 @@ bool operator==(const Request& a, const Request& b) {
 bool operator==(const Limits& a, const Limits& b) {
   auto fields = [](const Limits& l) {
     // A field that is not named here is an error of the compiler's.
-    const auto& [family, grid, clusters, persistent, overlap, late, threads, batches, fused_splits, share_out,
-                 shared_bytes, team] = l;
-    return std::tie(family, grid, clusters, persistent, overlap, late, threads, batches, fused_splits, share_out,
-                    shared_bytes, team);
+    const auto& [family, grid, clusters, persistent, registers, overlap, late, threads, batches, fused_splits,
+                 share_out, shared_bytes, team] = l;
+    return std::tie(family, grid, clusters, persistent, registers, overlap, late, threads, batches, fused_splits,
+                    share_out, shared_bytes, team);
   };
   return fields(a) == fields(b);
 }
@@ -324,15 +327,15 @@ bool operator==(const Plan& a, const Plan& b) {
                  wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length, num_blocks, reduce,
                  finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes, coefficient_offset,
                  workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent, shares_out, words_offset,
-                 num_steps, held_steps, batches_ahead, late_from, num_late, late_us, held, layout, tensors_read,
-                 tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
+                 num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held, layout,
+                 tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
     return std::tie(family, walk, dtype, pass, whole_packs, vec, fold, threads, size[0], size[1], size[2], step[0],
                     step[1], step[2], num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows,
                     slab_channels, run_length, num_blocks, reduce, finish, apply, fused, reads_x, overlaps,
                     finish_threads, finish_shared_bytes, coefficient_offset, workspace_bytes, on_chip, counts_behind,
-                    cluster, num_teams, persistent, shares_out, words_offset, num_steps, held_steps, batches_ahead,
-                    late_from, num_late, late_us, held, layout, tensors_read, tensors_written, tensor_bytes,
-                    bytes_moved, microseconds, error);
+                    cluster, num_teams, persistent, shares_out, words_offset, num_steps, held_steps, kept_batches,
+                    batches_ahead, late_from, num_late, late_us, held, layout, tensors_read, tensors_written,
+                    tensor_bytes, bytes_moved, microseconds, error);
   };
   return fields(a) == fields(b);
 }

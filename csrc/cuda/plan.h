@@ -37,9 +37,8 @@ struct DeviceInfo {
 enum class Family : uint8_t { kAuto, kStreaming, kResident, kCluster, kGrid };
 constexpr Family kLastFamily = Family::kGrid;
 
-// Whether blocks and clusters of the on-chip families are persistent: they go on to further slabs, instead of making
-// room for others that begin anew. (A grid's always do.)
-enum class Persistent : uint8_t { kNever, kWhereFaster, kAlways };
+// Whether a plan does what it may do. kAlways: wherever it can.
+enum class Choice : uint8_t { kNever, kWhereFaster, kAlways };
 
 enum class Pass : uint8_t { kForward, kBackward };
 
@@ -72,8 +71,12 @@ struct Limits {
   Family family = Family::kAuto;
   bool grid = true;      // kAuto may choose it: its launch waits until the device has room for all of it
   bool clusters = true;  // kAuto may choose them
-  Persistent persistent = Persistent::kWhereFaster;  // such blocks hold their SMs until all slabs are done
-  bool overlap = true;                               // kernels of a pass may begin before those before them have ended
+  // Blocks and clusters are persistent: they go on to further slabs, instead of making room for others that begin anew.
+  // They hold their SMs until all slabs are done. (A grid's always are.)
+  Choice persistent = Choice::kWhereFaster;
+  // Threads keep packs in registers that have no room in shared memory: those of persistent blocks, and of grids.
+  Choice registers = Choice::kWhereFaster;
+  bool overlap = true;  // kernels of a pass may begin before those before them have ended
   bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs for each thread, before a channel is split further. It bounds the length of
@@ -115,7 +118,7 @@ struct Plan {
   bool shares_out = false;            // as in KernelArgs
   int64_t words_offset = 0;           // of the words at which teams meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
-  int batches_ahead = 0;
+  int kept_batches = 0, batches_ahead = 0;
   int64_t late_from = 0, num_late = 0;  // blocks that begin late_us after the others
   double late_us = 0;
   double held = 0;  // share of the data that stays on chip

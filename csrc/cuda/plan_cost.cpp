@@ -58,10 +58,11 @@ double reduction_time(const Plan& plan) {
 // Of on-chip blocks whose teams take `exchange` to tell each other what they have found. While a block maps its last
 // steps, memory has those of the next slab to bring, if copies are asynchronous.
 Stops on_chip_stops(const Plan& plan, const DeviceInfo& device, double exchange) {
-  const double reduction = reduction_time(plan) + exchange, first = reduction + plan.held_steps * kStepUs;
+  const int held = std::min(plan.num_steps, plan.held_steps + plan.kept_batches * kOnChipBatch);
+  const double reduction = reduction_time(plan) + exchange, first = reduction + held * kStepUs;
   if (!plan.persistent) return {first, first};
   const int covered = device.arch >= 80 ? (plan.batches_ahead - 1) * kOnChipBatch : 0;
-  const int waits = std::max(0, plan.held_steps - covered);
+  const int waits = std::max(0, held - covered);
   return {first, reduction - kBeginUs + waits * kStepUs};
 }
 
@@ -140,9 +141,10 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 int registers_of(const Plan& plan, int arch) {
   const bool backward = plan.pass == Pass::kBackward, halves = dtype_bytes(plan.dtype) == 2;
   const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
+  const bool keeps = plan.kept_batches > 0;
   const int of_all = 128;  // of a thread, where one block of kMaxOnChipThreads has all of an SM's
   const int blocks = count_on_chip_blocks(backward, static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
-                                          plan.persistent && !grid, grid, arch);
+                                          plan.persistent && !grid, grid || keeps, arch);
   if (blocks > 1) return of_all / blocks;
   if (plan.persistent || grid) return of_all;
   if (!plan.whole_packs) return backward ? 96 : 72;

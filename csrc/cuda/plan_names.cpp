@@ -97,9 +97,9 @@ Family family_named(const std::string& name, const std::string& source) {
 
 namespace {
 
-Persistent allowed_persistent(bool otherwise) {
-  if (variable("BNEXT_CUDA_PERSISTENT") == "always") return Persistent::kAlways;
-  return flag("BNEXT_CUDA_PERSISTENT", otherwise, "0, 1 or always") ? Persistent::kWhereFaster : Persistent::kNever;
+Choice choice(const char* name, bool otherwise) {
+  if (variable(name) == "always") return Choice::kAlways;
+  return flag(name, otherwise, "0, 1 or always") ? Choice::kWhereFaster : Choice::kNever;
 }
 
 struct Environment {
@@ -121,7 +121,8 @@ Limits parse_environment() {
   // One of several processes will have kernels beside its own, that send gradients.
   const bool alone = std::atoi(variable("WORLD_SIZE").c_str()) <= 1;
   limits.grid = flag("BNEXT_CUDA_GRID", alone);
-  limits.persistent = allowed_persistent(alone);
+  limits.persistent = choice("BNEXT_CUDA_PERSISTENT", alone);
+  limits.registers = choice("BNEXT_CUDA_REGISTERS", true);
   limits.overlap = flag("BNEXT_CUDA_OVERLAP", true);
   limits.late = flag("BNEXT_CUDA_LATE", true);
   return limits;

@@ -43,12 +43,19 @@ bool take_rows(const Geometry& g, int64_t row_bytes, Plan& plan) {
   return true;
 }
 
-// Steps of plan.threads threads, and how many of them stay on chip.
-void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
+// Batches that a thread can keep in registers.
+int most_kept(const Plan& plan, int arch) {
+  const int element_bytes = static_cast<int>(dtype_bytes(plan.dtype));
+  return most_kept_batches(element_bytes, plan.walk == Walk::kRows, plan.whole_packs, plan.tensors_read, arch);
+}
+
+// Steps of plan.threads threads, and how many of them stay on chip: in slots, and, where not all fit there, the first
+// ones in registers, `most` batches of them.
+void hold(int64_t shared_bytes, int most, Plan& plan) {
   const int64_t at_once = plan.walk == Walk::kRows ? plan.threads / plan.block_packs : plan.threads;
   plan.block_rows = plan.walk == Walk::kRows ? static_cast<int>(at_once) : 1;
   plan.num_steps = static_cast<int>(ceil_div(plan.chunk, at_once));
-  const int64_t slot = int64_t{num_tensors} * plan.threads * kPackBytes;
+  const int64_t slot = int64_t{plan.tensors_read} * plan.threads * kPackBytes;
   const int64_t fit = std::max<int64_t>(0, (shared_bytes - make_layout(plan, 0).bytes) / slot);
   // A slab that comes after another has its batches in other places, so every place is for a whole batch.
   const int64_t all = plan.persistent ? round_up(plan.num_steps, kOnChipBatch) : plan.num_steps;
@@ -56,7 +63,11 @@ void hold(int64_t shared_bytes, int num_tensors, Plan& plan) {
   plan.layout = make_layout(plan, plan.held_steps * slot);
   // Where places are used again, the one that is copied to has to be free.
   const int held = on_chip_batches(plan.held_steps);
-  plan.batches_ahead = std::min(kMostGroups, plan.held_steps < plan.num_steps ? held - 1 : held);
+  const bool all_held = plan.held_steps >= plan.num_steps;
+  plan.batches_ahead = std::min(kMostGroups, all_held ? held : held - 1);
+  // When they are mapped, all copies that are ahead have been asked for, each behind a batch in the slots.
+  const int others = on_chip_batches(plan.num_steps) - plan.batches_ahead;
+  plan.kept_batches = all_held ? 0 : std::min(most, others);
   set_step(plan, at_once);
 }
 
@@ -86,12 +97,13 @@ struct Team {
   int64_t blocks = 1, at_once = 0;  // at_once: of a grid, how many teams there are
   int64_t shared_bytes = 0;
   bool persistent = false;  // not of a grid: as many teams as run at once, and not one for each slab
+  bool keeps = false;       // packs in registers
   int threads = 0;
 };
 
 // Finishes a plan whose walk and slab are chosen.
 void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limits, const Team& team, Plan& plan) {
-  const int num_tensors = r.pass == Pass::kForward ? 1 : 2;
+  const int num_tensors = plan.tensors_read;
   const bool grid = team.family == Family::kGrid;
   plan.family = team.family;
   plan.cluster = team.family == Family::kCluster ? static_cast<int>(team.blocks) : 1;
@@ -101,11 +113,11 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   const int64_t shared_bytes = std::min(limits.shared_bytes, team.shared_bytes);
   plan.num_teams = grid ? team.at_once : plan.num_slabs;
   plan.persistent = team.persistent || plan.num_teams < plan.num_slabs;
-  hold(shared_bytes, num_tensors, plan);
+  hold(shared_bytes, team.keeps ? most_kept(plan, device.arch) : 0, plan);
   if (team.persistent) {
     plan.num_teams = std::clamp<int64_t>(teams_at_once(plan, device), 1, plan.num_slabs);
     plan.persistent = plan.num_teams < plan.num_slabs;
-    if (!plan.persistent) hold(shared_bytes, num_tensors, plan);  // for one slab each
+    if (!plan.persistent) hold(shared_bytes, 0, plan);  // for one slab each
   }
   plan.num_blocks = plan.num_teams * team.blocks;
   if (grid) {
@@ -115,10 +127,12 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
     if (plan.shares_out) plan.words_offset += coefficient_bytes(plan.dtype, r.geometry.num_channels);
     plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
   }
-  // What comes first in each block has to go again.
-  const int lost = (on_chip_batches(plan.num_steps) - on_chip_batches(plan.held_steps)) * kOnChipBatch;
-  const int64_t lost_items = int64_t{lost} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
-  const int64_t again = sum_of_blocks(plan, [&](int64_t own) { return std::min(own, lost_items); });
+  // What comes first in each block, behind what registers keep, has to go again.
+  const int64_t batch_items = int64_t{kOnChipBatch} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);
+  const int64_t kept_items = plan.kept_batches * batch_items;
+  const int lost = on_chip_batches(plan.num_steps) - plan.kept_batches - on_chip_batches(plan.held_steps);
+  const int64_t again = sum_of_blocks(
+      plan, [&](int64_t own) { return std::clamp<int64_t>(own - kept_items, 0, std::max(0, lost) * batch_items); });
   const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
@@ -189,12 +203,12 @@ struct Search {
     }
   }
 
-  void try_blocks(const Plan& walk, bool persistent) {
+  void try_blocks(const Plan& walk, bool persistent, bool keeps = false) {
     const int64_t shared_bytes = device.shared_bytes_opt_in;
-    try_team(walk, {Family::kResident, 1, 0, shared_bytes, persistent}, kMaxOnChipThreads);
+    try_team(walk, {Family::kResident, 1, 0, shared_bytes, persistent, keeps}, kMaxOnChipThreads);
     if (limits.family == Family::kAuto && !limits.clusters) return;
     for (int cluster : kClusterSizes) {
-      try_team(walk, {Family::kCluster, cluster, 0, shared_bytes, persistent}, kMaxOnChipThreads);
+      try_team(walk, {Family::kCluster, cluster, 0, shared_bytes, persistent, keeps}, kMaxOnChipThreads);
     }
   }
 
@@ -205,14 +219,19 @@ struct Search {
       const int64_t turns = ceil_div(walk.num_slabs, most), teams = ceil_div(walk.num_slabs, turns);
       const int64_t blocks = limits.team != 0 ? limits.team : std::min(all / teams, walk.num_items);
       if (teams * blocks > all || blocks < 1) return;
-      try_team(walk, {Family::kGrid, blocks, teams, shared_bytes}, kMaxOnChipThreads / per_sm);
+      const bool keeps = limits.registers != Choice::kNever;
+      try_team(walk, {Family::kGrid, blocks, teams, shared_bytes, false, keeps}, kMaxOnChipThreads / per_sm);
       if (turns == 1) return;
     }
   }
 
   void try_walk(const Plan& walk) {
-    if (limits.persistent != Persistent::kAlways) try_blocks(walk, false);
-    if (limits.persistent != Persistent::kNever) try_blocks(walk, true);
+    if (limits.persistent != Choice::kAlways) try_blocks(walk, false);
+    const bool may_keep = limits.registers != Choice::kNever && most_kept(walk, device.arch) > 0;
+    if (limits.persistent != Choice::kNever) {
+      if (!may_keep || limits.registers != Choice::kAlways) try_blocks(walk, true);
+      if (may_keep) try_blocks(walk, true, true);
+    }
     if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative)) return;
     for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) try_grids(walk, per_sm);
   }

@@ -42,14 +42,14 @@ struct Call {
   Vector stats_mean, stats_var, grad_mean, grad_var;
   int64_t* num_batches_tracked;
   // the device, and limits of the plan
-  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, persistent_limit, share_out,
-      shared_bytes;
+  int64_t num_sms, threads_per_sm, threads, batches, fused_splits, family, team, persistent_limit, registers_limit,
+      share_out, shared_bytes;
   int64_t seed, refused_launch;
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels, slices;
   int64_t bytes_kept, bytes_stored_meanwhile, late_threads, least_late_clocks, most_late_clocks, first_late_block;
-  int64_t planned_late_threads, planned_late_from, persistent, batches_ahead, threads_run;
+  int64_t planned_late_threads, planned_late_from, persistent, kept_batches, batches_ahead, threads_run;
   int64_t instructions, most_instructions;  // of PTX
   double held, late_us;
   char plan[512], error[256];
@@ -85,6 +85,7 @@ void run(Call& call, const Problem& problem) {
   cuda::DeviceInfo device;
   device.num_sms = static_cast<int>(call.num_sms);
   device.threads_per_sm = static_cast<int>(call.threads_per_sm);
+  device.arch = cuda::compiled_arch<nullptr>();  // the same for all kernels
   // Before sm_90, neither.
   device.overlaps = cuda::can_overlap();
   for (int i = 0; i < cuda::kNumClusterSizes; ++i) {
@@ -97,7 +98,8 @@ void run(Call& call, const Problem& problem) {
   limits.fused_splits = static_cast<int>(call.fused_splits);
   limits.family = static_cast<cuda::Family>(call.family);
   limits.team = static_cast<int>(call.team);
-  limits.persistent = static_cast<cuda::Persistent>(call.persistent_limit);
+  limits.persistent = static_cast<cuda::Choice>(call.persistent_limit);
+  limits.registers = static_cast<cuda::Choice>(call.registers_limit);
   limits.share_out = call.share_out != 0;
   limits.shared_bytes = call.shared_bytes;
   const cuda::Plan plan = cuda::make_plan(cuda::make_request(problem), device, limits);
@@ -133,6 +135,7 @@ void run(Call& call, const Problem& problem) {
   call.planned_late_threads = plan.num_late * plan.threads;
   call.planned_late_from = plan.late_from;
   call.persistent = plan.persistent;
+  call.kept_batches = plan.kept_batches;
   call.batches_ahead = plan.batches_ahead;
   call.threads_run = plan.num_blocks * plan.threads;
   call.instructions = simt::instructions().all;

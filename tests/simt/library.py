@@ -115,14 +115,20 @@ VECTORS = (
     *("stats_mean", "stats_var", "grad_mean", "grad_var"),
 )
 FAMILIES = ("auto", "streaming", "resident", "cluster", "grid")  # the order of Family
-NEVER, WHERE_FASTER, ALWAYS = range(3)  # the order of Persistent
+NEVER, WHERE_FASTER, ALWAYS = range(3)  # the order of Choice
 LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
-LIMITS += ("family", "team", "persistent_limit", "share_out", "shared_bytes")
+LIMITS += ("family", "team", "persistent_limit", "registers_limit", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels", "slices")
 RESULTS += ("bytes_kept", "bytes_stored_meanwhile")
 RESULTS += ("late_threads", "least_late_clocks", "most_late_clocks", "first_late_block")
-RESULTS += ("planned_late_threads", "planned_late_from", "persistent", "batches_ahead")
+RESULTS += (
+    "planned_late_threads",
+    "planned_late_from",
+    "persistent",
+    "kept_batches",
+    "batches_ahead",
+)
 RESULTS += ("threads_run", "instructions", "most_instructions")
 
 
@@ -156,6 +162,7 @@ class Machine(NamedTuple):
     family: str = "streaming"
     team: int = 0
     persistent_limit: int = NEVER
+    registers_limit: int = NEVER
     share_out: int = 0
     shared_bytes: int = 1 << 30
 

@@ -17,7 +17,7 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative, no_grid, no_clusters, no_overlap, persistent_limit, no_late;
+  int64_t family, cumulative, no_grid, no_clusters, no_overlap, persistent_limit, registers_limit, no_late;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
   int64_t cooperative, overlaps;
@@ -28,8 +28,8 @@ struct Query {
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t steps_add_up, family_chosen, on_chip, counts_behind, cluster, num_steps, held_steps, run_length,
       slab_channels;
-  int64_t shared_bytes, tensor_bytes, batches_ahead, num_teams, persistent, shares_out, late_from, num_late, registers,
-      overlapping;
+  int64_t shared_bytes, tensor_bytes, kept_batches, batches_ahead, num_teams, persistent, shares_out, late_from,
+      num_late, registers, overlapping;
   double held, microseconds, late_us;
   char text[512];
 };
@@ -41,10 +41,11 @@ extern "C" {
 int64_t plan_query_bytes() { return sizeof(Query); }
 int64_t plan_unroll() { return kUnroll; }
 int64_t plan_registers(int64_t backward, int64_t dtype, int64_t rows, int64_t whole_packs, int64_t persistent,
-                       int64_t arch) {
+                       int64_t keeps, int64_t arch) {
   Plan p;
   p.family = Family::kResident;
   p.persistent = persistent != 0;
+  p.kept_batches = keeps != 0;
   p.pass = backward != 0 ? Pass::kBackward : Pass::kForward;
   p.dtype = static_cast<DType>(dtype);
   p.walk = rows != 0 ? Walk::kRows : Walk::kPlanes;
@@ -96,7 +97,8 @@ void plan_run(Query* q) {
   limits.grid = q->no_grid == 0;
   limits.clusters = q->no_clusters == 0;
   limits.overlap = q->no_overlap == 0;
-  limits.persistent = static_cast<Persistent>(q->persistent_limit);
+  limits.persistent = static_cast<Choice>(q->persistent_limit);
+  limits.registers = static_cast<Choice>(q->registers_limit);
   limits.late = q->no_late == 0;
   const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
@@ -140,6 +142,7 @@ void plan_run(Query* q) {
   q->slab_channels = p.slab_channels;
   q->shared_bytes = p.layout.bytes;
   q->tensor_bytes = p.tensor_bytes;
+  q->kept_batches = p.kept_batches;
   q->batches_ahead = p.batches_ahead;
   q->num_teams = p.num_teams;
   q->persistent = p.persistent;
@@ -173,7 +176,7 @@ double plan_on_chip_time(double at_once, double threads, double blocks, double t
 int64_t plan_cache_keeps(int64_t shapes) {
   const DeviceInfo large, small{75, 40, 1024, 48 << 10, 4 << 20, 64 << 10, 64 << 10, 64 << 10, {0, 0, 0, 0}};
   Limits one_slab;
-  one_slab.persistent = Persistent::kNever;
+  one_slab.persistent = Choice::kNever;
   std::vector<const Plan*> first;
   int64_t kept = 0;
   for (int round = 0; round < 2; ++round) {

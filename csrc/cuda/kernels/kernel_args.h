@@ -34,13 +34,19 @@ constexpr int64_t kStreamingSharedBytes = 26 << 10;  // of such a block, at most
 constexpr int64_t kReservedSharedBytes = 1 << 10;    // of each block, by the driver
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
+// Batches of which a thread can keep the packs in registers, in 48 of the 128 that it has in such a block, where ptxas
+// does not spill for it. Rows of halves need those for their sums, and a grid's rows before sm_90 more than there are.
+BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, bool whole_packs, int tensors,
+                                                  int arch) {
+  return !whole_packs || (rows && (element_bytes == 2 || arch < 90)) ? 0 : 6 / tensors;
+}
 // Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with
 // 64 for each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains
-// next to nothing.)
+// next to nothing.) alone: blocks of a grid, and such as keep packs in registers.
 BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(bool backward, int element_bytes, bool rows, bool whole_packs,
-                                                     bool persistent, bool grid, int arch) {
+                                                     bool persistent, bool alone, int arch) {
   const bool halves = element_bytes == 2, planes = !rows;
-  if (grid || !whole_packs) return 1;
+  if (alone || !whole_packs) return 1;
   if (planes) return halves && backward && !persistent && arch < 90 ? 1 : 2;
   return halves || backward == persistent ? 1 : 2;
 }
@@ -147,6 +153,7 @@ struct KernelArgs {
   int batches_ahead;             // that a thread has asked for ahead of the one that it works on
   unsigned late_from, num_late;  // blocks that begin late
   int late_clocks;               // of the SM
+  int kept_batches;              // that a thread keeps in registers
 
   unsigned* meeting_words;  // of a grid: [kWordsOfTeam][num_teams]
   double* partials;         // [kNumSums][tile_channels][num_splits]

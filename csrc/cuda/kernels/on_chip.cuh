@@ -2,8 +2,8 @@
 // channels, or a run of them: one block (family resident), a cluster of blocks (family cluster), or any number of
 // blocks that tell each other through memory what they have found (family grid). Each thread keeps the packs that it
 // reads in shared memory, in slots that no other thread looks at, until the sums of all blocks are there. Where there
-// are too few slots, what was read first makes room for what comes later, and is read again when the rest has been
-// mapped.
+// are too few slots, what was read first stays in registers, as far as there are some, or makes room for what comes
+// later, and is read again when the rest has been mapped.
 #pragma once
 
 #include "../device/cluster.cuh"
@@ -20,7 +20,8 @@ namespace bnext::cuda {
 // ones are there at the end; and mapped from the last one on, so that each place is free for the batch that had it
 // before, and gets it back. The places that come free last are for the first batches of the block's next tile, if there
 // is one; that tile goes round the ring the other way. So some batches are on their way to their places all the time.
-template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
+// The first `kept` batches, kMostKept at most, stay in registers: they are mapped last, and need no places by then.
+template <typename T, int kVec, bool kRows, bool kWhole, int kTensors, int kMostKept>
 class OnChip {
  public:
   using Data = Slots<T, kVec, kRows, kWhole, kTensors>;
@@ -30,7 +31,7 @@ class OnChip {
       : args_(args),
         batches_(on_chip_batches(args.num_steps)),
         held_(on_chip_batches(args.held_steps)),
-        again_(batches_ - held_),
+        again_(others() - held_),
         first_(-args.batches_ahead),
         loading_(args, tile) {}
 
@@ -46,6 +47,8 @@ class OnChip {
       if (b == -1) begin();
       if (b < 0) continue;
       wait_async(ahead);
+      // Before use(): when that has what it takes from the place, this has been read, and the place is free.
+      if (b < kept()) keep(b, used_);
       use(slots_.held(arrived, used_, args_.held_steps));
       used_ = after(used_);
     }
@@ -56,11 +59,11 @@ class OnChip {
   template <typename F>
   __device__ void revisit(const Tile& tile, bool more, const Tile& next, F use) {
     Steps steps(args_, tile, batches_ * kOnChipBatch - 1);
-    if (again_ > 0) loading_ = Steps(args_, tile, again_ * kOnChipBatch - 1);
+    if (again_ > 0) loading_ = Steps(args_, tile, (kept() + again_) * kOnChipBatch - 1);
     const int early = more ? args_.batches_ahead - 1 : 0;  // batches of the next tile
     backwards_ = !backwards_;
     int place = after(used_);
-    for (int b = batches_ - 1; b >= 0; --b) {
+    for (int b = others() - 1; b >= 0; --b) {
       // It was asked for held_ batches ago, and each has committed a group.
       if (b < again_) wait_async(held_ - 1);
       use(slots_.template held<true>(steps, place, args_.held_steps));
@@ -76,15 +79,32 @@ class OnChip {
       if (again_ > 0 || b < early) commit_async();
       place = after(place);
     }
+#pragma unroll
+    for (int b = kMostKept - 1; b >= 0; --b) {
+      if (b < kept()) use(Data::kept(steps, packs_[b]));
+    }
     first_ = -1;
   }
 
  private:
   using Steps = typename Data::Steps;
 
-  // The next batch, number b, to a place. If it will lose that, L2 should keep it.
+  // Of all batches, those in registers, and the others behind them.
+  __device__ int kept() const { return kMostKept > 0 ? args_.kept_batches : 0; }
+  __device__ int others() const { return kMostKept > 0 ? batches_ - kept() : batches_; }
+
+  // Batch b, which is in this place, stays in registers.
+  __device__ void keep(int b, int place) {
+#pragma unroll
+    for (int k = 0; k < kMostKept; ++k) {
+      if (k == b) slots_.read(place, packs_[k]);
+    }
+  }
+
+  // The next batch, number b, to a place. If it will be read again, L2 should keep it.
   __device__ void copy_next(int b, int place) {
-    slots_.copy(loading_, place, b < again_ ? Cache::kKeep : Cache::kLastUse);
+    const bool again = b - kept() < again_ && (kMostKept == 0 || b >= kept());
+    slots_.copy(loading_, place, again ? Cache::kKeep : Cache::kLastUse);
   }
 
   __device__ int after(int place) const {
@@ -93,12 +113,13 @@ class OnChip {
   }
 
   const KernelArgs& args_;
-  const int batches_, held_, again_;  // again_: so many lose their places, and are read again
+  const int batches_, held_, again_;  // again_: so many of the others lose their places, and are read again
   int first_;                         // where load() begins: it asks for batches that come batches_ahead later
   int copied_ = 0, used_ = 0;         // the places of the next batch to copy and to use
   bool backwards_ = false;            // round the ring
   Steps loading_;
   const Data slots_;
+  typename Data::KeptPacks packs_[kMostKept + 1];  // C++ has no arrays of none
 };
 
 // ---- from sums to coefficients -----------------------------------------------------------------------------------
@@ -259,7 +280,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
       });
     }
   } else {
-    if (kBlocks == Blocks::kPersistent && turn.number > 0) await_readers(args);
+    if (kBlocks != Blocks::kOneTile && turn.number > 0) await_readers(args);
     const bool sliced = kRows && args.slices > 1, two_stages = args.cluster_size > 1 || sliced;
     if (two_stages) leave_totals<kRows, !kBackward, kVec, Acc>(args);
     if (args.cluster_size > 1) {
@@ -286,15 +307,21 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
 
+template <Blocks kBlocks>
+constexpr bool kAlone = kBlocks == Blocks::kKeeping || kBlocks == Blocks::kGrid;
+
 template <typename T, bool kRows, bool kWhole, Blocks kBlocks, bool kBackward>
 constexpr int kBlocksPerSm = count_on_chip_blocks(kBackward, sizeof(T), kRows, kWhole, kBlocks == Blocks::kPersistent,
-                                                  kBlocks == Blocks::kGrid, kDeviceArch);
+                                                  kAlone<kBlocks>, kDeviceArch);
+
+template <typename T, bool kRows, bool kWhole, Blocks kBlocks, int kTensors>
+constexpr int kMostKept = kAlone<kBlocks> ? most_kept_batches(sizeof(T), kRows, kWhole, kTensors, kDeviceArch) : 0;
 
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
 __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks, false>)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
-  using Data = OnChip<T, kVec, kRows, kWhole, 1>;
+  using Data = OnChip<T, kVec, kRows, kWhole, 1, kMostKept<T, kRows, kWhole, kBlocks, 1>>;
   constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
   count_batch(args, false);
@@ -337,7 +364,7 @@ template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
 __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks, true>)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
-  using Data = OnChip<T, kVec, kRows, kWhole, 2>;
+  using Data = OnChip<T, kVec, kRows, kWhole, 2, kMostKept<T, kRows, kWhole, kBlocks, 2>>;
   constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
   const TeamMeetings<kBlocks> meetings(args, turn);

@@ -18,6 +18,11 @@ class Slots {
     Pack<T, kVec> pack[kTensors][kOnChipBatch];
   };
 
+  // A batch's packs in registers for long: as words, since compilers would take halves apart.
+  struct KeptPacks {
+    Pack<uint32_t, 4> at[kTensors][kOnChipBatch];
+  };
+
   __device__ Slots()
       : own_(shared_address(static_cast<int>(threadIdx.x) * kPackBytes)),
         row_(static_cast<int>(blockDim.x) * kPackBytes) {
@@ -63,6 +68,23 @@ class Slots {
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) load_slot(found.pack[t][u], slot(step < last ? step : last, t));
     }
+    return found;
+  }
+
+  __device__ void read(int place, KeptPacks& packs) const {
+#pragma unroll
+    for (int u = 0; u < kOnChipBatch; ++u) {
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t) load_slot(packs.at[t][u], slot(place * kOnChipBatch + u, t));
+    }
+  }
+
+  // The steps before, whose packs these are.
+  __device__ static Batch kept(Steps& steps, const KeptPacks& packs) {
+    Batch found;
+    take<true>(steps, found.items);
+    static_assert(sizeof packs == sizeof found.pack);
+    memcpy(&found.pack, &packs, sizeof packs);
     return found;
   }
 

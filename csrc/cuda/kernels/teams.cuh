@@ -10,9 +10,9 @@
 
 namespace bnext::cuda {
 
-// Blocks with one tile; persistent ones, with one tile after the other, which keep more in registers; and those of a
-// grid: the same, and their teams meet.
-enum class Blocks { kOneTile, kPersistent, kGrid };
+// Blocks with one tile; persistent ones, with one tile after the other; persistent ones that are alone on an SM, whose
+// threads keep packs in registers; and those of a grid: the same, and their teams meet.
+enum class Blocks { kOneTile, kPersistent, kKeeping, kGrid };
 
 // What a block has to do now: its part of the slab that its team has now.
 struct Turn {
