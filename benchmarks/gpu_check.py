@@ -47,7 +47,7 @@ BENCHMARKS: tuple[tuple[str, ...], ...] = (
     ("--suite", "few-channels", "odd", "detection", *PASSES),
     ("--suite", "resnet50", "--batch", "256", *PASSES),
     ("--suite", "tiny", "--direction", "forward", "backward", "step", "inference"),
-    ("--suite", "resnet50", "--batch", "32", *PASSES, "--providers", "variants"),
+    ("--suite", "resnet50", "--batch", "32", "256", *PASSES, "--providers", "variants"),
     ("--suite", "resnet50", "--batch", "32", *PASSES, "--providers", "inductor"),
     ("--suite", "resnet50", "--batch", "32", "--direction", "step", "derivative", "inference"),
     ("--suite", "huge", "--dtype", "float16", *PASSES),

@@ -23,9 +23,10 @@ norm must.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import Tensor
 
 import bnext
 from benchmarks.checks import EPS, MOMENTUM, Tensors
-from benchmarks.shapes import FLOORS, Case
+from benchmarks.shapes import DTYPES, FLOORS, LAYOUTS, Case
 from bnext._extension import _C
 
 Results = dict[str, Tensor]
@@ -164,6 +165,15 @@ def set_environment(variable: str, value: str) -> None:
     _C.read_environment()
 
 
+def plan_texts(case: Case) -> list[str]:
+    """What bnext's CUDA kernels would do for a case on the current device, in words."""
+    x = torch.empty(case.shape[:4], dtype=DTYPES[case.dtype], device="meta")
+    x = x.contiguous(memory_format=LAYOUTS[case.layout])
+    plans = _C.cuda_plans(x, "cuda", "", case.direction != "inference")
+    one_pass = case.direction in ("forward", "backward")
+    return [p["text"] for p in plans if not one_pass or p["pass"] == case.direction]
+
+
 class Variant(Bnext):
     """bnext with an environment variable set that its CUDA plans heed, to see whether something
     else would be faster than what they choose."""
@@ -173,19 +183,28 @@ class Variant(Bnext):
         self.variable, self.value = variable, value
 
     def why_not(self, case: Case) -> str | None:
-        return None if case.device == "cuda" else "plans are of CUDA kernels"
+        if case.device != "cuda":
+            return "plans are of CUDA kernels"
+        usual = plan_texts(case)
+        with self.environment():
+            return "it plans the same" if plan_texts(case) == usual else None
+
+    @contextlib.contextmanager
+    def environment(self) -> Iterator[None]:
+        before = os.environ.get(self.variable, "")
+        set_environment(self.variable, self.value)
+        try:
+            yield
+        finally:
+            set_environment(self.variable, before)
 
     def prepare(self, case: Case, t: Tensors) -> Call:
         # The forward pass of a backward case comes from wherever: it is not what is measured.
         call = super().prepare(case, t)
 
         def varied() -> Any:
-            before = os.environ.get(self.variable, "")
-            set_environment(self.variable, self.value)
-            try:
+            with self.environment():
                 return call()
-            finally:
-                set_environment(self.variable, before)
 
         return varied
 

@@ -25,7 +25,7 @@ SHAPES += ((8, 16, 7, 7), (6, 2, 128, 128), (2, 300, 12, 12))
 # More channels, and more slabs of them, than GPUs run blocks: persistent ones have several.
 PERSISTENT_SHAPES = ((8, 12288, 14, 14),)
 # The same with more of a channel than a block has slots for: registers keep some.
-KEPT_SHAPES = ((2, 320, 144, 144),)
+KEPT_SHAPES = ((2, 320, 192, 192),)
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 

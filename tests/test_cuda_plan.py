@@ -252,7 +252,7 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
     # A place that is copied to is free: behind the one that is used come all others but one.
     assert 1 <= q.batches_ahead <= min(6, batches), text
     assert all_in_slots or q.batches_ahead < q.held_steps // 2, text
-    # Registers keep what is not in slots; when that is mapped, all copies have been asked for.
+    # Registers keep the first ones; when these are mapped, all copies have been asked for.
     assert 0 <= q.kept_batches <= 6 // tensors, text
     if q.kept_batches > 0:
         assert not all_in_slots and q.kept_batches + q.batches_ahead <= batches, text
@@ -325,6 +325,15 @@ def test_every_plan_is_legal(name: str, layout: str) -> None:
         check(auto, device, shape, dtype)
         check(streaming, device, shape, dtype)
         assert auto.microseconds <= streaming.microseconds
+        # Registers are for what is faster with them.
+        slots = plan(device, shape, dtype, layout, **request, registers_limit=simt.NEVER)
+        assert compared(auto) <= compared(slots)
+        if slots.family_chosen == GRID:
+            pair = [
+                plan(device, shape, dtype, layout, **request, family=GRID, registers_limit=limit)
+                for limit in (simt.WHERE_FASTER, simt.NEVER)
+            ]
+            assert pair[0].microseconds <= pair[1].microseconds
 
 
 def compared(q: Query) -> float:
@@ -462,7 +471,11 @@ def test_packs_in_registers() -> None:
     without = plan(h200, shape, backward=1, registers_limit=simt.NEVER)
     assert without.kept_batches == 0 and b"registers" not in without.text
     assert q.bytes_moved < without.bytes_moved and q.microseconds < without.microseconds
-    assert plan(h200, shape, backward=1, registers_limit=simt.ALWAYS).kept_batches > 0
+    # Blocks for one slab each keep none.
+    request = {"backward": 1, "family": RESIDENT}
+    for limit in (simt.NEVER, simt.WHERE_FASTER):
+        q = plan(h200, (2, 320, 144, 144), **request, persistent_limit=limit)
+        assert not q.has_error and (q.kept_batches > 0) == (limit == simt.WHERE_FASTER)
     # All of (32, 256, 56, 56) has room.
     assert plan(h200, (32, 256, 56, 56), backward=1).kept_batches == 0
     kept = set()
@@ -478,8 +491,6 @@ def test_packs_in_registers() -> None:
             check(found, DEVICES[name], other, dtype)
             if found.kept_batches > 0:
                 kept.add((side, layout, dtype.itemsize))
-        request["persistent_limit"] = simt.NEVER
-        assert plan(DEVICES[name], shape, dtype, **request, family=RESIDENT).kept_batches == 0
     # No planes that share packs, and no rows of halves.
     assert kept == {(56, "nchw", 4), (56, "nchw", 2)} | {
         (side, "channels_last", 4) for side in (55, 56)

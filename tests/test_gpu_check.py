@@ -156,7 +156,7 @@ def test_what_the_sanitizer_runs_is_persistent(environment: Callable[[str, str],
     """Where it should be, on every kind of device that has such blocks."""
     for name in ("BNEXT_CUDA_PERSISTENT", "BNEXT_CUDA_REGISTERS"):
         environment(name, "always")
-    kept = False
+    kept: set[tuple[str, str, torch.dtype]] = set()
     for run in sanitizer_run.RUNS:
         if run.persistent != "always":
             continue
@@ -166,8 +166,11 @@ def test_what_the_sanitizer_runs_is_persistent(environment: Callable[[str, str],
             x = torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
             for plan in _C.cuda_plans(x, device, run.family, True):
                 assert plan["persistent"] or plan["error"], (device, plan["text"])
-                kept |= " in registers" in plan["text"]
-    assert kept
+                if " in registers" in plan["text"]:
+                    kept.add((device, plan["pass"], dtype))
+    for device in ("h100", "h200"):
+        assert {(device, "forward", torch.float32), (device, "backward", torch.float32)} < kept
+        assert (device, "backward", torch.float16) in kept
 
 
 def test_tests_that_are_all_skipped_are_no_success(
@@ -303,7 +306,26 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         assert seen == [("op_forward", usual), ("op_backward", value)]
         assert read == [value, usual]
-        assert os.environ[variable] == usual
+
+
+def test_a_variant_with_the_same_plan_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, environment: Callable[[str, str], None]
+) -> None:
+    planned = _C.cuda_plans
+    monkeypatch.setattr(
+        providers._C, "cuda_plans", lambda x, _, *options: planned(x, "h200", *options)
+    )
+    environment("BNEXT_CUDA_REGISTERS", "1")
+    (variant,) = (v for v in (kind() for kind in providers.VARIANTS) if v.name == "bnext-slots")
+    for batch, direction, reason in (
+        (256, "backward", None),
+        (32, "backward", "it plans the same"),
+        (256, "inference", "it plans the same"),
+    ):
+        shape = shapes.Shape(batch, 256, 56, 56)
+        case = shapes.Case("resnet50", shape, direction=direction, device="cuda")
+        assert variant.why_not(case) == reason
+        assert os.environ["BNEXT_CUDA_REGISTERS"] == "1"
 
 
 def test_over_floor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,6 +196,7 @@ cudaError_t run_family(const Stages& stages, const Plan& plan, cudaStream_t stre
     const KernelArgs& args = stages.apply;
     if (plan.family == Family::kGrid) return run_on_chip<T, kVec, kRows, kWhole, Blocks::kGrid>(args, plan, stream);
     if (plan.on_chip) {
+      // Instances are the same for all architectures: those that the latest has a use for.
       if constexpr (most_kept_batches(sizeof(T), kRows, kWhole, 1, kClusterArch) > 0) {
         if (plan.kept_batches > 0) return run_on_chip<T, kVec, kRows, kWhole, Blocks::kKeeping>(args, plan, stream);
       }

@@ -75,6 +75,7 @@ struct Limits {
   // They hold their SMs until all slabs are done. (A grid's always are.)
   Choice persistent = Choice::kWhereFaster;
   // Threads keep packs in registers that have no room in shared memory: those of persistent blocks, and of grids.
+  // kAlways: of these, only such as do, wherever the kernels can.
   Choice registers = Choice::kWhereFaster;
   bool overlap = true;  // kernels of a pass may begin before those before them have ended
   bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same

@@ -65,9 +65,10 @@ void hold(int64_t shared_bytes, int most, Plan& plan) {
   const int held = on_chip_batches(plan.held_steps);
   const bool all_held = plan.held_steps >= plan.num_steps;
   plan.batches_ahead = std::min(kMostGroups, all_held ? held : held - 1);
-  // When they are mapped, all copies that are ahead have been asked for, each behind a batch in the slots.
-  const int others = on_chip_batches(plan.num_steps) - plan.batches_ahead;
-  plan.kept_batches = all_held ? 0 : std::min(most, others);
+  // When they are mapped, all copies that are ahead have been asked for, each behind a batch in the slots. More may be
+  // kept than have no slot: then the next slab's copies begin the earlier.
+  const int not_needed = on_chip_batches(plan.num_steps) - plan.batches_ahead;
+  plan.kept_batches = all_held ? 0 : std::min(most, not_needed);
   set_step(plan, at_once);
 }
 
@@ -203,7 +204,7 @@ struct Search {
     }
   }
 
-  void try_blocks(const Plan& walk, bool persistent, bool keeps = false) {
+  void try_blocks(const Plan& walk, bool persistent, bool keeps) {
     const int64_t shared_bytes = device.shared_bytes_opt_in;
     try_team(walk, {Family::kResident, 1, 0, shared_bytes, persistent, keeps}, kMaxOnChipThreads);
     if (limits.family == Family::kAuto && !limits.clusters) return;
@@ -212,28 +213,28 @@ struct Search {
     }
   }
 
-  void try_grids(const Plan& walk, int per_sm) {
+  void try_grids(const Plan& walk, int per_sm, bool keeps) {
     const int64_t all = int64_t{per_sm} * device.num_sms, shared_bytes = grid_shared_bytes(device, per_sm);
     for (int64_t most : kTeams) {
       // Fewer teams where they take as many turns.
       const int64_t turns = ceil_div(walk.num_slabs, most), teams = ceil_div(walk.num_slabs, turns);
       const int64_t blocks = limits.team != 0 ? limits.team : std::min(all / teams, walk.num_items);
       if (teams * blocks > all || blocks < 1) return;
-      const bool keeps = limits.registers != Choice::kNever;
       try_team(walk, {Family::kGrid, blocks, teams, shared_bytes, false, keeps}, kMaxOnChipThreads / per_sm);
       if (turns == 1) return;
     }
   }
 
   void try_walk(const Plan& walk) {
-    if (limits.persistent != Choice::kAlways) try_blocks(walk, false);
-    const bool may_keep = limits.registers != Choice::kNever && most_kept(walk, device.arch) > 0;
-    if (limits.persistent != Choice::kNever) {
-      if (!may_keep || limits.registers != Choice::kAlways) try_blocks(walk, true);
-      if (may_keep) try_blocks(walk, true, true);
+    const bool can_keep = limits.registers != Choice::kNever && most_kept(walk, device.arch) > 0;
+    const bool must_keep = can_keep && limits.registers == Choice::kAlways;
+    const bool grids = limits.family != Family::kAuto || (limits.grid && device.cooperative);
+    if (limits.persistent != Choice::kAlways) try_blocks(walk, false, false);
+    for (bool keeps : {false, true}) {
+      if (keeps ? !can_keep : must_keep) continue;
+      if (limits.persistent != Choice::kNever) try_blocks(walk, true, keeps);
+      for (int per_sm = 1; grids && per_sm <= kGridBlocksPerSm; ++per_sm) try_grids(walk, per_sm, keeps);
     }
-    if (limits.family == Family::kAuto && (!limits.grid || !device.cooperative)) return;
-    for (int per_sm = 1; per_sm <= kGridBlocksPerSm; ++per_sm) try_grids(walk, per_sm);
   }
 };
 

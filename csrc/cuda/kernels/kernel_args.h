@@ -35,7 +35,8 @@ constexpr int64_t kReservedSharedBytes = 1 << 10;    // of each block, by the dr
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
 // Batches of which a thread can keep the packs in registers, in 48 of the 128 that it has in such a block, where ptxas
-// does not spill for it. Rows of halves need those for their sums, and a grid's rows before sm_90 more than there are.
+// does not spill for it. Rows of halves need those for their sums, and a grid's rows before sm_90 more than there are;
+// planes that share packs have masks as well.
 BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, bool whole_packs, int tensors,
                                                   int arch) {
   return !whole_packs || (rows && (element_bytes == 2 || arch < 90)) ? 0 : 6 / tensors;

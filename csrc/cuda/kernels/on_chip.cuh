@@ -113,7 +113,8 @@ class OnChip {
   }
 
   const KernelArgs& args_;
-  const int batches_, held_, again_;  // again_: so many of the others lose their places, and are read again
+  const int batches_, held_, again_;  // again_: so many of the others lose their places, and are read again;
+                                      // or less than 0
   int first_;                         // where load() begins: it asks for batches that come batches_ahead later
   int copied_ = 0, used_ = 0;         // the places of the next batch to copy and to use
   bool backwards_ = false;            // round the ring
