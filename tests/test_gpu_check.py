@@ -306,6 +306,7 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
         call()
         assert seen == [("op_forward", usual), ("op_backward", value)]
         assert read == [value, usual]
+        assert os.environ[variable] == usual
 
 
 def test_a_variant_with_the_same_plan_is_not_timed(
