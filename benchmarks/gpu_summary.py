@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from xml.etree import ElementTree
 
-import torch
-
-from benchmarks.shapes import DTYPES, FLOOR_NAMES, LAYOUTS, is_peer
+from benchmarks.shapes import FLOOR_NAMES, is_peer, meta_input
 from benchmarks.timing import geomean
 
 PLAN_FOR = "cuda"  # the device that families are asked for
@@ -173,8 +171,7 @@ def families(rows: Iterable[dict[str, Any]]) -> str:
     keys = {(*(row[k] for k in "NCHW"), row["dtype"], row["layout"]) for row in rows}
     chosen: dict[tuple[str, str, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for *shape, dtype, layout in keys:
-        x = torch.empty(shape, dtype=DTYPES[dtype], device="meta", memory_format=LAYOUTS[layout])
-        for plan in _C.cuda_plans(x, PLAN_FOR, "", True):
+        for plan in _C.cuda_plans(meta_input(shape, dtype, layout), PLAN_FOR, "", True):
             chosen[plan["pass"], layout, dtype][plan["family"]] += 1
     lines = [
         (*group, ", ".join(f"{name} {n}" for name, n in sorted(found.items())))
@@ -216,8 +213,7 @@ def over_floor(rows: Iterable[dict[str, Any]]) -> str:
             continue
         if row["direction"] not in HEADLINES[:2]:
             continue
-        x = torch.empty([row[k] for k in "NCHW"], dtype=DTYPES[row["dtype"]], device="meta")
-        x = x.contiguous(memory_format=LAYOUTS[row["layout"]])
+        x = meta_input([row[k] for k in "NCHW"], row["dtype"], row["layout"])
         plans = _C.cuda_plans(x, PLAN_FOR, family, True)
         plan = next(p for p in plans if p["pass"] == row["direction"])
         all_kept = plan["bytes_moved"] == plan["bytes_min"]

@@ -14,10 +14,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import results
-from benchmarks.shapes import DTYPES, LAYOUTS, SUITES, Shape, is_peer
+from benchmarks.shapes import DTYPES, LAYOUTS, SUITES, Shape, is_peer, meta_input
 from bnext._extension import _C
 
 IN_TABLE = ((64, 112), (64, 56), (256, 56), (512, 28), (1024, 14), (2048, 7))
@@ -30,8 +28,8 @@ LARGE, AIM = 25e6, 1.15
 def plan(device: str, shape: Shape, case: tuple[str, str, str], family: str) -> dict[str, Any]:
     """What cuda_plans says of one direction, dtype and layout; `time` is over the floor's."""
     direction, dtype, layout = case
-    x = torch.empty(shape[:4], dtype=DTYPES[dtype], device="meta")
-    plans = _C.cuda_plans(x.contiguous(memory_format=LAYOUTS[layout]), device, family, True)
+    x = meta_input(shape[:4], dtype, layout)
+    plans = _C.cuda_plans(x, device, family, True)
     (found,) = (p for p in plans if p["pass"] == direction)
     moved = found["bytes_moved"] / (shape.numel * x.element_size())
     return found | {"time": found["microseconds"] / found["microseconds_min"], "T": moved}

@@ -36,7 +36,7 @@ from torch import Tensor
 
 import bnext
 from benchmarks.checks import EPS, MOMENTUM, Tensors
-from benchmarks.shapes import DTYPES, FLOORS, LAYOUTS, Case
+from benchmarks.shapes import FLOORS, Case, meta_input
 from bnext._extension import _C
 
 Results = dict[str, Tensor]
@@ -167,8 +167,7 @@ def set_environment(variable: str, value: str) -> None:
 
 def plan_texts(case: Case) -> list[str]:
     """What bnext's CUDA kernels would do for a case on the current device, in words."""
-    x = torch.empty(case.shape[:4], dtype=DTYPES[case.dtype], device="meta")
-    x = x.contiguous(memory_format=LAYOUTS[case.layout])
+    x = meta_input(case.shape[:4], case.dtype, case.layout)
     plans = _C.cuda_plans(x, "cuda", "", case.direction != "inference")
     one_pass = case.direction in ("forward", "backward")
     return [p["text"] for p in plans if not one_pass or p["pass"] == case.direction]

@@ -19,6 +19,12 @@ DTYPES = {
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
+def meta_input(size: Sequence[int], dtype: str, layout: str) -> torch.Tensor:
+    """An input without data, to ask for plans."""
+    x = torch.empty(size, dtype=DTYPES[dtype], device="meta")
+    return x.contiguous(memory_format=LAYOUTS[layout])
+
+
 class Shape(NamedTuple):
     """A batch-norm input, and how often it occurs in the network of its suite."""
 
