@@ -364,7 +364,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_
 std::string explain_cpu(const at::Tensor& input) {
   check_input(input);
   View x;
-  return cpu::explain(make_geometry(sizes_of(input), dtype_of(input), {read_layout(input)}, {&x}));
+  const Geometry geometry = make_geometry(sizes_of(input), dtype_of(input), {read_layout(input)}, {&x});
+  return cpu::explain(geometry, x);
 }
 
 std::vector<std::pair<std::string, double>> cuda_device(const std::string& name) {

@@ -85,14 +85,20 @@ def test_variance(dtypes: str, layout: str) -> None:
 
 
 class Errors:
-    """The worst error of a tensor against float64, relative to each channel's largest value."""
+    """The worst error of a tensor against float64, relative to each channel's largest value.
 
-    def __init__(self, want: Tensor, dtype: torch.dtype) -> None:
+    `terms`: what the tensor is a sum of. The error of a sum whose terms cancel is relative to what
+    they come to as a rule, the root of the sum of their squares: of the sum itself it would be
+    any multiple, and chance would say whose is larger.
+    """
+
+    def __init__(self, want: Tensor, dtype: torch.dtype, terms: Tensor | None = None) -> None:
         self.want = want
         wide = want if want.dim() == 4 else want.view(1, -1, 1, 1)
-        self.scale = (
-            wide.abs().amax((0, 2, 3), keepdim=True).clamp_min(1e-300).view_as(wide[:1, :, :1, :1])
-        )
+        self.scale = wide.abs().amax((0, 2, 3), keepdim=True).clamp_min(1e-300)
+        if terms is not None:
+            usual = terms.square().sum((0, 2, 3), keepdim=True).sqrt()
+            self.scale = self.scale.maximum(usual)
         # Rounding the exact result: less than this is not in anybody's power.
         rounding = reference.rounding(wide, dtype)
         self.floor = (rounding / self.scale).max().item()
@@ -126,9 +132,18 @@ def compare_with_pytorch(case: cases.Case, eps: float, label: str) -> None:
     }
     if case.training:
         want.update(running_mean=forward.running_mean.value, running_var=forward.running_var.value)
+    dy, x = case.grad_output.double(), case.input.double()
+    if case.training:
+        mean, var, _ = reference.batch_statistics(x)
+    else:
+        mean, var = (
+            reference.per_channel(case.arguments[n].double())
+            for n in ("running_mean", "running_var")
+        )
+    terms = {"dweight": dy * (x - mean) * (var + eps).rsqrt(), "dbias": dy}
     ours, theirs = (results(call, case, eps) for call in (bnext.batchnorm2d, F.batch_norm))
     for name, value in want.items():
-        errors = Errors(value, ours[name].dtype)
+        errors = Errors(value, ours[name].dtype, terms.get(name))
         mine, yours = errors.of(ours[name]), errors.of(theirs[name])
         allowed = max(TIMES_PYTORCH * yours, errors.floor)
         assert mine <= allowed, f"{label}: {name} is off by {mine:.3g}, PyTorch by {yours:.3g}"

@@ -137,11 +137,15 @@ def test_every_misalignment(dtypes: str, offset: int, device: str) -> None:
         check_gradients(shifted, f"offset {offset}")
 
 
-def test_one_channel_is_no_row() -> None:
-    """Its positions lie apart, whichever dimension is called the innermost."""
-    x = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
-    assert "rows" in bnext.explain(x[:, :2], "cpu")
-    assert "planes (strided positions)" in bnext.explain(x[:, :1], "cpu")
+@pytest.mark.parametrize(
+    ("channels", "of", "is_row"),
+    [(1, 4, False), (3, 3, True), (3, 4, False), (3, 32, True), (4, 8, True)],
+)
+def test_few_channels_are_no_row(channels: int, of: int, is_row: bool) -> None:
+    """Three of four are taken one by one; but not where none lie between, or many do."""
+    x = torch.randn(2, of, 5, 6).contiguous(memory_format=torch.channels_last)[:, :channels]
+    walk = "rows" if is_row else "planes (strided positions)"
+    assert walk in bnext.explain(x, "cpu")
 
 
 @pytest.mark.parametrize("channels", range(1, 35))
@@ -151,7 +155,7 @@ def test_every_channel_count(channels: int, device: str) -> None:
         for shape in ((5, channels, 3, 1), (2, 3, 1, channels), (3, channels, 5, 7)):
             if shape[0] * shape[2] * shape[3] == 1:
                 continue
-            for dtypes in ("float32", "float16"):
+            for dtypes in ("float32", "float16", "bfloat16"):
                 options = {"layout": layout, "grad_layout": layout, "device": device}
                 case = cases.make_case(shape, dtypes, **options)
                 check_forward(case, f"{shape} {layout}")

@@ -43,13 +43,14 @@ void store_channel(const ChannelVector& v, int64_t c, double value) {
   }
 }
 
-// Where backward sums are centred: the mean, or what bfloat16 has next to it; see KernelTable.
+// Where backward sums are centred: the mean, or what 16 bits have next to it; see KernelTable.
 double backward_pivot(DType dtype, double mean) {
-  return dtype == DType::kBFloat16 ? to_float(to_bfloat16(static_cast<float>(mean))) : mean;
+  if (dtype == DType::kBFloat16) return to_float(to_bfloat16(static_cast<float>(mean)));
+  return dtype == DType::kFloat16 ? to_float(to_float16(static_cast<float>(mean))) : mean;
 }
 
-// Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For the float32
-// sums of bfloat16 it must not be an outlier, so it is the median of the first, the middle and the last one.
+// Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For float32 sums,
+// of 16-bit elements, it must not be an outlier, so it is the median of the first, the middle and the last one.
 double forward_pivot(const Geometry& g, const View& x, int64_t c) {
   auto element = [&](int64_t i) {
     const int64_t i2 = i % g.size[2], i1 = i / g.size[2] % g.size[1], i0 = i / g.size[2] / g.size[1];
@@ -58,7 +59,7 @@ double forward_pivot(const Geometry& g, const View& x, int64_t c) {
     return std::isfinite(value) ? value : 0.0;
   };
   const double first = element(0);
-  if (g.dtype != DType::kBFloat16) return first;
+  if (dtype_bytes(g.dtype) > 2) return first;
   const int64_t m = g.num_positions();
   const double middle = element(m / 2), last = element(m - 1);
   return std::max(std::min(first, middle), std::min(std::max(first, middle), last));
@@ -150,7 +151,7 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
 }  // namespace
 
 void forward(const ForwardProblem& problem) {
-  const Geometry& g = problem.geometry;
+  const Geometry g = choose_walk(problem.geometry, {&problem.x, &problem.y});
   const Partition p(g, {&problem.x, &problem.y});
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
@@ -223,7 +224,7 @@ void forward(const ForwardProblem& problem) {
 }
 
 void backward(const BackwardProblem& problem) {
-  const Geometry& g = problem.geometry;
+  const Geometry g = choose_walk(problem.geometry, {&problem.x, &problem.dy, &problem.dx});
   const Partition p(g, {&problem.x, &problem.dy, &problem.dx});
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
@@ -294,7 +295,8 @@ void backward(const BackwardProblem& problem) {
   p.for_each_channel([&](int64_t c) { finish(c, 0); });
 }
 
-std::string explain(const Geometry& g) {
+std::string explain(const Geometry& geometry, const View& x) {
+  const Geometry g = choose_walk(geometry, {&x});
   std::string text = g.walk == Walk::kPlanes ? "planes" : "rows";
   if (g.walk == Walk::kPlanes) {
     text += g.unit_stride ? " (positions of a channel are adjacent, as in NCHW)" : " (strided positions)";

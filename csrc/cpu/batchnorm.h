@@ -11,6 +11,6 @@ void forward(const ForwardProblem& problem);
 void backward(const BackwardProblem& problem);
 
 // Which inner loops a geometry gets, in words.
-std::string explain(const Geometry& geometry);
+std::string explain(const Geometry& geometry, const View& x);
 
 }  // namespace bnext::cpu

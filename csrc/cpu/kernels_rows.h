@@ -4,14 +4,15 @@
 
 // Vectors of channels in registers: two sums and a pivot, or four coefficients, for each. A Split is two.
 template <typename T>
-constexpr int kColumns = (BNEXT_ISA_LEVEL == 2 ? 4 : 2) / (kIsSplit<T> ? 2 : 1);
+constexpr int kColumns = (kLongVectors ? 4 : 2) / (kIsSplit<T> ? 2 : 1);
 
 // Rows of one pass. The more, the less often the numbers of the channels are loaded; but memory is read best in its
-// order, and rows of a pass are read side by side. Sums of 25088 x 128 float32, 2 threads: 0.60 ms with 1 row, 0.69
-// with 2.
-constexpr int64_t kSumPassBytes = 256;
+// order, and rows of a pass are read side by side. Where vectors are long, that decides: sums of 25088 x 128 float32, 2
+// threads, AVX-512, take 0.60 ms with 1 row and 0.69 with 2. With AVX2 arithmetic does: of 100352 x 64, 5.3 ms with 1
+// row and 3.3 with 8.
+constexpr int64_t kSumPassBytes = kLongVectors ? 256 : int64_t{8} << 10;
 template <typename T>
-constexpr int64_t kApplyPassBytes = int64_t{kIsSplit<T> ? 4 : 1} << 10;
+constexpr int64_t kApplyPassBytes = int64_t{kIsHalf<T> ? 4 : 1} << 10;
 // Of a row, what a block has of it.
 template <typename T>
 BNEXT_INLINE int64_t row_bytes(const Block& block) {
@@ -23,23 +24,25 @@ BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
   return rows >= kMaxPassRows ? kMaxPassRows : rows <= least ? least : static_cast<int>(rows);
 }
 
-// The sums of bfloat16 cost most when they leave float32. Eight rows are summed before they do: in registers, as one
-// pass, or where rows are wide one by one, in the nearest cache. Few rows leave it each: what rounding takes from a
-// float32 sum of eight terms shows when there are not many more.
+// The sums of 16-bit elements cost most when they leave float32. Eight rows are summed before they do: in registers, as
+// one pass, or, with long vectors and wide rows, one by one, in the nearest cache. Few rows leave it each: what
+// rounding takes from a float32 sum of eight terms shows when there are not many more.
 constexpr int64_t kFewPositions = 64, kWideRowBytes = 512;
+template <typename T>
+constexpr bool kMayGroup = kIsHalf<T> && kLongVectors;
 template <typename T>
 BNEXT_INLINE bool sums_in_groups(const Geometry& g, const Block& block) {
   return g.num_positions() > kFewPositions && row_bytes<T>(block) >= kWideRowBytes;
 }
 template <typename T>
 BNEXT_INLINE int rows_per_sum(const Geometry& g, const Block& block) {
-  if constexpr (kIsSplit<T>) return g.num_positions() <= kFewPositions ? 1 : kGroup;
+  if constexpr (kIsHalf<T>) return g.num_positions() <= kFewPositions ? 1 : kGroup;
   return clamp_rows(kSumPassBytes / row_bytes<T>(block), 1);
 }
 
 template <typename T>
 BNEXT_INLINE int rows_per_apply(const Block& block) {
-  return clamp_rows(kApplyPassBytes<T> / row_bytes<T>(block), kIsSplit<T> ? 2 : 1);
+  return clamp_rows(kApplyPassBytes<T> / row_bytes<T>(block), kIsHalf<T> ? 2 : 1);
 }
 
 // Rows from one to that which is asked for: at least a pass. For reading, kAheadBytes as in planes.
@@ -121,10 +124,8 @@ class RowSums {
 
  private:
   static BNEXT_INLINE void move(float* from, double* to) {
-    const WideFloats zero{};
-    add_to_sums(to, load_numbers<Split>(from));
-    __builtin_memcpy(from, &zero, sizeof zero);
-    __builtin_memcpy(from + 2 * kDoubles, &zero, sizeof zero);
+    add_to_sums(to, load_numbers<Term<T>>(from));
+    __builtin_memset(from, 0, kLanes<T> * sizeof(float));
   }
 
   double *a_, *b_;
@@ -216,7 +217,7 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
 
 template <typename T>
 void moments_rows(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
-  if constexpr (kIsSplit<T>) {
+  if constexpr (kMayGroup<T>) {
     if (sums_in_groups<T>(g, block)) return moments_in_passes<T, true>(g, x, block, pivots, s1, s2, 1);
   }
   moments_in_passes<T>(g, x, block, pivots, s1, s2, rows_per_sum<T>(g, block));
@@ -225,7 +226,7 @@ void moments_rows(const Geometry& g, const View& x, Block block, const void* piv
 template <typename T>
 void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
                         double* sum_dy, double* sum_dy_xmp) {
-  if constexpr (kIsSplit<T>) {
+  if constexpr (kMayGroup<T>) {
     if (sums_in_groups<T>(g, block))
       return backward_sums_in_passes<T, true>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, 1);
   }

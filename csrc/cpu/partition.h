@@ -36,6 +36,28 @@ static_assert(kMaxRowChannels % kMaxLanes == 0, "blocks of rows are made of whol
 constexpr int64_t kRunBytes = int64_t{8} << 10, kMinRunBytes = int64_t{2} << 10;
 constexpr int64_t kBlockBytes = int64_t{512} << 10;
 
+// Rows of so few channels fill no vector, and if they begin so close to each other, a line of the cache has several.
+constexpr int64_t kFewChannels = 3, kCloseRowsBytes = 32;
+
+// Whether rows follow one another without a gap, in all views that are given.
+inline bool has_dense_rows(const Geometry& g, std::initializer_list<const View*> views) {
+  bool dense = g.walk == Walk::kRows && g.unit_stride && g.size[0] == 1 && g.size[1] == 1;
+  for (const View* view : views) dense = dense && (view->data == nullptr || view->stride[2] == g.num_channels);
+  return dense;
+}
+
+// The walk that is fastest here. Two or three channels with gaps between the rows, as RGB without A: each channel by
+// itself, one element at a time. AVX2, float32, backward of 3 of 4 channels: 6.8 -> 4.4 ms.
+inline Geometry choose_walk(Geometry g, std::initializer_list<const View*> views) {
+  bool alone = g.walk == Walk::kRows && g.num_channels <= kFewChannels && !has_dense_rows(g, views);
+  for (const View* view : views) alone = alone && view->stride[2] * dtype_bytes(g.dtype) <= kCloseRowsBytes;
+  if (alone) {
+    g.walk = Walk::kPlanes;
+    g.unit_stride = false;
+  }
+  return g;
+}
+
 class Partition {
  public:
   Partition(const Geometry& geometry, std::initializer_list<const View*> views) : geometry_(geometry) {
@@ -56,9 +78,7 @@ class Partition {
       chunk_ = inner < kBlockElements ? kBlockElements / inner * inner : kBlockElements;  // whole runs
     }
     // Dense rows that do not fill vectors: `fold` of them make one row of channels * fold.
-    bool dense = rows && geometry.unit_stride && geometry.size[0] == 1 && geometry.size[1] == 1;
-    for (const View* view : views) dense = dense && (view->data == nullptr || view->stride[2] == channels);
-    if (dense && channels % kLaneChannels != 0) {
+    if (has_dense_rows(geometry, views) && channels % kLaneChannels != 0) {
       const int64_t step = kLaneChannels / std::gcd(kLaneChannels, channels);
       const int64_t fold = step * ceil_div(kWideRow, step * channels);
       if (fold * channels <= kMaxRowChannels) fold_ = fold;

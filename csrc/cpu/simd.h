@@ -8,6 +8,8 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;  // without AVX the compiler splits it in two: more instructions in flight
 #endif
 constexpr int kDoubles = kVectorBytes / 8;
+// Arithmetic on vectors this long is hardly ever what limits a loop, and their ends are masked at no cost.
+constexpr bool kLongVectors = BNEXT_ISA_LEVEL == 2;
 
 template <typename E, int W>
 struct VecOf {
@@ -35,11 +37,10 @@ BNEXT_INLINE To bit_cast(From from) {
 
 using Doubles = Vec<double, kDoubles>;
 using Floats = Vec<float, kDoubles>;
-using Halves = Vec<uint16_t, kDoubles>;
 // Twice as many: a full vector of floats, for what writes 16-bit elements.
 using WideFloats = Vec<float, 2 * kDoubles>;
 using WideWords = Vec<uint32_t, 2 * kDoubles>;
-using WideHalves = Vec<uint16_t, 2 * kDoubles>;
+using Halves = Vec<uint16_t, 2 * kDoubles>;
 
 // Conversions of whole vectors. GCC does __builtin_convertvector in halves and puts them together again, which costs
 // twice the one instruction that there is.
@@ -85,6 +86,12 @@ struct Whole {};
 
 #if BNEXT_ISA_LEVEL == 2
 BNEXT_INLINE uint32_t lane_mask(int64_t count) { return (uint32_t{1} << count) - 1; }
+#elif BNEXT_ISA_LEVEL == 1
+// The first `count` of eight 32-bit words, of none to all.
+BNEXT_INLINE __m256i word_mask(int64_t count) {
+  alignas(64) static constexpr int32_t kOnesAndZeros[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return load_raw<__m256i>(kOnesAndZeros + 8 - count);
+}
 #endif
 
 // R is a vector of E, or of the bits of E.
@@ -101,13 +108,29 @@ BNEXT_INLINE R load_lanes(const E* p, int64_t count) {
     if constexpr (sizeof(E) == 8) return bit_cast<R>(_mm512_maskz_loadu_epi64(static_cast<__mmask8>(mask), p));
     if constexpr (sizeof(E) == 4) return bit_cast<R>(_mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), p));
     if constexpr (sizeof(E) == 2) return bit_cast<R>(_mm512_maskz_loadu_epi16(mask, p));
-  } else if constexpr (sizeof(R) == 32) {
+  } else {
+    static_assert(sizeof(R) == 32);
     if constexpr (sizeof(E) == 4) return bit_cast<R>(_mm256_maskz_loadu_epi32(static_cast<__mmask8>(mask), p));
     if constexpr (sizeof(E) == 2) return bit_cast<R>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), p));
-  } else {
-    static_assert(sizeof(R) == 16 && sizeof(E) == 2);
-    return bit_cast<R>(_mm_maskz_loadu_epi16(static_cast<__mmask8>(mask), p));
   }
+#elif BNEXT_ISA_LEVEL == 1
+  const int64_t words = count * static_cast<int64_t>(sizeof(E)) / 4;
+  const __m256i mask = word_mask(words);
+  const auto* from = reinterpret_cast<const int*>(p);
+  __m256i bits;
+  if constexpr (sizeof(R) == 32) {
+    bits = _mm256_maskload_epi32(from, mask);
+  } else {
+    static_assert(sizeof(R) == 16);
+    bits = _mm256_castsi128_si256(_mm_maskload_epi32(from, _mm256_castsi256_si128(mask)));
+  }
+  if constexpr (sizeof(E) == 2) {  // the one behind whole words, if any
+    const int last = count % 2 != 0 ? load_raw<uint16_t>(p + count - 1) : 0;
+    const __m256i where = _mm256_andnot_si256(mask, word_mask(words + 1));
+    bits = _mm256_or_si256(bits, _mm256_and_si256(_mm256_set1_epi32(last), where));
+  }
+  if constexpr (sizeof(R) == 32) return bit_cast<R>(bits);
+  if constexpr (sizeof(R) == 16) return bit_cast<R>(_mm256_castsi256_si128(bits));
 #else
   E some[sizeof(R) / sizeof(E)] = {};
   for (int64_t i = 0; i < count; ++i) some[i] = p[i];
@@ -132,9 +155,18 @@ BNEXT_INLINE void store_lanes(E* p, R bits, int64_t count) {
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), bit_cast<__m256i>(bits));
   }
 #else
-  E some[sizeof(R) / sizeof(E)];
+  // In pieces of half the vector, a quarter, and so on: each lies within what was just written, so that the processor
+  // hands it on without waiting for memory.
+  constexpr int64_t kAll = sizeof(R) / sizeof(E);
+  E some[kAll];
   __builtin_memcpy(some, &bits, sizeof bits);
-  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+  int64_t done = 0;
+#pragma GCC unroll 4
+  for (int64_t piece = kAll / 2; piece > 0; piece /= 2) {
+    if ((count & piece) == 0) continue;
+    __builtin_memcpy(p + done, some + done, piece * sizeof(E));
+    done += piece;
+  }
 #endif
 }
 
@@ -173,18 +205,7 @@ BNEXT_INLINE Split keep_lanes(Split v, int64_t count) {
 BNEXT_INLINE Split decode(const BFloat16*, WideWords bits) {
   return {bit_cast<WideFloats>(bits << 16), bit_cast<WideFloats>(bits & 0xffff0000)};
 }
-BNEXT_INLINE Floats decode(const Float16*, Halves bits) {
-#if BNEXT_ISA_LEVEL == 2
-  return bit_cast<Floats>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
-#elif BNEXT_ISA_LEVEL == 1
-  return bit_cast<Floats>(_mm_cvtph_ps(_mm_cvtsi64_si128(bit_cast<int64_t>(bits))));
-#else
-  Floats v;
-  for (int i = 0; i < kDoubles; ++i) v[i] = to_float(Float16{bits[i]});
-  return v;
-#endif
-}
-BNEXT_INLINE WideFloats decode(const Float16*, WideHalves bits) {
+BNEXT_INLINE WideFloats decode(const Float16*, Halves bits) {
 #if BNEXT_ISA_LEVEL == 2
   return bit_cast<WideFloats>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
 #elif BNEXT_ISA_LEVEL == 1
@@ -206,7 +227,7 @@ using Value =
 template <typename T>
 using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
-using Bits = std::conditional_t<kIsSplit<T>, WideWords, std::conditional_t<sizeof(T) == 2, WideHalves, Value<T>>>;
+using Bits = std::conditional_t<kIsSplit<T>, WideWords, std::conditional_t<sizeof(T) == 2, Halves, Value<T>>>;
 template <typename T>
 constexpr int64_t kLanes = sizeof(Bits<T>) / sizeof(T);
 
@@ -219,21 +240,21 @@ BNEXT_INLINE Value<T> load_value(const T* p, Count count) {
   }
 }
 
-// What sums are made of: float64, so that they are as good as exact. The terms of bfloat16 have few bits, and groups of
-// them are summed in float32; see Total.
+// What sums are made of: float64, so that they are as good as exact. Terms of 16-bit elements have few bits, and groups
+// of them are summed in float32; see Total.
 template <typename T>
-using Term = std::conditional_t<kIsSplit<T>, Split, Doubles>;
+constexpr bool kIsHalf = sizeof(T) == 2;
 template <typename T>
-using TermScalar = std::conditional_t<kIsSplit<T>, float, double>;
+using Term = std::conditional_t<kIsHalf<T>, Value<T>, Doubles>;
 template <typename T>
-constexpr int64_t kTermLanes = kIsSplit<T> ? kLanes<T> : kDoubles;
+using TermScalar = std::conditional_t<kIsHalf<T>, float, double>;
+template <typename T>
+constexpr int64_t kTermLanes = kIsHalf<T> ? kLanes<T> : kDoubles;
 
 template <typename T, typename Count>
 BNEXT_INLINE Term<T> load_term(const T* p, Count count) {
   if constexpr (std::is_same_v<T, float>) {
     return widen(load_lanes<Floats>(p, count));
-  } else if constexpr (std::is_same_v<T, Float16>) {
-    return widen(decode(p, load_lanes<Halves>(p, count)));
   } else {
     return load_value(p, count);
   }
@@ -287,7 +308,7 @@ BNEXT_INLINE auto encode(Value<T> v) {
 #elif BNEXT_ISA_LEVEL == 1
     return _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-    WideHalves half;
+    Halves half;
     for (int i = 0; i < 2 * kDoubles; ++i) half[i] = to_float16(v[i]).bits;
     return half;
 #endif
@@ -340,6 +361,11 @@ BNEXT_INLINE void for_each_doubles(Doubles v, F f) {
   f(0, v);
 }
 template <typename F>
+BNEXT_INLINE void for_each_doubles(WideFloats v, F f) {
+  f(0, widen(low_half(v)));
+  f(1, widen(high_half(v)));
+}
+template <typename F>
 BNEXT_INLINE void for_each_doubles(Split v, F f) {
   f(0, widen(low_half(v.even)));
   f(1, widen(high_half(v.even)));
@@ -356,15 +382,18 @@ BNEXT_INLINE void add_to_sums(double* to, V v) {
   });
 }
 
-// to[lane] += v, in float32.
+// The same in float32.
+BNEXT_INLINE void add_to_sums(float* to, WideFloats v) {
+  const WideFloats sum = load_raw<WideFloats>(to) + v;
+  __builtin_memcpy(to, &sum, sizeof sum);
+}
 BNEXT_INLINE void add_to_sums(float* to, Split v) {
-  const Split sum = load_numbers<Split>(to) + v;
-  __builtin_memcpy(to, &sum.even, sizeof sum.even);
-  __builtin_memcpy(to + 2 * kDoubles, &sum.odd, sizeof sum.odd);
+  add_to_sums(to, v.even);
+  add_to_sums(to + 2 * kDoubles, v.odd);
 }
 
 // The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight
-// products of two bfloat16 of 16 bits each, of which next to nothing is lost.
+// products of two bfloat16, of 16 bits each, or of two float16, of 22, of which next to nothing is lost.
 template <typename T>
 struct Total {
   static constexpr int kParts = kTermLanes<T> / kDoubles;

@@ -1,6 +1,6 @@
 // What batch norm should give, by plain float64 loops, each number with a bar: how far off an implementation may be
-// that sums in float64 (bfloat16: groups of eight in float32) and does elementwise work in float32 or, for float64,
-// float64.
+// that sums in float64 (16-bit elements: groups of eight in float32) and does elementwise work in float32 or, for
+// float64, float64.
 #pragma once
 
 #include <algorithm>
@@ -101,9 +101,8 @@ class Oracle {
     std::vector<double> shift_bar(channels.size());
     for (int64_t c = 0; c < size_[1]; ++c) {
       const Channel& channel = channels[c];
-      // The kernel's pivot may be the nearest bfloat16: then x - pivot is larger than x - mean, but by no more than
-      // this.
-      const double off = dtype_ == DType::kBFloat16 ? rounding(dtype_) * std::abs(channel.mean) : 0;
+      // The kernel's pivot may have 16 bits, as x: then x - pivot is larger than x - mean, but by no more than this.
+      const double off = dtype_bytes(dtype_) == 2 ? rounded_bar(dtype_, channel.mean) : 0;
       double sum_dy = 0, sum_abs = 0, sum_dy_xmu = 0, sum_abs_xmu = 0;
       for (int64_t i = 0; i < num_values(); ++i) {
         const double d = dy[index(c, i)], xmu = x_[index(c, i)] - channel.mean;
@@ -145,7 +144,7 @@ class Oracle {
 
   // The kernel's sum and this one, of as many terms, relative to the sum of their absolute values.
   double sum_rounding() const {
-    const double in_groups = dtype_ == DType::kBFloat16 ? 16 * 0x1p-24 : 0;
+    const double in_groups = dtype_bytes(dtype_) == 2 ? 16 * 0x1p-24 : 0;
     return 2 * (static_cast<double>(num_values()) + 16) * rounding(DType::kFloat64) + in_groups;
   }
   double compute_rounding() const { return dtype_ == DType::kFloat64 ? rounding(dtype_) : 0x1p-24; }
