@@ -189,19 +189,29 @@ void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Bloc
   totals.add_to(block, sum_dy, sum_dy_xmp);
 }
 
-// Calls body(i, Whole()) for vectors and body(i, count) for what is left. Streamed stores to `to` begin where it is
-// aligned.
+// Calls body(i, Whole()) for vectors, body(i, count) for what is left, and body(i, Streamed()) where stores around the
+// caches fill whole lines, or whole vectors if the neighbours do the same with the rest of a line: one that is written
+// in pieces, by stores of both kinds, costs a read of memory. AVX2, float32, forward of 32 x 512 x 15 x 15: 26 -> 17.5
+// ns for 16 elements.
 template <bool kStream, typename T, typename Body>
 BNEXT_INLINE void for_each_value(const T* to, int64_t length, Body body) {
+  constexpr int64_t size = static_cast<int64_t>(sizeof(T));
   int64_t i = 0;
+  auto plain = [&](int64_t end) __attribute__((always_inline)) {
+    for (; i + kLanes<T> <= end; i += kLanes<T>) body(i, Whole());
+    if (i < end) body(i, end - i);
+    i = end;
+  };
   if constexpr (kStream) {
-    const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % kStoreBytes<T>);
-    const int64_t head = (kStoreBytes<T> - past) % kStoreBytes<T> / static_cast<int64_t>(sizeof(T));
-    i = head < length ? head : length;
-    if (i > 0) body(0, i);
+    const auto begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to));
+    const int64_t unit = (begin | length * size) % kStoreBytes<T> == 0 ? kStoreBytes<T> : kLineBytes;
+    const int64_t head = (unit - begin % unit) % unit / size, end = length - (length - head) % (unit / size);
+    if (head < end) {
+      plain(head);
+      for (; i < end; i += kLanes<T>) body(i, Streamed());
+    }
   }
-  for (; i + kLanes<T> <= length; i += kLanes<T>) body(i, Whole());
-  if (i < length) body(i, length - i);
+  plain(length);
 }
 
 template <bool kStream, typename T>
@@ -223,7 +233,7 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
             if (!kStream) ahead.ask(py + i, c - block.channel_begin, kLanes<T>);
             if (kStream) prefetch(next_x + i, kLanes<T>);
             ask_in_run(px, i, length);
-            put_value<kStream>(py + i, f(load_value(px + i, count)), count);
+            put_value<kIsStreamed<decltype(count)>>(py + i, f(load_value(px + i, count)), count);
           });
         }
       },
@@ -256,7 +266,8 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
                 if (kStream) prefetch(next_dy + i, kLanes<T>);
                 ask_in_run(px, i, length);
                 ask_in_run(pdy, i, length);
-                put_value<kStream>(pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
+                put_value<kIsStreamed<decltype(count)>>(
+                    pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
               });
             }
           },

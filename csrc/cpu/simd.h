@@ -83,6 +83,10 @@ BNEXT_INLINE Floats high_half(WideFloats v) {
 
 // All of them. Otherwise an int64_t: so many, from the first.
 struct Whole {};
+// All of them, to be stored around the caches.
+struct Streamed : Whole {};
+template <typename Count>
+constexpr bool kIsStreamed = std::is_same_v<Count, Streamed>;
 
 #if BNEXT_ISA_LEVEL == 2
 BNEXT_INLINE uint32_t lane_mask(int64_t count) { return (uint32_t{1} << count) - 1; }
