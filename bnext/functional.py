@@ -73,7 +73,7 @@ def batchnorm2d(
             them as well, in the same pass.
 
     All (C,) tensors have the dtype of ``input``, or float32 beside bfloat16 and float16. Sums are
-    accumulated in float64 on a CPU; for bfloat16, eight terms at a time in float32 first. An empty
+    accumulated in float64 on a CPU; of 16-bit dtypes, eight terms at a time in float32 first. An empty
     input gives an empty output and leaves the running statistics as they are.
 
     Returns:

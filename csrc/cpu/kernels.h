@@ -41,8 +41,8 @@ struct CoefficientArrays {
 };
 
 // Sums are added to. They are float64, so that results are the nearest numbers of their dtype, and no other kernel is
-// closer; where tensors are in memory or in the last cache, that costs no time. Of bfloat16, eight terms at a time are
-// summed in float32 first. Its pivots have to be bfloat16 too: then x - pivot and its product with dy lose next to
+// closer; where tensors are in memory or in the last cache, that costs no time. Of 16-bit elements, eight terms at a time
+// are summed in float32 first. Their pivots have to have 16 bits too: then x - pivot and its product with dy lose next to
 // nothing. Elementwise work is float32, for float64 float64.
 struct KernelTable {
   // Numbers of channels lie in arrays, that of channel c at slot(c, split). They are laid out once for a pass.
