@@ -41,9 +41,9 @@ struct CoefficientArrays {
 };
 
 // Sums are added to. They are float64, so that results are the nearest numbers of their dtype, and no other kernel is
-// closer; where tensors are in memory or in the last cache, that costs no time. Of 16-bit elements, eight terms at a time
-// are summed in float32 first. Their pivots have to have 16 bits too: then x - pivot and its product with dy lose next to
-// nothing. Elementwise work is float32, for float64 float64.
+// closer; where tensors are in memory or in the last cache, that costs no time. Of 16-bit elements, eight terms at a
+// time are summed in float32 first. Their pivots have to have 16 bits too: then x - pivot and its product with dy lose
+// next to nothing. Elementwise work is float32, for float64 float64.
 struct KernelTable {
   // Numbers of channels lie in arrays, that of channel c at slot(c, split). They are laid out once for a pass.
   int64_t split;
