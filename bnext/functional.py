@@ -73,8 +73,8 @@ def batchnorm2d(
             them as well, in the same pass.
 
     All (C,) tensors have the dtype of ``input``, or float32 beside bfloat16 and float16. Sums are
-    accumulated in float64 on a CPU; of 16-bit dtypes, eight terms at a time in float32 first. An empty
-    input gives an empty output and leaves the running statistics as they are.
+    accumulated in float64 on a CPU; of 16-bit dtypes, eight terms at a time in float32 first. An
+    empty input gives an empty output and leaves the running statistics as they are.
 
     Returns:
         A tensor of the shape and dtype of ``input``, contiguous or channels_last as it is.
