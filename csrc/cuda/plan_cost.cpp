@@ -141,10 +141,9 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 int registers_of(const Plan& plan, int arch) {
   const bool backward = plan.pass == Pass::kBackward, halves = dtype_bytes(plan.dtype) == 2;
   const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
-  const bool keeps = plan.kept_batches > 0;
   const int of_all = 128;  // of a thread, where one block of kMaxOnChipThreads has all of an SM's
   const int blocks = count_on_chip_blocks(backward, static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
-                                          plan.persistent && !grid, grid || keeps, arch);
+                                          plan.persistent && !grid, grid || plan.kept_batches > 0, arch);
   if (blocks > 1) return of_all / blocks;
   if (plan.persistent || grid) return of_all;
   if (!plan.whole_packs) return backward ? 96 : 72;
