@@ -51,19 +51,34 @@ double backward_pivot(DType dtype, double mean) {
 
 // Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For float32 sums,
 // of 16-bit elements, it must not be an outlier, so it is the median of the first, the middle and the last one.
-double forward_pivot(const Geometry& g, const View& x, int64_t c) {
-  auto element = [&](int64_t i) {
-    const int64_t i2 = i % g.size[2], i1 = i / g.size[2] % g.size[1], i0 = i / g.size[2] / g.size[1];
-    const int64_t offset = c * x.stride_c + i0 * x.stride[0] + i1 * x.stride[1] + i2 * x.stride[2];
-    const double value = load_channel({static_cast<char*>(x.data) + offset * dtype_bytes(g.dtype), 1, g.dtype}, 0, 0);
+class ForwardPivots {
+ public:
+  ForwardPivots(const Geometry& g, const View& x) : x_(x), dtype_(g.dtype) {
+    const int64_t m = g.num_positions(), position[3] = {0, m / 2, m - 1};
+    for (int k = 0; k < (is_half() ? 3 : 1); ++k) {
+      const int64_t i2 = position[k] % g.size[2], row = position[k] / g.size[2];
+      offset_[k] = row / g.size[1] * x.stride[0] + row % g.size[1] * x.stride[1] + i2 * x.stride[2];
+    }
+  }
+  double operator()(int64_t c) const {
+    const double first = element(c, 0);
+    if (!is_half()) return first;
+    const double middle = element(c, 1), last = element(c, 2);
+    return std::max(std::min(first, middle), std::min(std::max(first, middle), last));
+  }
+
+ private:
+  bool is_half() const { return dtype_bytes(dtype_) == 2; }
+  double element(int64_t c, int k) const {
+    const int64_t offset = (c * x_.stride_c + offset_[k]) * dtype_bytes(dtype_);
+    const double value = load_channel({static_cast<char*>(x_.data) + offset, 1, dtype_}, 0, 0);
     return std::isfinite(value) ? value : 0.0;
-  };
-  const double first = element(0);
-  if (dtype_bytes(g.dtype) > 2) return first;
-  const int64_t m = g.num_positions();
-  const double middle = element(m / 2), last = element(m - 1);
-  return std::max(std::min(first, middle), std::min(std::max(first, middle), last));
-}
+  }
+
+  const View& x_;
+  DType dtype_;
+  int64_t offset_[3] = {0, 0, 0};
+};
 
 // Numbers of channels, as a table's kernels want them: repeated for folded rows.
 class ChannelNumbers {
@@ -187,7 +202,8 @@ void forward(const ForwardProblem& problem) {
   // two-pass algorithm asks for; for the others float64 sums have bits to spare.
   const int num_passes = g.dtype == DType::kFloat64 ? 2 : 1;
   Pivots pivot(p, table);
-  p.for_each_channel([&](int64_t c) { pivot.set(c, forward_pivot(g, problem.x, c)); });
+  const ForwardPivots first_pivot(g, problem.x);
+  p.for_each_channel([&](int64_t c) { pivot.set(c, first_pivot(c)); });
   ChannelSums<2> sums(p, table.split, p.channel_by_channel() ? 1 : p.num_chunks());
 
   // From here on nothing fails: what belongs to the caller may be written.
