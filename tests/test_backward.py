@@ -130,6 +130,15 @@ def test_parameters_of_different_dtypes(half: torch.dtype, mode: str, device: st
         check_autograd(case, str(dtypes))
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtypes", ["bfloat16-float32", "float16-float32"])
+def test_running_mean_beyond_the_range_of_the_input(dtypes: str, layout: str, device: str) -> None:
+    """What the kernels take off x before they multiply need not be a float16."""
+    case = cases.make_case((3, 5, 7, 9), dtypes, mode="eval", layout=layout, device=device)
+    case = case._replace(running_mean=case.running_mean + 1e6 * case.weight.sign())
+    check_gradients(case, "a million")
+
+
 @pytest.mark.parametrize("mode", cases.MODES)
 @pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=3)))
 def test_only_what_is_asked_for(asked: tuple[bool, ...], mode: str, device: str) -> None:

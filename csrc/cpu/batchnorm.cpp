@@ -43,10 +43,13 @@ void store_channel(const ChannelVector& v, int64_t c, double value) {
   }
 }
 
-// Where backward sums are centred: the mean, or what 16 bits have next to it; see KernelTable.
+// Where backward sums are centred: the mean, or what 16 bits have next to it; see KernelTable. A running mean may be
+// beyond all that a float16 can be.
 double backward_pivot(DType dtype, double mean) {
+  constexpr double kMaxFloat16 = 65504;
   if (dtype == DType::kBFloat16) return to_float(to_bfloat16(static_cast<float>(mean)));
-  return dtype == DType::kFloat16 ? to_float(to_float16(static_cast<float>(mean))) : mean;
+  if (dtype != DType::kFloat16) return mean;
+  return to_float(to_float16(static_cast<float>(std::clamp(mean, -kMaxFloat16, kMaxFloat16))));
 }
 
 // Where shifted sums begin: any element of the channel is near enough to the mean for float64 sums. For float32 sums,
