@@ -158,7 +158,7 @@ BNEXT_INLINE void store_lanes(E* p, R bits, int64_t count) {
     static_assert(sizeof(R) == 32 && sizeof(E) == 2);
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>(mask), bit_cast<__m256i>(bits));
   }
-#else
+#elif BNEXT_ISA_LEVEL == 1
   // In pieces of half the vector, a quarter, and so on: each lies within what was just written, so that the processor
   // hands it on without waiting for memory.
   constexpr int64_t kAll = sizeof(R) / sizeof(E);
@@ -171,6 +171,10 @@ BNEXT_INLINE void store_lanes(E* p, R bits, int64_t count) {
     __builtin_memcpy(p + done, some + done, piece * sizeof(E));
     done += piece;
   }
+#else
+  E some[sizeof(R) / sizeof(E)];
+  __builtin_memcpy(some, &bits, sizeof bits);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
 #endif
 }
 
