@@ -148,8 +148,8 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
     plan.error = "a channel has less to read than a team has blocks";
   } else if (plan.batches_ahead < 1) {
     plan.error = "next to nothing of it fits on chip";
-  } else if (plan.num_steps > limits.batches * kOnChipBatch) {
-    plan.error = "a thread would have too many batches for sums in float32";
+  } else if (plan.num_steps > limits.batches * kUnroll) {
+    plan.error = "a thread would have too many packs for sums in float32";
   }
 }
 
