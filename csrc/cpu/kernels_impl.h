@@ -119,16 +119,6 @@ class LoadCoefficients {
   int64_t width_;
 };
 
-// Stores one vector: streamed when it is whole and the caller wants it.
-template <bool kStream, typename T, typename Count>
-BNEXT_INLINE void put_value(T* p, Value<T> v, Count count) {
-  if constexpr (kStream && std::is_base_of_v<Whole, Count>) {
-    stream_value(p, v);
-  } else {
-    store_value(p, v, count);
-  }
-}
-
 #include "kernels_planes.h"
 #include "kernels_rows.h"
 #include "kernels_runs.h"

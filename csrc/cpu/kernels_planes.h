@@ -233,7 +233,7 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
             if (!kStream) ahead.ask(py + i, c - block.channel_begin, kLanes<T>);
             if (kStream) prefetch(next_x + i, kLanes<T>);
             ask_in_run(px, i, length);
-            put_value<kIsStreamed<decltype(count)>>(py + i, f(load_value(px + i, count)), count);
+            store_value(py + i, f(load_value(px + i, count)), count);
           });
         }
       },
@@ -266,8 +266,7 @@ void backward_apply_planes(const Geometry& g, const View& x, const View& dy, con
                 if (kStream) prefetch(next_dy + i, kLanes<T>);
                 ask_in_run(px, i, length);
                 ask_in_run(pdy, i, length);
-                put_value<kIsStreamed<decltype(count)>>(
-                    pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
+                store_value(pdx + i, load_value(pdy + i, count) * a + f(load_value(px + i, count)), count);
               });
             }
           },

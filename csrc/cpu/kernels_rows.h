@@ -29,12 +29,6 @@ BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
 // rounding takes from a float32 sum of eight terms shows when there are not many more.
 constexpr int64_t kFewPositions = 64, kWideRowBytes = 512;
 template <typename T>
-constexpr bool kMayGroup = kIsHalf<T> && kLongVectors;
-template <typename T>
-BNEXT_INLINE bool sums_in_groups(const Geometry& g, const Block& block) {
-  return g.num_positions() > kFewPositions && row_bytes<T>(block) >= kWideRowBytes;
-}
-template <typename T>
 BNEXT_INLINE int rows_per_sum(const Geometry& g, const Block& block) {
   if constexpr (kIsHalf<T>) return g.num_positions() <= kFewPositions ? 1 : kGroup;
   return clamp_rows(kSumPassBytes / row_bytes<T>(block), 1);
@@ -78,16 +72,16 @@ BNEXT_INLINE void for_each_pass(int64_t length, int step, Pass pass) {
   for (int64_t r = 0; r < length; r += step) pass(r, r + step < length ? step : static_cast<int>(length - r));
 }
 
-// Calls f(channel, vectors, count) over a block's channels: kColumns whole vectors at a time, then single ones, then a
-// partial one.
-template <typename T, int64_t kLanesOfOne, typename F>
+// Calls f(channel, vectors, count) over a block's channels: kColumns whole vectors at a time, then single ones, all
+// with a count of All, then a partial one.
+template <typename T, int64_t kLanesOfOne, typename All = Whole, typename F>
 BNEXT_INLINE void for_each_column(const Block& block, F f) {
   int64_t c = block.channel_begin;
   const int64_t end = block.channel_end;
   for (; c + kColumns<T> * kLanesOfOne <= end; c += kColumns<T> * kLanesOfOne) {
-    f(c, std::integral_constant<int, kColumns<T>>(), Whole());
+    f(c, std::integral_constant<int, kColumns<T>>(), All());
   }
-  for (; c + kLanesOfOne <= end; c += kLanesOfOne) f(c, std::integral_constant<int, 1>(), Whole());
+  for (; c + kLanesOfOne <= end; c += kLanesOfOne) f(c, std::integral_constant<int, 1>(), All());
   if (c < end) f(c, std::integral_constant<int, 1>(), end - c);
 }
 
@@ -215,26 +209,34 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
   sums.end_group();
 }
 
+// Calls sum(in groups, rows of a pass).
+template <typename T, typename Sum>
+BNEXT_INLINE void choose_sum(const Geometry& g, const Block& block, Sum sum) {
+  if constexpr (kIsHalf<T> && kLongVectors) {
+    const bool few = g.num_positions() <= kFewPositions;
+    if (!few && row_bytes<T>(block) >= kWideRowBytes) return sum(std::true_type(), 1);
+  }
+  sum(std::false_type(), rows_per_sum<T>(g, block));
+}
+
 template <typename T>
 void moments_rows(const Geometry& g, const View& x, Block block, const void* pivots, double* s1, double* s2) {
-  if constexpr (kMayGroup<T>) {
-    if (sums_in_groups<T>(g, block)) return moments_in_passes<T, true>(g, x, block, pivots, s1, s2, 1);
-  }
-  moments_in_passes<T>(g, x, block, pivots, s1, s2, rows_per_sum<T>(g, block));
+  choose_sum<T>(g, block, [&](auto in_groups, int rows) {
+    moments_in_passes<T, decltype(in_groups)::value>(g, x, block, pivots, s1, s2, rows);
+  });
 }
 
 template <typename T>
 void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block block, const void* pivots,
                         double* sum_dy, double* sum_dy_xmp) {
-  if constexpr (kMayGroup<T>) {
-    if (sums_in_groups<T>(g, block))
-      return backward_sums_in_passes<T, true>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, 1);
-  }
-  backward_sums_in_passes<T>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, rows_per_sum<T>(g, block));
+  choose_sum<T>(g, block, [&](auto in_groups, int rows) {
+    backward_sums_in_passes<T, decltype(in_groups)::value>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, rows);
+  });
 }
 
 template <bool kStream, typename T>
 void normalize_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays) {
+  using All = std::conditional_t<kStream, Streamed, Whole>;
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
   const int step = rows_per_apply<T>(block);
@@ -247,22 +249,23 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
           const T* first_x = at<T>(x, offset_x + row * x.stride[2]);
           T* first_y = at_mutable<T>(y, offset_y + row * y.stride[2]);
           const int64_t ahead = row + rows_on < length ? rows_on * x.stride[2] : 0;
-          for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
-            constexpr int kVectors = decltype(vectors)::value;
-            AffineVector<T> f[kVectors];
+          for_each_column<T, lanes, All>(
+              block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
+                constexpr int kVectors = decltype(vectors)::value;
+                AffineVector<T> f[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) f[v] = coefficients.vector(c + v * lanes);
-            for (int r = 0; r < rows; ++r) {
-              const T* px = first_x + r * x.stride[2] + c;
-              T* py = first_y + r * y.stride[2] + c;
-              prefetch(px + ahead, kVectors * lanes);
-              if (!kStream) prefetch<true>(py + write_ahead(c), kVectors * lanes);
+                for (int v = 0; v < kVectors; ++v) f[v] = coefficients.vector(c + v * lanes);
+                for (int r = 0; r < rows; ++r) {
+                  const T* px = first_x + r * x.stride[2] + c;
+                  T* py = first_y + r * y.stride[2] + c;
+                  prefetch(px + ahead, kVectors * lanes);
+                  if (!kStream) prefetch<true>(py + write_ahead(c), kVectors * lanes);
 #pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                put_value<kStream>(py + v * lanes, f[v](load_value(px + v * lanes, count)), count);
-              }
-            }
-          });
+                  for (int v = 0; v < kVectors; ++v) {
+                    store_value(py + v * lanes, f[v](load_value(px + v * lanes, count)), count);
+                  }
+                }
+              });
         });
       },
       x, y);
@@ -272,6 +275,7 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
 template <bool kStream, typename T>
 void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                          CoefficientArrays arrays) {
+  using All = std::conditional_t<kStream, Streamed, Whole>;
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
   const int step = rows_per_apply<T>(block);
@@ -286,7 +290,8 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
           const int64_t on = row + rows_on < length ? rows_on : 0;
           const int64_t ahead_x = on * x.stride[2], ahead_dy = on * dy.stride[2];
           T* first_dx = at_mutable<T>(dx, offset_dx + row * dx.stride[2]);
-          for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
+          for_each_column<T, lanes, All>(block, [&](int64_t c, auto vectors,
+                                                    auto count) __attribute__((always_inline)) {
             constexpr int kVectors = decltype(vectors)::value;
             AffineVector<T> f[kVectors];
             Value<T> a[kVectors];
@@ -304,9 +309,8 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
               if (!kStream) prefetch<true>(pdx + write_ahead(c), kVectors * lanes);
 #pragma GCC unroll 4
               for (int v = 0; v < kVectors; ++v) {
-                put_value<kStream>(pdx + v * lanes,
-                                   load_value(pdy + v * lanes, count) * a[v] + f[v](load_value(px + v * lanes, count)),
-                                   count);
+                store_value(pdx + v * lanes,
+                            load_value(pdy + v * lanes, count) * a[v] + f[v](load_value(px + v * lanes, count)), count);
               }
             }
           });

@@ -85,8 +85,6 @@ BNEXT_INLINE Floats high_half(WideFloats v) {
 struct Whole {};
 // All of them, to be stored around the caches.
 struct Streamed : Whole {};
-template <typename Count>
-constexpr bool kIsStreamed = std::is_same_v<Count, Streamed>;
 
 #if BNEXT_ISA_LEVEL == 2
 BNEXT_INLINE uint32_t lane_mask(int64_t count) { return (uint32_t{1} << count) - 1; }
@@ -226,6 +224,8 @@ BNEXT_INLINE WideFloats decode(const Float16*, Halves bits) {
 }
 
 template <typename T>
+constexpr bool kIsHalf = sizeof(T) == 2;
+template <typename T>
 constexpr bool kIsSplit = std::is_same_v<T, BFloat16>;
 
 // What elementwise loops compute in, one lane of it, and the bits that are loaded for it.
@@ -235,13 +235,13 @@ using Value =
 template <typename T>
 using Scalar = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
-using Bits = std::conditional_t<kIsSplit<T>, WideWords, std::conditional_t<sizeof(T) == 2, Halves, Value<T>>>;
+using Bits = std::conditional_t<kIsSplit<T>, WideWords, std::conditional_t<kIsHalf<T>, Halves, Value<T>>>;
 template <typename T>
 constexpr int64_t kLanes = sizeof(Bits<T>) / sizeof(T);
 
 template <typename T, typename Count>
 BNEXT_INLINE Value<T> load_value(const T* p, Count count) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (kIsHalf<T>) {
     return decode(p, load_lanes<Bits<T>>(p, count));
   } else {
     return load_lanes<Bits<T>>(p, count);
@@ -250,8 +250,6 @@ BNEXT_INLINE Value<T> load_value(const T* p, Count count) {
 
 // What sums are made of: float64, so that they are as good as exact. Terms of 16-bit elements have few bits, and groups
 // of them are summed in float32; see Total.
-template <typename T>
-constexpr bool kIsHalf = sizeof(T) == 2;
 template <typename T>
 using Term = std::conditional_t<kIsHalf<T>, Value<T>, Doubles>;
 template <typename T>
@@ -306,7 +304,7 @@ BNEXT_INLINE WideWords round_to_upper(WideFloats v) {
 // The bits of v as elements of dtype T.
 template <typename T>
 BNEXT_INLINE auto encode(Value<T> v) {
-  if constexpr (sizeof(T) > 2) {
+  if constexpr (!kIsHalf<T>) {
     return v;
   } else if constexpr (kIsSplit<T>) {
     return (round_to_upper(v.even) >> 16) | (round_to_upper(v.odd) & 0xffff0000);
@@ -326,9 +324,13 @@ BNEXT_INLINE auto encode(Value<T> v) {
 template <typename T>
 constexpr int64_t kStoreBytes = kLanes<T> * static_cast<int64_t>(sizeof(T));
 
-// Stores around the caches: p is aligned to kStoreBytes<T>.
+template <typename T, typename Count>
+BNEXT_INLINE void store_value(T* p, Value<T> v, Count count) {
+  store_lanes(p, encode<T>(v), count);
+}
+// p is aligned to kStoreBytes<T>.
 template <typename T>
-BNEXT_INLINE void stream_value(T* p, Value<T> v) {
+BNEXT_INLINE void store_value(T* p, Value<T> v, Streamed) {
   const auto bits = encode<T>(v);
 #if BNEXT_ISA_LEVEL == 2
   if constexpr (sizeof bits == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(bits));
@@ -345,10 +347,6 @@ BNEXT_INLINE void stream_value(T* p, Value<T> v) {
 #else
   store_lanes(p, bits, Whole());
 #endif
-}
-template <typename T, typename Count>
-BNEXT_INLINE void store_value(T* p, Value<T> v, Count count) {
-  store_lanes(p, encode<T>(v), count);
 }
 
 // Streamed stores are in order with later ones only after this.
