@@ -68,29 +68,17 @@ class Partition {
     stream_ = num_tensors * tensor_bytes > last_cache_bytes();
     serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1 ||
               pool_is_lost();
-    const bool rows = geometry.walk == Walk::kRows;
-    const int64_t inner = geometry.size[2];
-    if (rows) {
-      const int64_t rows_bytes = std::min(channels, kMaxRowChannels) * dtype_bytes(geometry.dtype);
-      chunk_ =
-          std::max({kMinRows, kBlockElements / channels, std::min(kRowsBytes / rows_bytes, positions / kEnoughChunks)});
-    } else {
-      chunk_ = inner < kBlockElements ? kBlockElements / inner * inner : kBlockElements;  // whole runs
-    }
-    // Dense rows that do not fill vectors: `fold` of them make one row of channels * fold.
-    if (has_dense_rows(geometry, views) && channels % kLaneChannels != 0) {
-      const int64_t step = kLaneChannels / std::gcd(kLaneChannels, channels);
-      const int64_t fold = step * ceil_div(kWideRow, step * channels);
-      if (fold * channels <= kMaxRowChannels) fold_ = fold;
-    }
-    chunk_ = ceil_div(chunk_, fold_) * fold_;
+    if (has_dense_rows(geometry, views)) fold_ = choose_fold(channels);
+    chunk_ = ceil_div(choose_chunk(geometry), fold_) * fold_;
     num_chunks_ = ceil_div(positions, chunk_);
-    // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
-    channel_by_channel_ = !rows && (channels >= 4 * threads || channels % threads == 0);
-    channels_per_block_ = !rows       ? choose_block_channels(threads, num_tensors)
-                          : fold_ > 1 ? channels
-                                      : std::min(channels, kMaxRowChannels);
+    if (geometry.walk == Walk::kRows) {
+      channels_per_block_ = fold_ > 1 ? channels : std::min(channels, kMaxRowChannels);
+    } else {
+      // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
+      channel_by_channel_ = channels >= 4 * threads || channels % threads == 0;
+      channels_per_block_ = choose_block_channels(threads, num_tensors);
+    }
   }
 
   int64_t num_channels() const { return geometry_.num_channels; }
@@ -168,6 +156,25 @@ class Partition {
   }
 
  private:
+  // Positions in a block, before rows are folded.
+  static int64_t choose_chunk(const Geometry& g) {
+    if (g.walk == Walk::kRows) {
+      const int64_t rows_bytes = std::min(g.num_channels, kMaxRowChannels) * dtype_bytes(g.dtype);
+      const int64_t rows = std::min(kRowsBytes / rows_bytes, g.num_positions() / kEnoughChunks);
+      return std::max({kMinRows, kBlockElements / g.num_channels, rows});
+    }
+    const int64_t run = g.size[2];
+    return run < kBlockElements ? kBlockElements / run * run : kBlockElements;  // whole runs
+  }
+
+  // Of dense rows that do not fill vectors, so many make one row of channels * fold.
+  static int64_t choose_fold(int64_t channels) {
+    if (channels % kLaneChannels == 0) return 1;
+    const int64_t step = kLaneChannels / std::gcd(kLaneChannels, channels);
+    const int64_t fold = step * ceil_div(kWideRow, step * channels);
+    return fold * channels <= kMaxRowChannels ? fold : 1;
+  }
+
   // Sums of a channel do not depend on the channels beside it, so this may depend on the number of threads.
   int64_t choose_block_channels(int64_t threads, int64_t num_tensors) const {
     const int64_t run_bytes = geometry_.size[2] * dtype_bytes(geometry_.dtype);
