@@ -36,7 +36,7 @@ def batchnorm2d_backward(
     output_mask: tuple[bool, ...],
     grad_mean: Tensor | None,
     grad_var: Tensor | None,
-    out: Tensor | None,
+    out: Tensor | None = None,
     /,
 ) -> tuple[Any, Any, Any, Any, Any]: ...  # Tensor, or None where output_mask is False
 def check_forward(

@@ -1,9 +1,10 @@
 """Loads the compiled module, and says what to do when it does not load."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch  # the extension links against torch's libraries: they have to be there first
+from torch.compiler import is_compiling
 
 if TYPE_CHECKING:
     from bnext import _C
@@ -23,4 +24,9 @@ except ImportError as error:
         "pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-__all__ = ["_C"]
+__all__ = ["_C", "kernels"]
+
+
+def kernels() -> Any:
+    """The functions of ``bnext._C``, or the same ones as operators for a compiler's graph."""
+    return torch.ops.bnext if is_compiling() else _C

@@ -15,15 +15,10 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from bnext import _vmap
-from bnext._extension import _C
+from bnext._extension import _C, kernels
 from bnext.autograd import differentiable, transforms_active
 
 _is_tracing = torch._C._is_tracing  # by torch.jit.trace
-
-
-def kernels() -> Any:
-    """The functions of ``bnext._C``, or the same ones as operators for a compiler's graph."""
-    return torch.ops.bnext if is_compiling() else _C
 
 
 def batchnorm2d(
@@ -90,10 +85,10 @@ def batchnorm2d_backward(
     """All five derivatives, dL/dx in ``out`` where there is one."""
     saved = (grad_output, input, weight, save_mean, save_invstd, training)
     everything = (True,) * 5
+    if out is None:
+        return kernels().batchnorm2d_backward(*saved, everything, grad_mean, grad_var)
     if not is_compiling():
         return _C.batchnorm2d_backward(*saved, everything, grad_mean, grad_var, out)
-    if out is None:
-        return torch.ops.bnext.batchnorm2d_backward(*saved, everything, grad_mean, grad_var)
     rest = torch.ops.bnext.batchnorm2d_backward_out(*saved, grad_mean, grad_var, out)
     return (out, *rest)
 

@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from bnext import _vmap
 from bnext._checks import check_constants, check_saved, refuse_derivative
-from bnext._extension import _C
+from bnext._extension import _C, kernels
 from bnext._second_order import average, double_backward, per_channel, standardize
 
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -261,9 +261,7 @@ class BatchNorm2dBackwardFunction(Function):
         mask: tuple[bool, bool, bool],
     ) -> tuple[Tensor | None, ...]:
         arguments = (dy, x, weight, mean, invstd, training, (*mask, False, False))
-        if is_compiling():  # compiled autograd comes here
-            return torch.ops.bnext.batchnorm2d_backward(*arguments, grad_mean, grad_var)[:3]
-        return _C.batchnorm2d_backward(*arguments, grad_mean, grad_var, None)[:3]
+        return kernels().batchnorm2d_backward(*arguments, grad_mean, grad_var)[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bnext import _ops
+from bnext._extension import kernels
 
 
 @overload
@@ -180,7 +181,7 @@ def batchnorm2d_backward(
         _refuse_leaf(out)
     with torch.no_grad():
         if save_mean is None or save_invstd is None:
-            save_mean, save_invstd = _ops.kernels().batchnorm2d_statistics(
+            save_mean, save_invstd = kernels().batchnorm2d_statistics(
                 input, running_mean, running_var, training, eps
             )
         gradients = _ops.batchnorm2d_backward(

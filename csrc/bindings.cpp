@@ -256,7 +256,9 @@ TORCH_LIBRARY_IMPL(bnext, CPU, m){BNEXT_REGISTER(m)} TORCH_LIBRARY_IMPL(bnext, C
 PYBIND11_MODULE(_C, m) {
   m.def("batchnorm2d_forward", torch::wrap_pybind_function(bnext::py_forward));
   m.def("batchnorm2d_statistics", torch::wrap_pybind_function(bnext::py_statistics));
-  m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward));
+  m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward), "grad_output"_a, "input"_a, "weight"_a,
+        "save_mean"_a, "save_invstd"_a, "training"_a, "output_mask"_a, "grad_mean"_a, "grad_var"_a,
+        "out"_a = py::none());
   m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
   m.def("check_statistics_arguments", torch::wrap_pybind_function(bnext::check_statistics_arguments));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
