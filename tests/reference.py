@@ -127,6 +127,18 @@ def batch_statistics(x: Tensor) -> Statistics:
     return Statistics(pivot + (shift + rest), centred.square().mean(DIMS, keepdim=True), centred)
 
 
+def statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool
+) -> Statistics:
+    """Those that a pass takes: of the batch `x`, in float64, or the running ones."""
+    if training:
+        return batch_statistics(x)
+    assert running_mean is not None
+    assert running_var is not None
+    mean, var = per_channel(double(running_mean)), per_channel(double(running_var))
+    return Statistics(mean, var, x - mean)
+
+
 def scale_of(weight: Tensor | None, like: Tensor) -> Tensor:
     """Gamma, shaped (1, C, 1, 1); 1 where there is no weight."""
     return torch.ones_like(like) if weight is None else per_channel(double(weight))
@@ -150,14 +162,7 @@ def forward(
     """What `batchnorm2d` must give: the output, and the running statistics after the call."""
     unit = step(x.dtype)
     data = double(x)
-    batch = batch_statistics(data) if training else None
-    if batch is not None:
-        mean, var, centred = batch
-    else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, var = per_channel(double(running_mean)), per_channel(double(running_var))
-        centred = data - mean
+    mean, var, centred = statistics(data, running_mean, running_var, training)
     invstd = (var + eps).rsqrt()
     gamma = scale_of(weight, mean)
     beta = torch.zeros_like(mean) if bias is None else per_channel(double(bias))
@@ -220,19 +225,14 @@ def backward(
     unit = step(x.dtype)
     data, grad = double(x), double(dy)
     m = max(data.numel() // max(data.shape[1], 1), 1)
-    if training and save_mean is None:
-        mean, var, centred = batch_statistics(data)
+    if training and save_mean is not None:
+        mean, invstd = per_channel(double(save_mean)), per_channel(double(save_invstd))
+        centred, drift = data - mean, torch.zeros_like(mean)
+    else:
+        mean, var, centred = statistics(data, running_mean, running_var, training)
         invstd = (var + eps).rsqrt()
         drift = mean_bar_of(mean, var, x.dtype) * invstd
-    else:
-        if training:
-            mean, invstd = per_channel(double(save_mean)), per_channel(double(save_invstd))
-        else:
-            mean = per_channel(double(running_mean))
-            invstd = (per_channel(double(running_var)) + eps).rsqrt()
-        centred = data - mean
-        drift = torch.zeros_like(mean)
-    if strict:
+    if strict or not training:
         drift = torch.zeros_like(drift)
     gamma = scale_of(weight, mean)
     xhat = centred * invstd
@@ -272,8 +272,8 @@ def backward(
     # dL/dmean has a term 2 * dvar * sum(x - mean) / m: zero, up to the rounding of the mean.
     dmean_bar = dmean_bar + 2 * dvar.abs() * ELEMENT_STEPS * unit * (mean.abs() + 1 / invstd)
 
-    statistics = statistics_dtype(x.dtype)
-    parameters = statistics if weight is None else weight.dtype
+    of_statistics = statistics_dtype(x.dtype)
+    parameters = of_statistics if weight is None else weight.dtype
 
     def channels(value: Tensor, bar: Tensor, dtype: torch.dtype) -> Expected:
         value = value.flatten()
@@ -283,8 +283,8 @@ def backward(
         Expected(dx, dx_bar),
         channels(s2, s2_bar, parameters),
         channels(s1, s1_bar, parameters),
-        channels(dmean, dmean_bar, statistics),
-        channels(dvar, dvar_bar, statistics),
+        channels(dmean, dmean_bar, of_statistics),
+        channels(dvar, dvar_bar, of_statistics),
     )
 
 

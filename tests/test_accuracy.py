@@ -132,15 +132,10 @@ def compare_with_pytorch(case: cases.Case, eps: float, label: str) -> None:
     }
     if case.training:
         want.update(running_mean=forward.running_mean.value, running_var=forward.running_var.value)
-    dy, x = case.grad_output.double(), case.input.double()
-    if case.training:
-        mean, var, _ = reference.batch_statistics(x)
-    else:
-        mean, var = (
-            reference.per_channel(case.arguments[n].double())
-            for n in ("running_mean", "running_var")
-        )
-    terms = {"dweight": dy * (x - mean) * (var + eps).rsqrt(), "dbias": dy}
+    running = (case.arguments["running_mean"], case.arguments["running_var"])
+    _, var, centred = reference.statistics(case.input.double(), *running, case.training)
+    dy = case.grad_output.double()
+    terms = {"dweight": dy * centred * (var + eps).rsqrt(), "dbias": dy}
     ours, theirs = (results(call, case, eps) for call in (bnext.batchnorm2d, F.batch_norm))
     for name, value in want.items():
         errors = Errors(value, ours[name].dtype, terms.get(name))
