@@ -1,6 +1,5 @@
 """What Python refuses before a kernel has written anything; the rest is csrc/checks.cpp."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,20 +23,22 @@ def check_constants(running_mean: Any, running_var: Any) -> None:
             refuse_derivative(name)
 
 
-def _levels(t: Any) -> Iterator[Tensor]:
-    """The tensor, and what transforms of torch.func have wrapped in it."""
-    while isinstance(t, Tensor):
-        yield t
-        t = functorch.get_unwrapped(t) if functorch.is_functorch_wrapped_tensor(t) else None
+def _innermost(t: Any) -> Any:
+    """What transforms of torch.func have wrapped: the levels around it save wrapped tensors."""
+    while isinstance(t, Tensor) and functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t
 
 
 def check_saved(input: Any, weight: Any, bias: Any) -> None:
     """Autograd would refuse to save inference tensors, too, but not before they have been used."""
-    wanted = (t.requires_grad for tensor in (input, weight, bias) for t in _levels(tensor))
-    if not torch.is_grad_enabled() or not any(wanted):
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return
-    for name, tensor in (("input", input), ("weight", weight)):
-        if any(t.is_inference() for t in _levels(tensor)):
+    x, gamma, beta = (_innermost(t) for t in (input, weight, bias))
+    if not any(isinstance(t, Tensor) and t.requires_grad for t in (x, gamma, beta)):
+        return
+    for name, tensor in (("input", x), ("weight", gamma)):
+        if isinstance(tensor, Tensor) and tensor.is_inference():
             raise RuntimeError(
                 f"Inference tensors cannot be saved for backward, and {name} is one. To work "
                 "around you can make a clone to get a normal tensor and use it in autograd."

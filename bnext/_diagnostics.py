@@ -1,6 +1,7 @@
 """What was built, what it runs on, and which kernels a tensor gets."""
 
 import platform
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,10 @@ def explain(
             ``"h200"`` or ``"t4"`` a kind of device that need not be here (``python -m bnext
             --help`` lists them).
         family: plan with this family of kernels, or with each of them (``"all"``), and say why
-            where one cannot run. Only passes that read their tensors twice have a choice; the
-            others are streamed. None is what a call would take: the best one, or what the
-            environment variables ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``,
+            where one cannot run; a plan that leaves no room for other streams' kernels counts as a
+            few per cent slower than predicted. Only passes that read their tensors twice have a
+            choice; the others are streamed. None is what a call would take: the best one, or what
+            the environment variables ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``,
             ``BNEXT_CUDA_PERSISTENT``, ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP`` and
             ``BNEXT_CUDA_LATE`` say.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
@@ -60,12 +62,12 @@ def explain(
     families = _C.cuda_families() if family == "all" else [family or ""]
     plans = [plan for name in families for plan in _C.cuda_plans(input, device, name, training)]
     taken = _C.cuda_plans(input, device, "", training) if family == "all" else []
-    chosen = [plan["text"] for plan in taken if not plan["error"]]
+    chosen = {plan["pass"]: plan for plan in taken if not plan["error"]}
     plans = list({(plan["pass"], plan["text"]): plan for plan in plans}.values())  # each once
     lines = [f"{tensor}, on {device}:"]
     directions = ("forward", "backward") if direction == "both" else (direction,)
     for plan in (plan for name in directions for plan in plans if plan["pass"] == name):
-        lines.append(f"  {plan['text']}{' (chosen)' if plan['text'] in chosen else ''}")
+        lines.append(f"  {plan['text']}{_beside(plan, chosen.get(plan['pass']))}")
         if not plan["error"]:
             moved, least = plan["bytes_moved"], plan["bytes_min"]
             lines.append(
@@ -73,6 +75,18 @@ def explain(
                 f"{moved / max(least, 1):.2f} times as much"
             )
     return "\n".join([*lines, f"  {_what_runs_here()}"])
+
+
+def _beside(plan: dict[str, Any], chosen: dict[str, Any] | None) -> str:
+    """Whether this plan is the chosen one, or why not, where its predicted time does not tell."""
+    if chosen is None or plan["error"]:
+        return ""
+    if plan["text"] == chosen["text"]:
+        return " (chosen)"
+    counts = plan["microseconds_compared"]
+    if plan["microseconds"] < chosen["microseconds"] and counts > chosen["microseconds_compared"]:
+        return f" (counts as {counts:.3g} us: while it runs, others have no room)"
+    return ""
 
 
 def _what_runs_here() -> str:

@@ -33,7 +33,7 @@ def _unfold(t: Tensor | None, batch: int) -> tuple[Tensor | None, int | None]:
 
 def _first(t: Any, dim: int | None) -> Any:
     """What the first of the batch gets."""
-    return t if dim is None else t.select(dim, 0)
+    return t if dim is None or not isinstance(t, Tensor) else t.select(dim, 0)
 
 
 def _check_updates(
@@ -59,6 +59,8 @@ def forward(
     """The rule of BatchNorm2dTransformableFunction."""
     x, running_mean, running_var, tracked, weight, bias, options = arguments
     training, momentum, eps, _, _ = options
+    if batch == 0:
+        raise ValueError("vmap over no samples: every argument must have at least one")
     check: Any = _C.check_forward
     first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
     check(*first, training, momentum, eps)

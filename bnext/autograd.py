@@ -50,6 +50,11 @@ def differentiable(
             input, running_mean, running_var, num_batches_tracked, weight, bias, options
         )
         return (output, mean, var) if return_stats else output
+    if torch.is_inference_mode_enabled():  # with gradients on again: there are none, as in torch
+        output, _, _, mean, var = _C.batchnorm2d_forward(
+            input, running_mean, running_var, num_batches_tracked, weight, bias, *options
+        )
+        return (output, mean, var) if return_stats else output
     # What a transform has leaked to its outside. Function.apply would look at every argument.
     if isinstance(input, Tensor):
         input = _unwrap_if_dead(input)
@@ -70,6 +75,8 @@ def _input_gradients(
     ctx: Any, dy: Any, grad_mean: Tensor | None = None, grad_var: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     """One gradient for each argument of the forward pass."""
+    if dy is None and grad_mean is None and grad_var is None:
+        return (None,) * 7
     x, weight, mean, invstd = ctx.saved_tensors
     needs_grad = ctx.needs_input_grad
     if dy is None:  # only mean and var were used

@@ -17,6 +17,7 @@
 
 #include "cuda/batchnorm.h"
 #endif
+#include "cuda/plan_cost.h"
 #include "cuda/plan_names.h"
 #include "layout.h"
 #include "output_memory.h"
@@ -74,9 +75,7 @@ double largest(DType dtype) {
   return 0;
 }
 
-ChannelVector vector_at(void* address, const at::Tensor& t) {
-  return {address, t.dim() == 0 ? 1 : t.stride(0), dtype_of(t)};
-}
+ChannelVector vector_at(void* address, const at::Tensor& t) { return {address, t.stride(0), dtype_of(t)}; }
 
 ChannelVector read_vector(const at::Tensor& t) { return vector_at(read_address(t), t); }
 
@@ -124,7 +123,6 @@ at::Tensor match_walk(const at::Tensor& grad_output, const at::Tensor& input, co
 }
 
 void check_device(const at::Tensor& input) {
-  TORCH_CHECK(input.is_cpu() || input.is_cuda(), "input should be on a cpu or cuda device, not on ", input.device());
 #ifndef BNEXT_WITH_CUDA
   TORCH_CHECK(input.is_cpu(), "input is on ", input.device(), ", but this build of bnext holds CPU kernels only. ",
               "To have CUDA kernels, install a CUDA build of torch and a CUDA toolkit, and rebuild: ",
@@ -361,11 +359,23 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> batchnorm2d_backward_
   return {dweight, dbias, dmean, dvar};
 }
 
+// Of input and of an output, to plan with. Nothing is read or written: of the addresses only the alignment counts, and
+// outputs are aligned.
+std::pair<TensorLayout, TensorLayout> planned_layouts(const at::Tensor& input) {
+  const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), format_of(input));
+  TensorLayout x = read_layout(input), y = read_layout(output);
+  constexpr uintptr_t kAligned = 256;
+  x.data = reinterpret_cast<void*>(kAligned + reinterpret_cast<uintptr_t>(x.data) % kAligned);
+  y.data = reinterpret_cast<void*>(kAligned);
+  return {x, y};
+}
+
 std::string explain_cpu(const at::Tensor& input) {
   check_input(input);
-  View x;
-  const Geometry geometry = make_geometry(sizes_of(input), dtype_of(input), {read_layout(input)}, {&x});
-  return cpu::explain(geometry, x);
+  const auto [x_layout, y_layout] = planned_layouts(input);
+  View x, y;
+  const Geometry geometry = make_geometry(sizes_of(input), dtype_of(input), {x_layout, y_layout}, {&x, &y});
+  return cpu::explain(geometry, x, y);
 }
 
 std::vector<std::pair<std::string, double>> cuda_device(const std::string& name) {
@@ -379,13 +389,7 @@ std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& d
   cuda::Limits limits = cuda::limits_of_environment();
   if (!family.empty()) limits.family = cuda::family_named(family, "family");
 
-  // Nothing is read or written: of the addresses only the alignment counts, and outputs are aligned.
-  const at::Tensor output = at::empty_like(input, input.options().device(at::kMeta), format_of(input));
-  TensorLayout x = read_layout(input), y = read_layout(output);
-  constexpr uintptr_t kAligned = 256;
-  x.data = reinterpret_cast<void*>(kAligned + reinterpret_cast<uintptr_t>(x.data) % kAligned);
-  y.data = reinterpret_cast<void*>(kAligned);
-
+  const auto [x, y] = planned_layouts(input);
   ForwardProblem forward;
   forward.geometry = make_geometry(sizes_of(input), dtype_of(input), {x, y}, {&forward.x, &forward.y});
   forward.training = training;
@@ -403,7 +407,7 @@ std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& d
     const int64_t bytes_min = (is_forward ? 2 : 3) * tensor_bytes;
     reports.push_back({is_forward ? "forward" : "backward", cuda::family_name(plan.family), cuda::walk_name(plan),
                        plan.persistent, cuda::to_string(plan), plan.error, plan.bytes_moved, bytes_min,
-                       plan.microseconds, cuda::predict_floor(bytes_min, info)});
+                       plan.microseconds, cuda::predict_floor(bytes_min, info), cuda::compared_time(plan)});
   }
   return reports;
 }

@@ -11,6 +11,7 @@
 #include <torch/version.h>
 
 #include "api.h"
+#include "cpu/cache.h"
 #include "cpu/kernels.h"
 #include "cuda/plan_names.h"
 #include "output_memory.h"
@@ -33,10 +34,16 @@ class Arguments {
   }
   double number(py::handle value, const char* name) const {
     if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
-    const double number = PyNumber_Check(value.ptr()) ? PyFloat_AsDouble(value.ptr()) : -1.0;
-    const bool failed = !PyNumber_Check(value.ptr()) || (number == -1.0 && PyErr_Occurred());
-    if (failed) PyErr_Clear();
-    TORCH_CHECK_TYPE(!failed, function, "(): argument '", name, "' must be float, not ", Py_TYPE(value.ptr())->tp_name);
+    const bool differentiable = THPVariable_Check(value.ptr()) && THPVariable_Unpack(value.ptr()).requires_grad();
+    TORCH_CHECK_TYPE(PyNumber_Check(value.ptr()) && !differentiable, function, "(): argument '", name,
+                     "' must be float, not ", Py_TYPE(value.ptr())->tp_name,
+                     differentiable ? " that requires grad" : "");
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (number == -1.0 && PyErr_Occurred()) {
+      if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();  // such as OverflowError
+      PyErr_Clear();
+      TORCH_CHECK_TYPE(false, function, "(): argument '", name, "' must be float, not ", Py_TYPE(value.ptr())->tp_name);
+    }
     return number;
   }
   bool boolean(py::handle value, const char* name) const {
@@ -92,39 +99,62 @@ auto call_operator(F call) {
   return call();
 }
 
+struct ForwardArguments {
+  at::Tensor x;
+  OptionalTensor mean, var, tracked, gamma, beta;
+  bool train;
+  std::optional<double> factor;
+  double epsilon;
+
+  ForwardArguments(const Arguments& as, py::handle input, py::handle running_mean, py::handle running_var,
+                   py::handle num_batches_tracked, py::handle weight, py::handle bias, py::handle training,
+                   py::handle momentum, py::handle eps)
+      : x(as.tensor(input, "input")),
+        mean(as.optional_tensor(running_mean, "running_mean")),
+        var(as.optional_tensor(running_var, "running_var")),
+        tracked(as.optional_tensor(num_batches_tracked, "num_batches_tracked")),
+        gamma(as.optional_tensor(weight, "weight")),
+        beta(as.optional_tensor(bias, "bias")),
+        train(as.boolean(training, "training")) {
+    // None is the cumulative average, which needs a count of batches.
+    if (!momentum.is_none() || !tracked.has_value()) factor = as.number(momentum, "momentum");
+    epsilon = as.number(eps, "eps");
+  }
+};
+
+void py_check_forward(py::handle input, py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
+                      py::handle weight, py::handle bias, py::handle training, py::handle momentum, py::handle eps) {
+  const ForwardArguments a(Arguments{"batchnorm2d"}, input, running_mean, running_var, num_batches_tracked, weight,
+                           bias, training, momentum, eps);
+  check_forward(a.x, a.mean, a.var, a.tracked, a.gamma, a.beta, a.train, a.factor, a.epsilon);
+}
+
 py::tuple py_forward(py::handle input, py::handle running_mean, py::handle running_var, py::handle num_batches_tracked,
                      py::handle weight, py::handle bias, py::handle training, py::handle momentum, py::handle eps,
                      py::handle skip_nonfinite, py::handle return_stats) {
   const Arguments as{"batchnorm2d"};
-  const auto x = as.tensor(input, "input");
-  const auto mean = as.optional_tensor(running_mean, "running_mean");
-  const auto var = as.optional_tensor(running_var, "running_var");
-  const auto tracked = as.optional_tensor(num_batches_tracked, "num_batches_tracked");
-  const auto gamma = as.optional_tensor(weight, "weight");
-  const auto beta = as.optional_tensor(bias, "bias");
-  const bool train = as.boolean(training, "training");
-  // None is the cumulative average, which needs a count of batches.
-  const bool cumulative = momentum.is_none() && tracked.has_value();
-  const auto factor = cumulative ? std::optional<double>() : as.number(momentum, "momentum");
-  const double epsilon = as.number(eps, "eps");
-  if (train) {
-    as.writable(mean, "running_mean");
-    as.writable(var, "running_var");
-    as.writable(tracked, "num_batches_tracked");
+  const ForwardArguments a(as, input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
+                           eps);
+  if (a.train) {
+    as.writable(a.mean, "running_mean");
+    as.writable(a.var, "running_var");
+    as.writable(a.tracked, "num_batches_tracked");
   }
   const bool skip = as.boolean(skip_nonfinite, "skip_nonfinite");
   const bool stats = as.boolean(return_stats, "return_stats");
-  if (!train) {
+  if (!a.train) {
     static const auto op = find_operator<decltype(batchnorm2d_eval)>("bnext::batchnorm2d_eval");
-    auto [output, save_mean, save_invstd] = call_operator([&] { return op.call(x, mean, var, gamma, beta, epsilon); });
+    auto [output, save_mean, save_invstd] =
+        call_operator([&] { return op.call(a.x, a.mean, a.var, a.gamma, a.beta, a.epsilon); });
     if (!stats) return to_python({output, save_mean, save_invstd, {}, {}});
     auto copy = [&](const OptionalTensor& t) {
-      return call_operator([&] { return at::_to_copy(*t, t->options().dtype(gradient_type(x))); });
+      return call_operator([&] { return at::_to_copy(*t, t->options().dtype(gradient_type(a.x))); });
     };
-    return to_python({output, save_mean, save_invstd, copy(mean), copy(var)});
+    return to_python({output, save_mean, save_invstd, copy(a.mean), copy(a.var)});
   }
   auto call = [&](const auto& op) {
-    return call_operator([&] { return op.call(x, mean, var, tracked, gamma, beta, train, factor, epsilon, skip); });
+    return call_operator(
+        [&] { return op.call(a.x, a.mean, a.var, a.tracked, a.gamma, a.beta, a.train, a.factor, a.epsilon, skip); });
   };
   if (stats) {
     static const auto op =
@@ -185,7 +215,8 @@ py::list py_cuda_plans(py::handle input, const std::string& device, const std::s
     reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "persistent"_a = r.persistent,
                             "text"_a = r.text, "error"_a = r.error, "bytes_moved"_a = r.bytes_moved,
                             "bytes_min"_a = r.bytes_min, "microseconds"_a = r.microseconds,
-                            "microseconds_min"_a = r.microseconds_min));
+                            "microseconds_min"_a = r.microseconds_min,
+                            "microseconds_compared"_a = r.microseconds_compared));
   }
   return reports;
 }
@@ -259,7 +290,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("batchnorm2d_backward", torch::wrap_pybind_function(bnext::py_backward), "grad_output"_a, "input"_a, "weight"_a,
         "save_mean"_a, "save_invstd"_a, "training"_a, "output_mask"_a, "grad_mean"_a, "grad_var"_a,
         "out"_a = py::none());
-  m.def("check_forward", torch::wrap_pybind_function(bnext::check_forward));
+  m.def("check_forward", torch::wrap_pybind_function(bnext::py_check_forward));
   m.def("check_statistics_arguments", torch::wrap_pybind_function(bnext::check_statistics_arguments));
   m.def("check_backward", torch::wrap_pybind_function(bnext::check_backward));
   m.def("check_updated", torch::wrap_pybind_function(bnext::check_updated));
@@ -280,5 +311,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build") = build;
   m.def("cached_output_bytes", &bnext::cached_output_bytes);
   m.def("empty_output_cache", &bnext::empty_output_cache, py::call_guard<py::gil_scoped_release>());
+  m.def("last_cache_bytes", &bnext::cpu::last_cache_bytes);
   m.def("cpu_isa", torch::wrap_pybind_function([] { return bnext::cpu::isa_name(bnext::cpu::current_isa()); }));
 }

@@ -144,8 +144,8 @@ void check_forward(const at::Tensor& input, const OptionalTensor& running_mean, 
     const auto dtype = num_batches_tracked->scalar_type();
     TORCH_CHECK(
         (at::isIntegralType(dtype, false) || at::isFloatingType(dtype)) && num_batches_tracked->sym_numel() == 1,
-        "num_batches_tracked should be one number, not ", num_batches_tracked->sym_numel(), " of dtype ",
-        python_name(dtype));
+        "num_batches_tracked should be one number of an integer or floating dtype, not ",
+        num_batches_tracked->sym_numel(), " of dtype ", python_name(dtype));
   }
 }
 

@@ -223,6 +223,16 @@ def inference_mode(call: Call, case: cases.Case) -> Any:
 
 
 @scenario
+def inference_mode_with_gradients_on(call: Call, case: cases.Case) -> Any:
+    """There are none all the same. The layer has updated its statistics, as ever."""
+    with torch.inference_mode(), torch.enable_grad():
+        y = call_on(call, case, leaves_of(case))
+    assert y.is_inference()
+    assert not y.requires_grad
+    return y.clone()
+
+
+@scenario
 def inference_tensor_with_gradients(call: Call, case: cases.Case) -> Any:
     """It cannot be saved for a backward pass."""
     leaves = leaves_of(case)
@@ -239,6 +249,26 @@ def no_grad(call: Call, case: cases.Case) -> Any:
         with torch.enable_grad():
             assert call_on(call, case, leaves_of(case)).requires_grad
     return y
+
+
+class Dropped(torch.autograd.Function):
+    """A node that sends nothing back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> None:
+        return None
+
+
+@scenario
+def gradient_that_never_comes(call: Call, case: cases.Case) -> Any:
+    leaves = leaves_of(case)
+    y = Dropped.apply(call_on(call, case, leaves))
+    found = torch.autograd.grad(y, leaves, case.grad_output, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found, strict=True)]
 
 
 @scenario

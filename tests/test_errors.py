@@ -137,6 +137,10 @@ def rows_for_options(function: str) -> list[Row]:
         for value, kind in (("0.1", "str"), (None, "NoneType"), ([0.1], "list")):
             message = f"{function}(): argument '{name}' must be float, not {kind}"
             add({name: value}, TypeError, message)
+        add({name: 10**400}, OverflowError, "int too large to convert to float")
+        wanted = torch.tensor(0.1, requires_grad=True)
+        message = f"{function}(): argument '{name}' must be float, not Tensor that requires grad"
+        add({name: wanted}, TypeError, message)
     return rows
 
 

@@ -142,9 +142,25 @@ def test_explain_marks_what_is_chosen(environment: Callable[[str, str], None]) -
     chosen = [line.removesuffix(" (chosen)") for line in lines if line.endswith(" (chosen)")]
     assert chosen == [line for line in bnext.explain(x, "h200").splitlines() if line in chosen]
     assert len(chosen) == 2
+    # Where a grid is faster and not taken, it says why.
+    x = torch.empty(32, 64, 56, 56, dtype=torch.float16, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    lines = plans(bnext.explain(x, "h200", family="all", direction="backward"))
+    streaming, grid = (next(i for i in lines if i.startswith(f)) for f in ("streaming", "grid"))
+    assert streaming.endswith("(chosen)")
+    predicted = [float(i.partition("predicted ")[2].split()[0]) for i in (streaming, grid)]
+    assert predicted[1] < predicted[0] < float(grid.partition("counts as ")[2].split()[0])
     # A family that was asked for and cannot run is not taken.
     environment("BNEXT_CUDA_FAMILY", "cluster")
     assert "(chosen)" not in bnext.explain(x, "t4", family="all")
+
+
+def test_explain_on_a_cpu_sees_the_output_too() -> None:
+    """Planes in one tensor and rows in the other have no inner index in common."""
+    x = torch.empty(8, 56, 32, 56).permute(0, 2, 3, 1)
+    assert "one element at a time" in bnext.explain(x)
+    assert "single elements" in bnext.explain(x, "h100")
+    assert "avx" in bnext.explain(x.contiguous()) or "generic" in bnext.explain(x.contiguous())
 
 
 def test_explain_takes_a_device() -> None:

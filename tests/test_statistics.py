@@ -6,6 +6,7 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import cases
 import pytest
@@ -143,6 +144,29 @@ class Calls(TorchDispatchMode):
         sizes = [t.numel() for t in tensors if isinstance(t, Tensor)]
         self.seen.append((func._schema.name, max(sizes, default=0)))
         return result
+
+
+@pytest.mark.parametrize("weight_needs_grad", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_gradient_at_all(training: bool, weight_needs_grad: bool, device: str) -> None:
+    """What a node behind the outputs does not send back is None here: no zeros are made of it."""
+
+    class Dropped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+            return tuple(t.clone() for t in outputs)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> tuple[None, ...]:
+            return (None,) * len(gradients)
+
+    case = cases.make_case((3, 5, 4, 3), mode="train" if training else "eval", device=device)
+    x, weight, bias = leaves_of(case)
+    arguments = {**case.arguments, "weight": weight.requires_grad_(weight_needs_grad), "bias": bias}
+    y, mean, var = bnext.batchnorm2d(x, **arguments, return_stats=True)
+    outputs = Dropped.apply(*((y, mean, var) if training else (y,)))
+    sum(t.sum() for t in outputs).backward()
+    assert all(t.grad is None or not t.grad.any() for t in (x, weight, bias))
 
 
 def test_one_pass(device: str) -> None:

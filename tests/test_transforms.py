@@ -422,6 +422,44 @@ def test_dimensions_of_one_example() -> None:
         vmap(lambda x: bnext.batchnorm2d(x, training=True))(torch.zeros(2, 3, 4, 4))
 
 
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        ("weight", [1.0, 2.0], r"argument 'weight' must be Tensor or None, not list"),
+        ("eps", "small", r"argument 'eps' must be float, not str"),
+        ("momentum", [0.1], r"argument 'momentum' must be float, not list"),
+    ],
+)
+def test_wrong_types_are_named(name: str, value: object, error: str) -> None:
+    x = torch.randn(5, 2, 3, 4, 4)
+    with pytest.raises(TypeError, match=error):
+        vmap(lambda x: bnext.batchnorm2d(x, training=True, **{name: value}))(x)
+
+
+def test_no_samples() -> None:
+    with pytest.raises(ValueError, match="vmap over no samples"):
+        vmap(lambda x: bnext.batchnorm2d(x, training=True))(torch.empty(0, 2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_inference_tensors_may_be_differentiated(inside: bool) -> None:
+    """By torch.func, whose levels save what they have wrapped: as of F.batch_norm."""
+    with torch.inference_mode():
+        x, weight = torch.randn(2, C, 4, 4), torch.rand(C)
+    normal = x.clone(), weight.clone()
+
+    def gradients(call: Any) -> list[Tensor]:
+        def loss(x: Tensor, weight: Tensor) -> Tensor:
+            return call(x, None, None, weight, training=True).pow(3).sum()
+
+        mixed = ((x, weight), (normal[0], weight), (x, normal[1]))
+        with torch.inference_mode(inside):
+            return [g for pair in mixed for which in (0, 1) for g in [grad(loss, which)(*pair)]]
+
+    for got, want in zip(gradients(bnext.batchnorm2d), gradients(F.batch_norm), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 WHAT_FAILS = {
     "expanded": r"^running_var is updated .* share one place in memory",
     "inference": r"^running_var: Inplace update to inference tensor outside",

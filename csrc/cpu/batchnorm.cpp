@@ -314,8 +314,8 @@ void backward(const BackwardProblem& problem) {
   p.for_each_channel([&](int64_t c) { finish(c, 0); });
 }
 
-std::string explain(const Geometry& geometry, const View& x) {
-  const Geometry g = choose_walk(geometry, {&x});
+std::string explain(const Geometry& geometry, const View& x, const View& y) {
+  const Geometry g = choose_walk(geometry, {&x, &y});
   std::string text = g.walk == Walk::kPlanes ? "planes" : "rows";
   if (g.walk == Walk::kPlanes) {
     text += g.unit_stride ? " (positions of a channel are adjacent, as in NCHW)" : " (strided positions)";

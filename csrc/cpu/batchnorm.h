@@ -10,7 +10,7 @@ namespace bnext::cpu {
 void forward(const ForwardProblem& problem);
 void backward(const BackwardProblem& problem);
 
-// Which inner loops a geometry gets, in words.
-std::string explain(const Geometry& geometry, const View& x);
+// Which inner loops the forward pass gets, in words.
+std::string explain(const Geometry& geometry, const View& x, const View& y);
 
 }  // namespace bnext::cpu

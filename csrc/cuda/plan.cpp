@@ -206,6 +206,7 @@ std::string stages_text(const Plan& plan) {
     separator = ",";
   }
   if (plan.apply) text += separator + std::string(plan.fused ? " finish and apply" : " apply") + grid;
+  if (plan.overlaps) text += ", overlapping";
   return text.empty() ? " nothing" : text;
 }
 
