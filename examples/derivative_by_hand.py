@@ -1,7 +1,8 @@
 """Batch norm's derivative written by hand: an attempt, its correction, autograd, and bnext.
 
-Prints, for every term, the largest difference from autograd in float64, relative to the largest
-value of the term.
+The attempt makes the mistakes of a public question, "Derivative of BatchNorm2d in PyTorch". Prints,
+for every term, the largest difference from autograd in float64, relative to the largest value of
+the term.
 """
 
 import torch
@@ -28,7 +29,7 @@ def attempt(x: Tensor, y: Tensor, dy: Tensor, layer: nn.BatchNorm2d) -> dict[str
 
 
 def correction(x: Tensor, dy: Tensor, layer: nn.BatchNorm2d) -> dict[str, Tensor]:
-    """The batch's statistics, m = N*H*W, and dL/dgamma from xhat."""
+    """The batch's statistics, m = N*H*W, dL/dgamma from xhat: Ioffe and Szegedy, section 3."""
     weight = layer.weight.view(CHANNELS)
     m = x.numel() / x.shape[1]
     mean = x.mean(REDUCED, keepdim=True)
@@ -40,7 +41,8 @@ def correction(x: Tensor, dy: Tensor, layer: nn.BatchNorm2d) -> dict[str, Tensor
     dmean = -r * dxhat.sum(REDUCED, keepdim=True)
     dmean = dmean - 2 * dvar * (x - mean).sum(REDUCED, keepdim=True) / m
     dx = r * dxhat + dvar * 2 * (x - mean) / m + dmean / m
-    return {"x": dx, "gamma": (dy * xhat).sum(REDUCED), "beta": dy.sum(REDUCED)}
+    gamma, beta = (dy * xhat).sum(REDUCED), dy.sum(REDUCED)
+    return {"x": dx, "gamma": gamma, "beta": beta, "mean": dmean.flatten(), "var": dvar.flatten()}
 
 
 def main() -> None:

@@ -6,12 +6,13 @@ One compilation takes half a minute of a core: BNEXT_STATIC_ARCHS="75 90" names 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
+
+import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = (75, 80, 86, 90, 100, 120)
@@ -38,11 +39,7 @@ class Compiled(NamedTuple):
 
 def toolkit() -> Path:
     """Where nvcc is, found as the build finds it."""
-    spec = importlib.util.spec_from_file_location("bnext_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    setup_py = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup_py)
-    return setup_py.find_toolkit(os.environ)
+    return scripts.load("setup.py").find_toolkit(os.environ)
 
 
 def asked_for() -> list[int]:

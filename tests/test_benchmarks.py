@@ -353,7 +353,7 @@ def test_predictions_against_what_peers_took(
             rows.append(row)
     path = tmp_path / "h100.json"
     results.save(path, {"device": "cuda"}, rows)
-    predicted.main("h100", str(path))
+    predicted.main(["h100", str(path)])
     shape = ", ".join(map(str, shapes.SUITES["resnet50"][1][:4]))
     line = f"| backward | float16 | channels_last | 3 | 3.17 | 2.00 ({shape}) |"
     found = capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import scripts
 
 import bnext
 
@@ -27,11 +27,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a 
 @pytest.fixture(scope="module")
 def setup_py() -> ModuleType:
     """setup.py as a module: its functions, without running setup()."""
-    spec = importlib.util.spec_from_file_location("bnext_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("setup.py")
 
 
 def script(path: Path, body: str) -> Path:

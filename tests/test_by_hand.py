@@ -1,16 +1,18 @@
-"""The answer that this package grew from, term by term, beside what bnext returns for each term."""
+"""The derivative as one writes it by hand, term by term, beside what bnext returns for each."""
 
 from __future__ import annotations
 
 import cases
 import pytest
 import reference
+import scripts
 import torch
 from torch import Tensor, nn
 
 import bnext
 
-TERMS = ("input", "weight", "bias", "mean", "var")  # dL_dxi, dL_dgamma, dL_dbeta, dL_davg, dL_dvar
+TERMS = {"x": "input", "gamma": "weight", "beta": "bias", "mean": "mean", "var": "var"}
+by_hand = scripts.load("examples/derivative_by_hand.py")
 
 
 def filled(case: cases.Case) -> nn.BatchNorm2d:
@@ -21,6 +23,11 @@ def filled(case: cases.Case) -> nn.BatchNorm2d:
     return layer
 
 
+def correction(layer: nn.BatchNorm2d, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return by_hand.correction(x, dy, layer)
+
+
 @pytest.mark.parametrize("layout", cases.SOME_LAYOUTS)
 @pytest.mark.parametrize("dtypes", ["float64", "float32"])
 def test_every_term(dtypes: str, layout: str) -> None:
@@ -28,44 +35,33 @@ def test_every_term(dtypes: str, layout: str) -> None:
     for shape in cases.SHAPES:
         case = cases.make_case(shape, dtypes, layout=layout)
         layer = filled(case)
-        exact = [t.double() for t in (case.input, case.grad_output)]
-        terms = reference.seed_gradients(filled(case).double(), *exact)
+        terms = correction(filled(case).double(), case.input.double(), case.grad_output.double())
         want = reference.backward(case.grad_output, case.input, case.weight)
         by_layer = bnext.layer_gradients(layer, case.input, case.grad_output)
-        by_hand = bnext.batchnorm2d_backward(case.grad_output, case.input, case.weight)
-        for name in TERMS:
-            expected = reference.Expected(getattr(terms, name), getattr(want, name).bar)
+        alone = bnext.batchnorm2d_backward(case.grad_output, case.input, case.weight)
+        for term, name in TERMS.items():
+            expected = reference.Expected(terms[term], getattr(want, name).bar)
             expected.check(getattr(by_layer, name), f"{shape} layer_gradients {name}")
-            expected.check(getattr(by_hand, name), f"{shape} batchnorm2d_backward {name}")
+            expected.check(getattr(alone, name), f"{shape} batchnorm2d_backward {name}")
 
 
-def test_autograd_agrees_with_the_seed() -> None:
+def test_autograd_agrees() -> None:
     case = cases.make_case((3, 5, 6, 7), "float64")
     layer = bnext.convert(filled(case))
-    terms = reference.seed_gradients(layer, case.input, case.grad_output)
+    terms = correction(layer, case.input, case.grad_output)
     x = case.input.requires_grad_()
     got = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), case.grad_output)
-    for a, b in zip(got, terms[:3], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for gradient, term in zip(got, ("x", "gamma", "beta"), strict=True):
+        torch.testing.assert_close(gradient, terms[term], rtol=1e-12, atol=1e-12)
 
 
-def askers_dx(layer: nn.BatchNorm2d, x: Tensor, dy: Tensor) -> Tensor:
-    """The question's dx: running statistics for the batch's, and B = N for N * H * W."""
-    gamma, mean, var = (
-        t.detach().view(1, -1, 1, 1) for t in (layer.weight, layer.running_mean, layer.running_var)
-    )
-    std = torch.sqrt(var + layer.eps)
-    dxhat, count = dy * gamma, x.shape[0]
-    dvar = (-0.5 * dxhat * (x - mean) / std**3).sum((0, 2, 3), keepdim=True)
-    dmean = (-dxhat / std).sum((0, 2, 3), keepdim=True)
-    dmean = dmean + dvar * (-2.0 * (x - mean)).sum((0, 2, 3), keepdim=True) / count
-    return dxhat / std + 2.0 * dvar * (x - mean) / count + dmean / count
-
-
-def test_the_mistake_of_the_question() -> None:
-    """These tests can tell the question's dx from the right one."""
+def test_the_mistakes_of_the_attempt_show() -> None:
+    """These tests can tell the attempt from the right derivative."""
     case = cases.make_case((3, 5, 6, 7), "float64")
     layer = filled(case)
-    right = bnext.layer_gradients(layer, case.input, case.grad_output).input
-    wrong = askers_dx(layer, case.input, case.grad_output)
-    assert (right - wrong).abs().max() > 0.1
+    right = bnext.layer_gradients(layer, case.input, case.grad_output)
+    with torch.no_grad():
+        wrong = by_hand.attempt(case.input, layer(case.input), case.grad_output, filled(case))
+    assert (right.input - wrong["x"]).abs().max() > 0.1
+    assert (right.weight - wrong["gamma"]).abs().max() > 0.1
+    torch.testing.assert_close(right.bias, wrong["beta"])

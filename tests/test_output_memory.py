@@ -227,13 +227,15 @@ def lazily_free():  # bytes
     return sum(int(line.split()[1]) for line in lines if line.startswith("LazyFree:")) * 1024
 
 x, y = torch.randn(8, 4, 256, 256), torch.randn(4, 4, 256, 256)
+begin = time.monotonic()
 bnext.batchnorm2d(x, training=True)
 for _ in range(3):
     bnext.batchnorm2d(y, training=True)
-assert lazily_free() == 0  # nothing is old enough
+marked = lazily_free()
+assert marked == 0 or time.monotonic() - begin >= 1, marked  # nothing is old enough
 time.sleep(1.1)
 bnext.batchnorm2d(y, training=True)
-assert lazily_free() == x.nbytes, lazily_free()
+assert 0 < lazily_free() <= x.nbytes, lazily_free()  # less, if the system has taken some
 """,
     )
 
