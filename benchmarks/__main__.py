@@ -2,6 +2,7 @@
 
 python -m benchmarks [--suite ...] [--output FILE]   measure; see --help
 python -m benchmarks network                         whole training steps of two networks
+python -m benchmarks summary FILE                    what a run said at its end, from its file
 python -m benchmarks plot FILE                       figures from a result file
 python -m benchmarks compare OLD NEW                 fail if bnext has become slower
 python -m benchmarks.host_cost [--cold]              what one call costs on the host
@@ -46,7 +47,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     names = (*PROVIDERS, "variants")
     add("--providers", nargs="+", choices=names, default=list(PROVIDERS), help="default: all; "
         "variants: bnext with each family of CUDA kernels forced, with no persistent blocks, "
-        "with no packs in registers, and with no blocks that begin late")  # fmt: skip
+        "with no packs in registers, with no blocks that begin late, and with kernels that begin "
+        "one after the other")  # fmt: skip
     add("--seconds", type=float, help="for each line of the table; default 1, on CUDA 0.2")
     add("--threads", type=int, help="of the CPU")
     add("--quick", action="store_true", help="few shapes, short: one or two minutes")
@@ -185,7 +187,10 @@ def summarize(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks summary")
     parser.add_argument("file", type=Path)
-    environment, rows = results.load(parser.parse_args(argv).file)
+    try:
+        environment, rows = results.load(parser.parse_args(argv).file)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"{report.describe(environment)}\n")
     if any("network" in row for row in rows):
         from benchmarks.training_steps import Step, show
@@ -211,7 +216,11 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--threshold", type=float, default=0.1, help="default 0.1: 10 %%")
     a = parser.parse_args(argv)
-    good = results.compare(results.load(a.old), results.load(a.new), a.threshold)
+    try:
+        old, new = results.load(a.old), results.load(a.new)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    good = results.compare(old, new, a.threshold)
     print("no regression" if good else "regression")
     return 0 if good else 1
 

@@ -1,16 +1,17 @@
 """The prediction tables of docs/kernels.md, from the model of csrc/cuda/plan_*.cpp.
 
-python -m benchmarks.predicted [device [results.json]]. Needs no GPU. `time` is over the floor's:
-one kernel that moves what any implementation must move. With results of such a device: how long
-the best peer took there, over bnext's predicted time; and that over the time of a plain operation.
+Needs no GPU. `time` is over the floor's: one kernel that moves what any implementation must move.
+With results of such a device: how long the best peer took there, over bnext's predicted time; and
+that over the time of a plain operation.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import statistics
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,18 @@ def against_measured(device: str, path: Path) -> None:
         print_aim("measured", large)
 
 
-def main(device: str, path: str = "") -> None:
-    if path:
-        against_measured(device, Path(path))
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.predicted", description=__doc__)
+    add = parser.add_argument
+    add("device", nargs="?", default="h200", choices=_C.cuda_devices(), help="default h200")
+    add("results", nargs="?", type=Path, metavar="FILE", help="what such a device has measured")
+    arguments = parser.parse_args(argv)
+    device = arguments.device
+    if arguments.results:
+        try:
+            against_measured(device, arguments.results)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
         return
     for dtype, direction in itertools.product(("float32", "float16"), ("forward", "backward")):
         rows = []
@@ -134,4 +144,4 @@ def main(device: str, path: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3] or ["h200"])
+    main()

@@ -398,7 +398,7 @@ PROVIDERS: dict[str, type[Provider]] = {
 }
 
 # Besides the contestants: bnext with each family of its CUDA kernels, with no persistent blocks,
-# with no packs in registers, and with all blocks beginning together.
+# with no packs in registers, with all blocks beginning together, and with a pass's kernels apart.
 VARIANTS = (
     *(
         functools.partial(Variant, family, "BNEXT_CUDA_FAMILY", family)
@@ -407,4 +407,5 @@ VARIANTS = (
     functools.partial(Variant, "one-slab", "BNEXT_CUDA_PERSISTENT", "0"),
     functools.partial(Variant, "slots", "BNEXT_CUDA_REGISTERS", "0"),
     functools.partial(Variant, "together", "BNEXT_CUDA_LATE", "0"),
+    functools.partial(Variant, "apart", "BNEXT_CUDA_OVERLAP", "0"),
 )

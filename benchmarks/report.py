@@ -87,8 +87,10 @@ def describe(environment: dict[str, Any]) -> str:
         versions += [f"CUDA {e['cuda']}", f"cuDNN {e['cudnn']}", f"driver {e['driver_version']}"]
     else:
         versions.append(f"kernels {e['isa']}")
-    cache = f"cache {e['cache_mib']:g} MiB"
-    return f"{device}, {cache}, copies at {e['copy_gbps']} GB/s\n{', '.join(versions)}, {e['date']}"
+    machine = [device, f"cache {e['cache_mib']:g} MiB", f"copies at {e['copy_gbps']} GB/s"]
+    if e.get("other_work"):
+        machine.append(f"other programs on {e['other_work']:.1f} processors")
+    return f"{', '.join(machine)}\n{', '.join(versions)}, {e['date']}"
 
 
 Group = tuple[str, ...]

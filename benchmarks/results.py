@@ -220,7 +220,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Environment and rows of a file; a ValueError says what is not as it should be."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict) or not {"environment", "rows"} <= set(content):
         raise ValueError(f"{path} holds no environment and rows")
     for row in content["rows"]:

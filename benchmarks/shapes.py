@@ -8,15 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from bnext.__main__ import DTYPES, LAYOUTS
 from bnext.__main__ import parse_shape as parse_sizes
-
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def meta_input(size: Sequence[int], dtype: str, layout: str) -> torch.Tensor:
