@@ -60,11 +60,12 @@ def batchnorm2d(
 
     Args:
         input: (N, C, H, W); float64, float32, bfloat16 or float16; any strides.
-        running_mean, running_var: (C,), both or neither. Updated in place in training.
+        running_mean, running_var: (C,), both or neither. Updated in place in training, and then not
+            to share memory with any other argument.
         weight, bias: gamma and beta, (C,). None stands for 1 and 0.
         training: take statistics from the batch.
         momentum: the weight of this batch in the running statistics.
-        eps: added to the variance, in the units of its square.
+        eps: added to the variance, in the units of ``input``, squared.
         skip_nonfinite: in training, a channel keeps its running statistics where this batch would
             make one of them NaN or infinite, in their dtype: one bad batch does not poison them for
             good. Other channels learn from the batch. The device decides; nobody waits for it.

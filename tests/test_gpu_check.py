@@ -327,8 +327,11 @@ def test_a_variant_with_the_same_plan_is_not_timed(
         assert os.environ["BNEXT_CUDA_REGISTERS"] == "1"
 
 
-def test_over_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_over_floor(
+    monkeypatch: pytest.MonkeyPatch, environment: Callable[[str, str], None]
+) -> None:
     """What bnext takes, and by the model should take, beyond the floor, by kind of kernel."""
+    environment("BNEXT_CUDA_PERSISTENT", "1")
     monkeypatch.setattr(gpu_summary, "PLAN_FOR", "h200")
     rows = []
     for family, side, ms in (("streaming", 56, 1.0), ("resident", 28, 1.0), ("resident", 14, 1.1)):
