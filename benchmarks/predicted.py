@@ -52,12 +52,12 @@ def print_aim(kind: str, times: list[float]) -> None:
     print(f"{min(times):.2f} to {max(times):.2f}; {met} of {len(times)} at {AIM} or less")
 
 
-def against_measured(device: str, path: Path) -> None:
+def against_measured(device: str, measured: list[dict[str, Any]]) -> None:
     """ResNet-50, cold, beside the best peer: geometric mean and worst shape, for each pass, dtype
     and layout, and all. And large NCHW tensors beside the plain operation."""
     best: dict[tuple[str, str, str], dict[Shape, float]] = defaultdict(dict)
     floors: dict[tuple[str, str, str], dict[Shape, float]] = defaultdict(dict)
-    for row in results.load(path)[1]:
+    for row in measured:
         case = (row["direction"], row["dtype"], row["layout"])
         shape = Shape(*(row[k] for k in "NCHW"))
         if not row["ms"] or row["note"] or (row["cache"], row["suite"]) != ("cold", "resnet50"):
@@ -102,9 +102,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = arguments.device
     if arguments.results:
         try:
-            against_measured(device, arguments.results)
+            environment, rows = results.load(arguments.results)
         except (OSError, ValueError) as error:
             parser.error(str(error))
+        if environment["device"] != "cuda" or any("network" in row for row in rows):
+            parser.error(f"{arguments.results} holds no times of batch norm on a GPU")
+        against_measured(device, rows)
         return
     for dtype, direction in itertools.product(("float32", "float16"), ("forward", "backward")):
         rows = []

@@ -30,12 +30,12 @@ def explain(
             ``"h200"`` or ``"t4"`` a kind of device that need not be here (``python -m bnext
             --help`` lists them).
         family: plan with this family of kernels, or with each of them (``"all"``), and say why
-            where one cannot run; a plan that leaves no room for other streams' kernels counts as a
-            few per cent slower than predicted. Only passes that read their tensors twice have a
-            choice; the others are streamed. None is what a call would take: the best one, or what
-            the environment variables ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``,
-            ``BNEXT_CUDA_PERSISTENT``, ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP`` and
-            ``BNEXT_CUDA_LATE`` say.
+            where one cannot run; plans that have to wait for other streams' kernels, or let them
+            wait, count as 10 % (grids) or 2 % (persistent blocks) slower than predicted. Only
+            passes that read their tensors twice have a choice; the others are streamed. None is
+            what a call would take: the best one, or what the environment variables
+            ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``, ``BNEXT_CUDA_PERSISTENT``,
+            ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP`` and ``BNEXT_CUDA_LATE`` say.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         training: in training or in evaluation mode.
 
@@ -85,7 +85,7 @@ def _beside(plan: dict[str, Any], chosen: dict[str, Any] | None) -> str:
         return " (chosen)"
     counts = plan["microseconds_compared"]
     if plan["microseconds"] < chosen["microseconds"] and counts > chosen["microseconds_compared"]:
-        return f" (counts as {counts:.3g} us: while it runs, others have no room)"
+        return f" (counts as {counts:.3g} us: it and other streams wait for each other)"
     return ""
 
 

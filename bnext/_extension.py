@@ -1,4 +1,4 @@
-"""Loads the compiled module, and says what to do when it does not load."""
+"""Loads the compiled module, or says what to do; and its operators, under a compiler."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -59,11 +59,12 @@ def forward(
     """The rule of BatchNorm2dTransformableFunction."""
     x, running_mean, running_var, tracked, weight, bias, options = arguments
     training, momentum, eps, _, _ = options
-    if batch == 0:
-        raise ValueError("vmap over no samples: every argument must have at least one")
-    check: Any = _C.check_forward
-    first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
-    check(*first, training, momentum, eps)
+    if batch > 0:
+        check: Any = _C.check_forward
+        first = [_first(t, dim) for t, dim in zip(arguments[:6], in_dims[:6], strict=True)]
+        check(*first, training, momentum, eps)
+    elif training:
+        raise ValueError("vmap over no samples, in training: there must be at least one")
     check_constants(running_mean, running_var)
     x_dim, mean_dim, var_dim, tracked_dim = in_dims[:4]
     if training:

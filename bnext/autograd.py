@@ -125,10 +125,10 @@ class BatchNorm2dFunction(Function):
             x = None
             ctx.memory_format = suggest_memory_format(output)
         ctx.save_for_backward(x, weight, save_mean, save_invstd)
+        ctx.set_materialize_grads(False)
         ctx.options = options
         if not return_stats:
             return output
-        ctx.set_materialize_grads(False)
         if not training or not needs_grad[0]:
             ctx.mark_non_differentiable(mean, var)
         return output, mean, var

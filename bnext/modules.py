@@ -46,8 +46,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     ``skip_nonfinite``, a keyword of the constructor and an attribute to set at any time: a channel
     keeps its running statistics where a batch would make them NaN or infinite, as in
     :func:`bnext.batchnorm2d`. The batch still counts in ``num_batches_tracked``: for that channel
-    as one whose statistics were the running ones. A converted layer
-    starts with False, or with what it had before :func:`revert`.
+    as one whose statistics were the running ones. A converted layer starts with False, or with what
+    it had before :func:`revert`.
     """
 
     __module__ = _LayerOfTorch(__module__)

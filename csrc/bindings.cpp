@@ -40,7 +40,7 @@ class Arguments {
                      differentiable ? " that requires grad" : "");
     const double number = PyFloat_AsDouble(value.ptr());
     if (number == -1.0 && PyErr_Occurred()) {
-      if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();  // such as OverflowError
+      if (PyErr_ExceptionMatches(PyExc_OverflowError)) throw py::error_already_set();
       PyErr_Clear();
       TORCH_CHECK_TYPE(false, function, "(): argument '", name, "' must be float, not ", Py_TYPE(value.ptr())->tp_name);
     }
@@ -116,8 +116,7 @@ struct ForwardArguments {
         gamma(as.optional_tensor(weight, "weight")),
         beta(as.optional_tensor(bias, "bias")),
         train(as.boolean(training, "training")) {
-    // None is the cumulative average, which needs a count of batches.
-    if (!momentum.is_none() || !tracked.has_value()) factor = as.number(momentum, "momentum");
+    if (!momentum.is_none()) factor = as.number(momentum, "momentum");
     epsilon = as.number(eps, "eps");
   }
 };
@@ -135,6 +134,8 @@ py::tuple py_forward(py::handle input, py::handle running_mean, py::handle runni
   const Arguments as{"batchnorm2d"};
   const ForwardArguments a(as, input, running_mean, running_var, num_batches_tracked, weight, bias, training, momentum,
                            eps);
+  // None is the cumulative average, which needs a count of batches.
+  if (!a.tracked.has_value()) as.number(momentum, "momentum");
   if (a.train) {
     as.writable(a.mean, "running_mean");
     as.writable(a.var, "running_var");

@@ -134,7 +134,12 @@ def rows_for_options(function: str) -> list[Row]:
         message = f"{function}(): argument 'training' must be bool, not {kind}"
         add({"training": value}, TypeError, message)
     for name in ("eps", "momentum") if function == FORWARD else ("eps",):
-        for value, kind in (("0.1", "str"), (None, "NoneType"), ([0.1], "list")):
+        for value, kind in (
+            ("0.1", "str"),
+            (None, "NoneType"),
+            ([0.1], "list"),
+            (torch.ones(2), "Tensor"),
+        ):
             message = f"{function}(): argument '{name}' must be float, not {kind}"
             add({name: value}, TypeError, message)
         add({name: 10**400}, OverflowError, "int too large to convert to float")

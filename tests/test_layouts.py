@@ -47,8 +47,8 @@ def test_large(layout: str, mode: str, device: str) -> None:
 
 
 # What kernels store around the caches: planes of odd sizes, so that no two begin at the same
-# alignment; rows of whole vectors, other rows, a shifted base. Outputs of 17 MB; on processors
-# with more than 32 MB of cache as many times that as it takes, up to 128.
+# alignment; rows of whole vectors, other rows, a shifted base. Outputs of 17 MB, or up to four
+# times that where the last cache has more than 32 MB.
 LARGER_THAN_CACHES = (
     ((2, 3, 593, 601), "float64", "nchw"),
     ((2, 3, 853, 857), "float32", "nchw"),
@@ -66,7 +66,9 @@ def test_larger_than_caches(
 ) -> None:
     options = {"layout": layout, "grad_layout": layout, "device": device}
     tensor_bytes = math.prod(shape) * cases.DTYPES[dtypes][0].itemsize
-    times = min(8, _C.last_cache_bytes() // (2 * tensor_bytes) + 1) if device == "cpu" else 1
+    times = _C.last_cache_bytes() // (2 * tensor_bytes) + 1 if device == "cpu" else 1
+    if times > 4:
+        pytest.skip("tensors beyond this cache are too large for a test; make sanitize needs none")
     case = cases.make_case((times * shape[0], *shape[1:]), dtypes, **options)
     check_forward(case, layout)
     check_gradients(case, layout)

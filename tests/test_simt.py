@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import cases
 import pytest
 import reference
@@ -168,6 +170,14 @@ def test_long_sums(layout: str) -> None:
         case = cases.make_case(shape, layout=layout, grad_layout=layout, spread=30.0)
         case.grad_output.fill_(0.1)
         both(case, "long sums", machine=MACHINES["serial"])
+    # As many packs as a thread may have on chip: two a batch, so twice the additions.
+    shape, threads = (8, 2, 64, 64), 64 if layout == "nchw" else 128
+    slabs = 2 if layout == "nchw" else 1  # both channels are one pack of two rows
+    assert math.prod(shape) // 4 == slabs * threads * 128
+    case = cases.make_case(shape, layout=layout, grad_layout=layout, spread=30.0)
+    case.grad_output.fill_(0.1)
+    resident = MACHINES["serial"]._replace(family="resident", threads=threads)
+    both(case, "long sums on chip", machine=resident)
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "float16"])

@@ -437,8 +437,10 @@ def test_wrong_types_are_named(name: str, value: object, error: str) -> None:
 
 
 def test_no_samples() -> None:
+    xs, statistics = torch.empty(0, 2, C, 4, 4), (torch.zeros(C), torch.ones(C))
     with pytest.raises(ValueError, match="vmap over no samples"):
-        vmap(lambda x: bnext.batchnorm2d(x, training=True))(torch.empty(0, 2, 3, 4, 4))
+        vmap(lambda x: bnext.batchnorm2d(x, training=True))(xs)
+    assert vmap(lambda x: bnext.batchnorm2d(x, *statistics))(xs).shape == xs.shape
 
 
 @pytest.mark.parametrize("inside", [False, True])

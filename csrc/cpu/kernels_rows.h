@@ -28,10 +28,18 @@ BNEXT_INLINE int clamp_rows(int64_t rows, int least) {
 // one pass, or, with long vectors and wide rows, one by one, in the nearest cache. Few rows leave it each: what
 // rounding takes from a float32 sum of eight terms shows when there are not many more.
 constexpr int64_t kFewPositions = 64, kWideRowBytes = 512;
-template <typename T>
-BNEXT_INLINE int rows_per_sum(const Geometry& g, const Block& block) {
-  if constexpr (kIsHalf<T>) return g.num_positions() <= kFewPositions ? 1 : kGroup;
-  return clamp_rows(kSumPassBytes / row_bytes<T>(block), 1);
+// Calls sum(in groups, rows of a pass).
+template <typename T, typename Sum>
+BNEXT_INLINE void choose_sum(const Geometry& g, const Block& block, Sum sum) {
+  if constexpr (kIsHalf<T>) {
+    const bool few = g.num_positions() <= kFewPositions;
+    if constexpr (kLongVectors) {
+      if (!few && row_bytes<T>(block) >= kWideRowBytes) return sum(std::true_type(), 1);
+    }
+    sum(std::false_type(), few ? 1 : kGroup);
+  } else {
+    sum(std::false_type(), clamp_rows(kSumPassBytes / row_bytes<T>(block), 1));
+  }
 }
 
 template <typename T>
@@ -207,16 +215,6 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
       },
       x, dy);
   sums.end_group();
-}
-
-// Calls sum(in groups, rows of a pass).
-template <typename T, typename Sum>
-BNEXT_INLINE void choose_sum(const Geometry& g, const Block& block, Sum sum) {
-  if constexpr (kIsHalf<T> && kLongVectors) {
-    const bool few = g.num_positions() <= kFewPositions;
-    if (!few && row_bytes<T>(block) >= kWideRowBytes) return sum(std::true_type(), 1);
-  }
-  sum(std::false_type(), rows_per_sum<T>(g, block));
 }
 
 template <typename T>
