@@ -187,10 +187,7 @@ def summarize(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks summary")
     parser.add_argument("file", type=Path)
-    try:
-        environment, rows = results.load(parser.parse_args(argv).file)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    environment, rows = results.load_for(parser, parser.parse_args(argv).file)
     print(f"{report.describe(environment)}\n")
     if any("network" in row for row in rows):
         from benchmarks.training_steps import Step, show
@@ -216,10 +213,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--threshold", type=float, default=0.1, help="default 0.1: 10 %%")
     a = parser.parse_args(argv)
-    try:
-        old, new = results.load(a.old), results.load(a.new)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    old, new = (results.load_for(parser, path) for path in (a.old, a.new))
     good = results.compare(old, new, a.threshold)
     print("no regression" if good else "regression")
     return 0 if good else 1

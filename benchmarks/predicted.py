@@ -101,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     device = arguments.device
     if arguments.results:
-        try:
-            environment, rows = results.load(arguments.results)
-        except (OSError, ValueError) as error:
-            parser.error(str(error))
+        environment, rows = results.load_for(parser, arguments.results)
         if environment["device"] != "cuda" or any("network" in row for row in rows):
             parser.error(f"{arguments.results} holds no times of batch norm on a GPU")
         against_measured(device, rows)

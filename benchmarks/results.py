@@ -6,6 +6,7 @@ null, and `note` says why.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -231,6 +232,14 @@ def load(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if "step" not in row and missing:
             raise ValueError(f"{path}: a row lacks {', '.join(missing)}")
     return content["environment"], content["rows"]
+
+
+def load_for(parser: argparse.ArgumentParser, path: Path) -> tuple[dict[str, Any], list[Any]]:
+    """What `load` gives, or the command's own error and exit."""
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
 
 
 @dataclass

@@ -239,3 +239,15 @@ def small_cases(**options: object) -> Iterator[tuple[str, Case]]:
 def memory_format(tensor: Tensor) -> list[int]:
     """The strides that matter: those of dimensions with more than one place."""
     return [st for st, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+class Dropped(torch.autograd.Function):
+    """A node behind some outputs that sends nothing back."""
+
+    @staticmethod
+    def forward(ctx: object, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in outputs)
+
+    @staticmethod
+    def backward(ctx: object, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * len(gradients)

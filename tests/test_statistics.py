@@ -6,7 +6,6 @@ import copy
 import itertools
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import cases
 import pytest
@@ -150,21 +149,11 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("training", [False, True])
 def test_no_gradient_at_all(training: bool, weight_needs_grad: bool, device: str) -> None:
     """What a node behind the outputs does not send back is None here: no zeros are made of it."""
-
-    class Dropped(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
-            return tuple(t.clone() for t in outputs)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> tuple[None, ...]:
-            return (None,) * len(gradients)
-
     case = cases.make_case((3, 5, 4, 3), mode="train" if training else "eval", device=device)
     x, weight, bias = leaves_of(case)
     arguments = {**case.arguments, "weight": weight.requires_grad_(weight_needs_grad), "bias": bias}
     y, mean, var = bnext.batchnorm2d(x, **arguments, return_stats=True)
-    outputs = Dropped.apply(*((y, mean, var) if training else (y,)))
+    outputs = cases.Dropped.apply(*((y, mean, var) if training else (y,)))
     sum(t.sum() for t in outputs).backward()
     assert x.grad is weight.grad is bias.grad is None
 
