@@ -56,6 +56,7 @@ LARGER_THAN_CACHES = (
     ((4, 16, 263, 269), "float32", "channels_last"),
     ((4, 16, 263, 269), "float32", "misaligned_channels_last"),
     ((2, 3, 1187, 1231), "bfloat16", "nchw"),
+    ((16, 1100, 14, 14), "float32", "nchw"),
     ((4, 32, 257, 263), "bfloat16-float32", "channels_last"),
 )
 

@@ -170,7 +170,7 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
 
 void forward(const ForwardProblem& problem) {
   const Geometry g = choose_walk(problem.geometry, {&problem.x, &problem.y});
-  const Partition p(g, {&problem.x, &problem.y});
+  const Partition p(g, {&problem.x, &problem.y}, problem.training ? Visits::kTwice : Visits::kOnce);
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
 
@@ -244,13 +244,13 @@ void forward(const ForwardProblem& problem) {
 
 void backward(const BackwardProblem& problem) {
   const Geometry g = choose_walk(problem.geometry, {&problem.x, &problem.dy, &problem.dx});
-  const Partition p(g, {&problem.x, &problem.dy, &problem.dx});
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
   const bool has_dx = problem.dx.data != nullptr;
   const bool needs_sum_dy_xmu =
       (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
   const bool needs_sums = needs_sum_dy_xmu || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
+  const Partition p(g, {&problem.x, &problem.dy, &problem.dx}, needs_sums ? Visits::kTwice : Visits::kOnce);
 
   Pivots pivot(p, table);
   AllCoefficients coefficients(p, table);

@@ -135,17 +135,22 @@ void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, B
   kernel(g, x, dy, block, pivots, sum_dy, sum_dy_xmp);
 }
 
-// Streamed stores begin at the first aligned vector of a run. Where elements themselves lie askew there is none.
+// Streamed stores fill whole lines. Where elements themselves lie askew there are none; and of planes as short as
+// these, too many lines are written in pieces, by stores of both kinds. Zen 4, 32 x 2048 x 14 x 14 bfloat16:
+// forward 3.3 -> 2.5 ms, backward 5.4 -> 4.6.
+constexpr int64_t kShortPlaneBytes = 512;
 template <typename T>
-bool has_aligned_elements(const View& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0;
+bool fills_lines(const Geometry& g, const View& view) {
+  const int64_t bytes = g.size[2] * static_cast<int64_t>(sizeof(T));
+  return reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0 &&
+         (bytes >= kShortPlaneBytes || bytes % kStoreBytes<T> == 0);
 }
 
 template <typename T>
 void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
                          ElementwiseOptions options) {
   if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
-  auto* kernel = options.stream && has_aligned_elements<T>(y) ? normalize_planes<true, T> : normalize_planes<false, T>;
+  auto* kernel = options.stream && fills_lines<T>(g, y) ? normalize_planes<true, T> : normalize_planes<false, T>;
   kernel(g, x, y, block, c, options);
 }
 
@@ -154,7 +159,7 @@ void backward_apply_of_planes(const Geometry& g, const View& x, const View& dy, 
                               CoefficientArrays c, ElementwiseOptions options) {
   if (has_runs<T>(g, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, options);
   auto* kernel =
-      options.stream && has_aligned_elements<T>(dx) ? backward_apply_planes<true, T> : backward_apply_planes<false, T>;
+      options.stream && fills_lines<T>(g, dx) ? backward_apply_planes<true, T> : backward_apply_planes<false, T>;
   kernel(g, x, dy, dx, block, c, options);
 }
 

@@ -8,14 +8,7 @@ constexpr int64_t kMaxColumns = 1024;
 // Longer planes have few ends, and fewer rows than this do not pay for laying out numbers for every column. Nor does
 // bfloat16 with long vectors, of which one has most of a plane. AVX2, forward of 32 x 2048 x 7 x 7, bfloat16: 18 -> 3.8
 // ms.
-constexpr int64_t kMaxRunPositions = 64, kMinRunRows = 8;
-// Rows of a pass, see kSumPassBytes. It depends on the shape alone, so that sums do not depend on how many channels a
-// block has.
-template <typename T>
-BNEXT_INLINE int rows_per_run_sum(const Geometry& g) {
-  if (kIsHalf<T> && g.num_positions() <= kFewPositions) return 1;
-  return kLongVectors ? 2 : 4;
-}
+constexpr int64_t kMinRunRows = 8;
 
 // Depends on the shape and the layout alone; blocks of planes always have whole ones this short.
 template <typename T, typename... Views>
@@ -117,7 +110,7 @@ void moments_runs(const Geometry& g, const View& x, Block block, const void* piv
   for_each_of_runs(g, block, [&](const Run& run) __attribute__((always_inline)) {
     ColumnSums<T> sums(run, pivots);
     moments_in_passes<T>(run.geometry, run.view(x, sizeof(T)), run.block, sums.pivot, sums.a, sums.b,
-                         rows_per_run_sum<T>(g));
+                         rows_per_sum<T>(g));
     sums.add_to(run, s1, s2);
   });
 }
@@ -128,7 +121,7 @@ void backward_sums_runs(const Geometry& g, const View& x, const View& dy, Block 
   for_each_of_runs(g, block, [&](const Run& run) __attribute__((always_inline)) {
     ColumnSums<T> sums(run, pivots);
     backward_sums_in_passes<T>(run.geometry, run.view(x, sizeof(T)), run.view(dy, sizeof(T)), run.block, sums.pivot,
-                               sums.a, sums.b, rows_per_run_sum<T>(g));
+                               sums.a, sums.b, rows_per_sum<T>(g));
     sums.add_to(run, sum_dy, sum_dy_xmp);
   });
 }

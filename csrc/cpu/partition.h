@@ -46,6 +46,14 @@ inline bool has_dense_rows(const Geometry& g, std::initializer_list<const View*>
   return dense;
 }
 
+// Whether planes lie side by side, and are neither taken as rows nor long enough for a block each.
+inline bool has_medium_planes(const Geometry& g, std::initializer_list<const View*> views) {
+  const int64_t length = g.size[2];
+  bool medium = g.walk == Walk::kPlanes && g.unit_stride && length > kMaxRunPositions && length < kBlockElements;
+  for (const View* view : views) medium = medium && (view->data == nullptr || view->stride_c == length);
+  return medium;
+}
+
 // The walk that is fastest here. Two or three channels with gaps between the rows, as RGB without A: each channel by
 // itself, one element at a time. AVX2, float32, backward of 3 of 4 channels: 6.8 -> 4.4 ms.
 inline Geometry choose_walk(Geometry g, std::initializer_list<const View*> views) {
@@ -58,9 +66,14 @@ inline Geometry choose_walk(Geometry g, std::initializer_list<const View*> views
   return g;
 }
 
+// How often a pass visits the tensors. A second visit wants all positions of a few channels, which are in cache then. A
+// pass of one goes through memory in its order, with a plane of each of a block's channels. 32 x 512 x 14 x 14 float32,
+// evaluation, Zen 4: 1.11 -> 0.83 ms.
+enum class Visits : uint8_t { kOnce, kTwice };
+
 class Partition {
  public:
-  Partition(const Geometry& geometry, std::initializer_list<const View*> views) : geometry_(geometry) {
+  Partition(const Geometry& geometry, std::initializer_list<const View*> views, Visits visits) : geometry_(geometry) {
     const int64_t channels = geometry.num_channels, positions = geometry.num_positions();
     int64_t num_tensors = 0;
     for (const View* view : views) num_tensors += view->data != nullptr;
@@ -69,11 +82,16 @@ class Partition {
     serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1 ||
               pool_is_lost();
     if (has_dense_rows(geometry, views)) fold_ = choose_fold(channels);
-    chunk_ = ceil_div(choose_chunk(geometry), fold_) * fold_;
+    const bool planes = geometry.walk == Walk::kPlanes;
+    const bool one_by_one = visits == Visits::kOnce && has_medium_planes(geometry, views);
+    chunk_ = one_by_one ? geometry.size[2] : ceil_div(choose_chunk(geometry), fold_) * fold_;
     num_chunks_ = ceil_div(positions, chunk_);
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
-    if (geometry.walk == Walk::kRows) {
+    in_order_ = !planes || one_by_one;
+    if (!planes) {
       channels_per_block_ = fold_ > 1 ? channels : std::min(channels, kMaxRowChannels);
+    } else if (one_by_one) {
+      channels_per_block_ = std::min(channels, kBlockElements / geometry.size[2]);
     } else {
       // A few channels at a time keeps them in cache between their two visits; with few channels the cores would idle.
       channel_by_channel_ = channels >= 4 * threads || channels % threads == 0;
@@ -122,12 +140,11 @@ class Partition {
   template <typename F>
   void for_each_block(bool reverse, F f) const {
     const int64_t num_blocks = num_channel_blocks();
-    const bool rows = geometry_.walk == Walk::kRows;
     parallel(num_blocks * num_chunks_, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t task = reverse ? begin + end - 1 - i : i;
-        const int64_t channel_block = rows ? task % num_blocks : task / num_chunks_;
-        const int64_t chunk = rows ? task / num_blocks : task % num_chunks_;
+        const int64_t channel_block = in_order_ ? task % num_blocks : task / num_chunks_;
+        const int64_t chunk = in_order_ ? task / num_blocks : task % num_chunks_;
         f(block(channel_block, chunk), chunk);
       }
     });
@@ -192,6 +209,7 @@ class Partition {
   bool serial_ = true;
   bool channel_by_channel_ = false;
   bool stream_ = false;
+  bool in_order_ = false;  // all channels of a chunk, then the next chunk
   int64_t channels_per_block_ = 1;
   int64_t chunk_ = 1;
   int64_t num_chunks_ = 0;

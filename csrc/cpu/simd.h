@@ -388,16 +388,6 @@ BNEXT_INLINE void add_to_sums(double* to, V v) {
   });
 }
 
-// The same in float32.
-BNEXT_INLINE void add_to_sums(float* to, WideFloats v) {
-  const WideFloats sum = load_raw<WideFloats>(to) + v;
-  __builtin_memcpy(to, &sum, sizeof sum);
-}
-BNEXT_INLINE void add_to_sums(float* to, Split v) {
-  add_to_sums(to, v.even);
-  add_to_sums(to + 2 * kDoubles, v.odd);
-}
-
 // The sum of groups of Terms, in float64, each lane by itself. A float32 chain is no longer than a group: eight
 // products of two bfloat16, of 16 bits each, or of two float16, of 22, of which next to nothing is lost.
 template <typename T>

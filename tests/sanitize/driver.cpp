@@ -200,7 +200,7 @@ std::vector<Size> memory_sizes() {
   sizes.push_back({2, 3, 75, 81});
   sizes.push_back({2, 64, 16, 17});
   sizes.push_back({9, 41, 7, 7});
-  sizes.push_back({3, 289, 5, 5});    // wide rows, whose sums go in groups
+  sizes.push_back({3, 289, 5, 5});    // wide rows
   sizes.push_back({66, 1093, 1, 1});  // rows in parts
   return sizes;
 }
