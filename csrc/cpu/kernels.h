@@ -17,8 +17,6 @@ Isa current_isa();
 // Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes and of
 // rows.
 constexpr int64_t kMaxBlockChannels = 32, kMaxRowChannels = 1024;
-// Planes of so few positions may be taken as rows of a block's channels, where a block has all positions.
-constexpr int64_t kMaxRunPositions = 64;
 struct Block {
   int64_t channel_begin, channel_end;
   int64_t begin, end;

@@ -149,7 +149,7 @@ bool fills_lines(const Geometry& g, const View& view) {
 template <typename T>
 void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
                          ElementwiseOptions options) {
-  if (has_runs<T>(g, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
+  if (block_has_runs<T>(g, block, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
   auto* kernel = options.stream && fills_lines<T>(g, y) ? normalize_planes<true, T> : normalize_planes<false, T>;
   kernel(g, x, y, block, c, options);
 }
@@ -157,7 +157,7 @@ void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block 
 template <typename T>
 void backward_apply_of_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                               CoefficientArrays c, ElementwiseOptions options) {
-  if (has_runs<T>(g, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, options);
+  if (block_has_runs<T>(g, block, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, options);
   auto* kernel =
       options.stream && fills_lines<T>(g, dx) ? backward_apply_planes<true, T> : backward_apply_planes<false, T>;
   kernel(g, x, dy, dx, block, c, options);

@@ -8,7 +8,7 @@ constexpr int64_t kMaxColumns = 1024;
 // Longer planes have few ends, and fewer rows than this do not pay for laying out numbers for every column. Nor does
 // bfloat16 with long vectors, of which one has most of a plane. AVX2, forward of 32 x 2048 x 7 x 7, bfloat16: 18 -> 3.8
 // ms.
-constexpr int64_t kMinRunRows = 8;
+constexpr int64_t kMaxRunPositions = 64, kMinRunRows = 8;
 
 // Depends on the shape and the layout alone; blocks of planes always have whole ones this short.
 template <typename T, typename... Views>
@@ -16,6 +16,12 @@ BNEXT_INLINE bool has_runs(const Geometry& g, const Views&... views) {
   const bool dense = ((views.stride_c == g.size[2]) && ...);
   if (kIsSplit<T> && kLongVectors) return false;
   return dense && g.size[2] > 1 && g.size[2] <= kMaxRunPositions && g.size[0] == 1 && g.size[1] >= kMinRunRows;
+}
+
+// Elementwise work of a block with one row would lay out numbers for each element.
+template <typename T, typename... Views>
+BNEXT_INLINE bool block_has_runs(const Geometry& g, const Block& block, const Views&... views) {
+  return block.end - block.begin > g.size[2] && has_runs<T>(g, views...);
 }
 
 // Channels [begin, end) of a block, as rows.

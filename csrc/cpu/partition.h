@@ -46,10 +46,12 @@ inline bool has_dense_rows(const Geometry& g, std::initializer_list<const View*>
   return dense;
 }
 
-// Whether planes lie side by side, and are neither taken as rows nor long enough for a block each.
+// Whether planes lie side by side, and are neither so short that they are better taken as rows, several at a time, nor
+// long enough for a block each.
+constexpr int64_t kMinPlane = 16;
 inline bool has_medium_planes(const Geometry& g, std::initializer_list<const View*> views) {
   const int64_t length = g.size[2];
-  bool medium = g.walk == Walk::kPlanes && g.unit_stride && length > kMaxRunPositions && length < kBlockElements;
+  bool medium = g.walk == Walk::kPlanes && g.unit_stride && length >= kMinPlane && length < kBlockElements;
   for (const View* view : views) medium = medium && (view->data == nullptr || view->stride_c == length);
   return medium;
 }
