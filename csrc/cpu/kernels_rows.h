@@ -22,14 +22,17 @@ BNEXT_INLINE int rows_per_sum(const Geometry& g) {
   return kIsHalf<T> && g.num_positions() <= kFewPositions ? 1 : kGroup;
 }
 
-// Rows of an elementwise pass, as many as these bytes hold, up to as many as for sums: the more, the less often the
-// numbers of the channels are loaded; but rows of a pass are read and written side by side.
+// Elementwise work takes rows of so many channels one by one, and a vector at a time: what it reads and writes is in
+// the order of memory, and the numbers of the channels come from the nearest cache for each vector. Zen 4, AVX-512,
+// tensors not in cache: backward of 6272 x 512 bfloat16 1.05 -> 0.79 ms.
+constexpr int64_t kWideRowChannels = 128;
+// Of narrower ones, as many as these bytes hold, side by side, with their numbers in registers.
 template <typename T>
 constexpr int64_t kApplyPassBytes = int64_t{kIsHalf<T> ? 4 : 1} << 10;
 template <typename T>
 BNEXT_INLINE int rows_per_apply(const Block& block) {
-  const int64_t rows = kApplyPassBytes<T> / row_bytes<T>(block), least = kIsHalf<T> ? 2 : 1;
-  return static_cast<int>(rows < least ? least : rows < kGroup ? rows : kGroup);
+  const int64_t rows = kApplyPassBytes<T> / row_bytes<T>(block);
+  return static_cast<int>(rows < 1 ? 1 : rows < kGroup ? rows : kGroup);
 }
 
 // Rows from one to that which is asked for: at least a pass. For reading, kAheadBytes as in planes.
@@ -65,14 +68,14 @@ BNEXT_INLINE void for_each_pass(int64_t length, int step, Pass pass) {
   for (int64_t r = 0; r < length; r += step) pass(r, r + step < length ? step : static_cast<int>(length - r));
 }
 
-// Calls f(channel, vectors, count) over a block's channels: kColumns whole vectors at a time, then single ones, all
+// Calls f(channel, vectors, count) over a block's channels: kVectors whole vectors at a time, then single ones, all
 // with a count of All, then a partial one.
-template <typename T, int64_t kLanesOfOne, typename All = Whole, typename F>
+template <int kVectors, int64_t kLanesOfOne, typename All = Whole, typename F>
 BNEXT_INLINE void for_each_column(const Block& block, F f) {
   int64_t c = block.channel_begin;
   const int64_t end = block.channel_end;
-  for (; c + kColumns<T> * kLanesOfOne <= end; c += kColumns<T> * kLanesOfOne) {
-    f(c, std::integral_constant<int, kColumns<T>>(), All());
+  for (; c + kVectors * kLanesOfOne <= end; c += kVectors * kLanesOfOne) {
+    f(c, std::integral_constant<int, kVectors>(), All());
   }
   for (; c + kLanesOfOne <= end; c += kLanesOfOne) f(c, std::integral_constant<int, 1>(), All());
   if (c < end) f(c, std::integral_constant<int, 1>(), end - c);
@@ -112,27 +115,28 @@ void moments_in_passes(const Geometry& g, const View& x, Block block, const void
         for_each_pass(length, step, [&](int64_t row, int rows) __attribute__((always_inline)) {
           const T* first = at<T>(x, offset + row * x.stride[2]);
           RowsAhead<T> ahead(first + (row + rows_on < length ? rows_on * x.stride[2] : 0), block, x.stride[2]);
-          for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
-            constexpr int kVectors = decltype(vectors)::value;
-            Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
+          for_each_column<kColumns<T>, lanes>(
+              block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
+                constexpr int kVectors = decltype(vectors)::value;
+                Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) p[v] = load_numbers<Term<T>>(pivot + c + v * lanes);
-            for (int r = 0; r < rows; ++r) {
-              const T* px = first + r * x.stride[2] + c;
-              ahead.ask(kVectors * lanes);
+                for (int v = 0; v < kVectors; ++v) p[v] = load_numbers<Term<T>>(pivot + c + v * lanes);
+                for (int r = 0; r < rows; ++r) {
+                  const T* px = first + r * x.stride[2] + c;
+                  ahead.ask(kVectors * lanes);
 #pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                const Term<T> d = keep_lanes(load_term(px + v * lanes, count) - p[v], count);
-                a[v] += d;
-                b[v] += d * d;
-              }
-            }
+                  for (int v = 0; v < kVectors; ++v) {
+                    const Term<T> d = keep_lanes(load_term(px + v * lanes, count) - p[v], count);
+                    a[v] += d;
+                    b[v] += d * d;
+                  }
+                }
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              add_to_sums(s1 + c + v * lanes, a[v]);
-              add_to_sums(s2 + c + v * lanes, b[v]);
-            }
-          });
+                for (int v = 0; v < kVectors; ++v) {
+                  add_to_sums(s1 + c + v * lanes, a[v]);
+                  add_to_sums(s2 + c + v * lanes, b[v]);
+                }
+              });
         });
       },
       x);
@@ -153,29 +157,30 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
           const int64_t on = row + rows_on < length ? rows_on : 0;
           RowsAhead<T> ahead_x(first_x + on * x.stride[2], block, x.stride[2]),
               ahead_dy(first_dy + on * dy.stride[2], block, dy.stride[2]);
-          for_each_column<T, lanes>(block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
-            constexpr int kVectors = decltype(vectors)::value;
-            Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
+          for_each_column<kColumns<T>, lanes>(
+              block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
+                constexpr int kVectors = decltype(vectors)::value;
+                Term<T> a[kVectors] = {}, b[kVectors] = {}, p[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) p[v] = load_numbers<Term<T>>(pivot + c + v * lanes);
-            for (int r = 0; r < rows; ++r) {
-              const T* px = first_x + r * x.stride[2] + c;
-              const T* pdy = first_dy + r * dy.stride[2] + c;
-              ahead_x.ask(kVectors * lanes);
-              ahead_dy.ask(kVectors * lanes);
+                for (int v = 0; v < kVectors; ++v) p[v] = load_numbers<Term<T>>(pivot + c + v * lanes);
+                for (int r = 0; r < rows; ++r) {
+                  const T* px = first_x + r * x.stride[2] + c;
+                  const T* pdy = first_dy + r * dy.stride[2] + c;
+                  ahead_x.ask(kVectors * lanes);
+                  ahead_dy.ask(kVectors * lanes);
 #pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                const Term<T> d = load_term(pdy + v * lanes, count);
-                a[v] += d;
-                b[v] += d * keep_lanes(load_term(px + v * lanes, count) - p[v], count);
-              }
-            }
+                  for (int v = 0; v < kVectors; ++v) {
+                    const Term<T> d = load_term(pdy + v * lanes, count);
+                    a[v] += d;
+                    b[v] += d * keep_lanes(load_term(px + v * lanes, count) - p[v], count);
+                  }
+                }
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              add_to_sums(sum_dy + c + v * lanes, a[v]);
-              add_to_sums(sum_dy_xmp + c + v * lanes, b[v]);
-            }
-          });
+                for (int v = 0; v < kVectors; ++v) {
+                  add_to_sums(sum_dy + c + v * lanes, a[v]);
+                  add_to_sums(sum_dy_xmp + c + v * lanes, b[v]);
+                }
+              });
         });
       },
       x, dy);
@@ -192,12 +197,12 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
   backward_sums_in_passes<T>(g, x, dy, block, pivots, sum_dy, sum_dy_xmp, rows_per_sum<T>(g));
 }
 
-template <bool kStream, typename T>
+template <bool kStream, bool kOneByOne, typename T>
 void normalize_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays arrays) {
   using All = std::conditional_t<kStream, Streamed, Whole>;
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
-  const int step = rows_per_apply<T>(block);
+  const int step = kOneByOne ? 1 : rows_per_apply<T>(block);
   const int64_t rows_on = rows_ahead<T>(block, kAheadBytes, step);
   const WriteAhead<T> write_ahead(y, block, step);
   for_each_run(
@@ -207,13 +212,13 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
           const T* first_x = at<T>(x, offset_x + row * x.stride[2]);
           T* first_y = at_mutable<T>(y, offset_y + row * y.stride[2]);
           const int64_t ahead = row + rows_on < length ? rows_on * x.stride[2] : 0;
-          for_each_column<T, lanes, All>(
+          for_each_column<kOneByOne ? 1 : kColumns<T>, lanes, All>(
               block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
                 constexpr int kVectors = decltype(vectors)::value;
                 AffineVector<T> f[kVectors];
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) f[v] = coefficients.vector(c + v * lanes);
-                for (int r = 0; r < rows; ++r) {
+                for (int r = 0; r < (kOneByOne ? 1 : rows); ++r) {
                   const T* px = first_x + r * x.stride[2] + c;
                   T* py = first_y + r * y.stride[2] + c;
                   prefetch(px + ahead, kVectors * lanes);
@@ -230,13 +235,13 @@ void normalize_rows(const Geometry& g, const View& x, const View& y, Block block
   if constexpr (kStream) finish_stream();
 }
 
-template <bool kStream, typename T>
+template <bool kStream, bool kOneByOne, typename T>
 void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                          CoefficientArrays arrays) {
   using All = std::conditional_t<kStream, Streamed, Whole>;
   constexpr int64_t lanes = kLanes<T>;
   const LoadCoefficients<T> coefficients(arrays);
-  const int step = rows_per_apply<T>(block);
+  const int step = kOneByOne ? 1 : rows_per_apply<T>(block);
   const int64_t rows_on = rows_ahead<T>(block, kAheadBytes, step);
   const WriteAhead<T> write_ahead(dx, block, step);
   for_each_run(
@@ -248,30 +253,31 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
           const int64_t on = row + rows_on < length ? rows_on : 0;
           const int64_t ahead_x = on * x.stride[2], ahead_dy = on * dy.stride[2];
           T* first_dx = at_mutable<T>(dx, offset_dx + row * dx.stride[2]);
-          for_each_column<T, lanes, All>(block, [&](int64_t c, auto vectors,
-                                                    auto count) __attribute__((always_inline)) {
-            constexpr int kVectors = decltype(vectors)::value;
-            AffineVector<T> f[kVectors];
-            Value<T> a[kVectors];
+          for_each_column<kOneByOne ? 1 : kColumns<T>, lanes, All>(
+              block, [&](int64_t c, auto vectors, auto count) __attribute__((always_inline)) {
+                constexpr int kVectors = decltype(vectors)::value;
+                AffineVector<T> f[kVectors];
+                Value<T> a[kVectors];
 #pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) {
-              f[v] = coefficients.vector(c + v * lanes);
-              a[v] = coefficients.scale_dy(c + v * lanes);
-            }
-            for (int r = 0; r < rows; ++r) {
-              const T* px = first_x + r * x.stride[2] + c;
-              const T* pdy = first_dy + r * dy.stride[2] + c;
-              T* pdx = first_dx + r * dx.stride[2] + c;
-              prefetch(px + ahead_x, kVectors * lanes);
-              prefetch(pdy + ahead_dy, kVectors * lanes);
-              if (!kStream) prefetch<true>(pdx + write_ahead(c), kVectors * lanes);
+                for (int v = 0; v < kVectors; ++v) {
+                  f[v] = coefficients.vector(c + v * lanes);
+                  a[v] = coefficients.scale_dy(c + v * lanes);
+                }
+                for (int r = 0; r < (kOneByOne ? 1 : rows); ++r) {
+                  const T* px = first_x + r * x.stride[2] + c;
+                  const T* pdy = first_dy + r * dy.stride[2] + c;
+                  T* pdx = first_dx + r * dx.stride[2] + c;
+                  prefetch(px + ahead_x, kVectors * lanes);
+                  prefetch(pdy + ahead_dy, kVectors * lanes);
+                  if (!kStream) prefetch<true>(pdx + write_ahead(c), kVectors * lanes);
 #pragma GCC unroll 4
-              for (int v = 0; v < kVectors; ++v) {
-                store_value(pdx + v * lanes,
-                            load_value(pdy + v * lanes, count) * a[v] + f[v](load_value(px + v * lanes, count)), count);
-              }
-            }
-          });
+                  for (int v = 0; v < kVectors; ++v) {
+                    store_value(pdx + v * lanes,
+                                load_value(pdy + v * lanes, count) * a[v] + f[v](load_value(px + v * lanes, count)),
+                                count);
+                  }
+                }
+              });
         });
       },
       x, dy, dx);
@@ -287,16 +293,29 @@ bool has_aligned_rows(const View& view) {
   return aligned;
 }
 
+// Calls f(stream, one_by_one): how a kernel that writes `to` should go.
+template <typename T, typename F>
+void choose_apply(const Block& block, const View& to, bool stream, F f) {
+  const bool wide = block.channel_end - block.channel_begin >= kWideRowChannels;
+  stream = stream && has_aligned_rows<T>(to);
+  if (stream && wide) return f(std::true_type(), std::true_type());
+  if (stream) return f(std::true_type(), std::false_type());
+  if (wide) return f(std::false_type(), std::true_type());
+  f(std::false_type(), std::false_type());
+}
+
 template <typename T>
 void normalize_any_rows(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
                         ElementwiseOptions options) {
-  (options.stream && has_aligned_rows<T>(y) ? normalize_rows<true, T> : normalize_rows<false, T>)(g, x, y, block, c);
+  choose_apply<T>(block, y, options.stream, [&](auto stream, auto one_by_one) {
+    normalize_rows<decltype(stream)::value, decltype(one_by_one)::value, T>(g, x, y, block, c);
+  });
 }
 
 template <typename T>
 void backward_apply_any_rows(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                              CoefficientArrays c, ElementwiseOptions options) {
-  auto* kernel =
-      options.stream && has_aligned_rows<T>(dx) ? backward_apply_rows<true, T> : backward_apply_rows<false, T>;
-  kernel(g, x, dy, dx, block, c);
+  choose_apply<T>(block, dx, options.stream, [&](auto stream, auto one_by_one) {
+    backward_apply_rows<decltype(stream)::value, decltype(one_by_one)::value, T>(g, x, dy, dx, block, c);
+  });
 }
