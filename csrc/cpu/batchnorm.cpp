@@ -261,8 +261,11 @@ void backward(const BackwardProblem& problem) {
     coefficients.set(c, {0, load_channel(problem.weight, c, 1) * load_channel(problem.invstd, c, 1), 0});
   });
 
-  // Eval goes block by block whatever the shape, so it keeps the sums of every block.
-  ChannelSums<2> sums(p, table.split, p.channel_by_channel() && problem.training ? 1 : p.num_chunks());
+  // Eval goes block by block whatever the shape, so it keeps the sums of every block, if it has any.
+  const int64_t num_partials = problem.training ? (p.channel_by_channel() ? 1 : p.num_chunks())
+                               : needs_sums     ? p.num_chunks()
+                                                : 0;
+  ChannelSums<2> sums(p, table.split, num_partials);
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t width) {
     const View dy = fold_view(problem.dy, fold);
     if (needs_sum_dy_xmu) {
