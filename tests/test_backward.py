@@ -275,6 +275,24 @@ def test_nan_stays_in_its_channel(
         assert not got.input[:, 4].isfinite().any()
 
 
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("training", [True, False])
+def test_only_what_is_asked_for(training: bool, layout: str, device: str) -> None:
+    """The operator with every choice of results, none included; 64 short planes."""
+    case = cases.make_case((2, 64, 7, 7), layout=layout, device=device)
+    mean, invstd = torch.randn(64, device=device).double(), torch.rand(64, device=device).double()
+    if device != "cpu":
+        mean, invstd = mean.float(), invstd.float()
+    arguments = case.grad_output, case.input, case.weight, mean, invstd, training
+    everything = torch.ops.bnext.batchnorm2d_backward(*arguments, [True] * 5)
+    for mask in itertools.product([True, False], repeat=5):
+        got = torch.ops.bnext.batchnorm2d_backward(*arguments, mask)
+        for name, tensor, want, wanted in zip(FIELDS, got, everything, mask, strict=True):
+            assert (tensor is not None) == wanted, f"{mask}: {name}"
+            if wanted:
+                torch.testing.assert_close(tensor, want, msg=lambda m: f"{mask}: {name}: {m}")
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3), (2, 0, 3, 3)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_empty(training: bool, shape: tuple[int, ...], device: str) -> None:

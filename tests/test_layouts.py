@@ -47,8 +47,9 @@ def test_large(layout: str, mode: str, device: str) -> None:
 
 
 # What kernels store around the caches: planes of odd sizes, so that no two begin at the same
-# alignment; rows of whole vectors, other rows, a shifted base. Outputs of 17 MB, or up to four
-# times that where the last cache has more than 32 MB.
+# alignment; planes of which several lie in a block, and such as are too short; rows of whole
+# vectors, other rows, a shifted base. Outputs of 14 MB and more, or up to four times that where
+# the last cache holds both tensors.
 LARGER_THAN_CACHES = (
     ((2, 3, 593, 601), "float64", "nchw"),
     ((2, 3, 853, 857), "float32", "nchw"),
@@ -57,6 +58,7 @@ LARGER_THAN_CACHES = (
     ((4, 16, 263, 269), "float32", "misaligned_channels_last"),
     ((2, 3, 1187, 1231), "bfloat16", "nchw"),
     ((16, 1100, 14, 14), "float32", "nchw"),
+    ((32, 1100, 14, 14), "bfloat16", "nchw"),
     ((4, 32, 257, 263), "bfloat16-float32", "channels_last"),
 )
 

@@ -170,7 +170,7 @@ void reduce_then_apply(const Partition& p, ChannelSums<kNumSums>& sums, int num_
 
 void forward(const ForwardProblem& problem) {
   const Geometry g = choose_walk(problem.geometry, {&problem.x, &problem.y});
-  const Partition p(g, {&problem.x, &problem.y}, problem.training ? Visits::kTwice : Visits::kOnce);
+  const Partition p(g, {&problem.x, &problem.y}, problem.training);
   const KernelTable& table = kernel_table(current_isa(), g);
   const double m = static_cast<double>(g.num_positions());
 
@@ -187,7 +187,7 @@ void forward(const ForwardProblem& problem) {
     coefficients.set(c, {centre, scale, load_channel(problem.bias, c, 0) - (mean - centre) * scale});
   };
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold, ElementwiseOptions options = {}) {
-    options.stream = p.stream();
+    options.stream = p.stream(), options.in_order = p.planes_in_order();
     table.normalize(part, fold_view(problem.x, fold), fold_view(problem.y, fold), block, coefficients.arrays(),
                     options);
   };
@@ -250,7 +250,8 @@ void backward(const BackwardProblem& problem) {
   const bool needs_sum_dy_xmu =
       (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
   const bool needs_sums = needs_sum_dy_xmu || problem.dbias.data != nullptr || problem.dmean.data != nullptr;
-  const Partition p(g, {&problem.x, &problem.dy, &problem.dx}, needs_sums ? Visits::kTwice : Visits::kOnce);
+  if (!has_dx && !needs_sums) return;
+  const Partition p(g, {&problem.x, &problem.dy, &problem.dx}, needs_sums);
 
   Pivots pivot(p, table);
   AllCoefficients coefficients(p, table);
@@ -306,7 +307,7 @@ void backward(const BackwardProblem& problem) {
   // Eval: dx does not wait for the sums, so each block is read once for both.
   auto apply = [&](const Geometry& part, const Block& block, int64_t fold) {
     table.normalize(part, fold_view(problem.dy, fold), fold_view(problem.dx, fold), block, coefficients.arrays(),
-                    {p.stream()});
+                    {p.stream(), p.planes_in_order()});
   };
   p.for_each_block(false, [&](const Block& block, int64_t chunk) {
     if (needs_sums) sums.reduce_block(block, chunk, reduce);

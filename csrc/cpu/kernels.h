@@ -14,8 +14,8 @@ const char* isa_name(Isa isa);
 // one.
 Isa current_isa();
 
-// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes and of
-// rows.
+// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes that are
+// summed and of rows.
 constexpr int64_t kMaxBlockChannels = 32, kMaxRowChannels = 1024;
 struct Block {
   int64_t channel_begin, channel_end;
@@ -24,6 +24,8 @@ struct Block {
 
 struct ElementwiseOptions {
   bool stream = false;  // stores go around the caches where they can
+  // Behind a block of planes comes the next one in memory, not another run of the same channels.
+  bool in_order = false;
   // Channels whose sums come next, if any. Planes ask for them while streamed stores write; nobody else looks at this.
   int64_t next_begin = 0, next_end = 0;
 };

@@ -223,7 +223,8 @@ void normalize_planes(const Geometry& g, const View& x, const View& y, Block blo
       g, block.begin, block.end,
       [&](int64_t offset_x, int64_t offset_y, int64_t length, bool more) __attribute__((always_inline)) {
         const NextBlock::Run next_run = next.take(length);
-        const Ahead<T, true> ahead(g, y, block, offset_y, length, more ? -y.stride[1] : 0);
+        const int64_t run = (block.channel_end - block.channel_begin) * length;
+        const Ahead<T, true> ahead(g, y, block, offset_y, length, options.in_order ? run : more ? -y.stride[1] : 0);
         for (int64_t c = block.channel_begin; c < block.channel_end; ++c) {
           const T* px = at<T>(x, c * x.stride_c + offset_x);
           T* py = at_mutable<T>(y, c * y.stride_c + offset_y);

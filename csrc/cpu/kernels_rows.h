@@ -1,6 +1,6 @@
-// Rows: the channels of a position lie side by side. Every row needs the numbers of every channel, so loops take some
-// rows, and of them a few vectors of channels, whose numbers stay in registers.
-// Part of kernels_impl.h; no include guard on purpose.
+// Rows: the channels of a position lie side by side. Every row needs the numbers of every channel. Sums, and
+// elementwise work of narrow rows, take some rows at a time, and of them a few vectors of channels, whose numbers stay
+// in registers. Part of kernels_impl.h; no include guard on purpose.
 
 // Vectors of channels in registers: two sums and a pivot, or four coefficients, for each. A Split is two.
 template <typename T>
@@ -22,17 +22,16 @@ BNEXT_INLINE int rows_per_sum(const Geometry& g) {
   return kIsHalf<T> && g.num_positions() <= kFewPositions ? 1 : kGroup;
 }
 
-// Elementwise work takes rows of so many channels one by one, and a vector at a time: what it reads and writes is in
-// the order of memory, and the numbers of the channels come from the nearest cache for each vector. Zen 4, AVX-512,
-// tensors not in cache: backward of 6272 x 512 bfloat16 1.05 -> 0.79 ms.
+// Where a block has so many channels, elementwise work takes its rows one by one, and a vector at a time: what it reads
+// and writes is in the order of memory, and the numbers of the channels come from the nearest cache for each vector.
+// Zen 4, AVX-512, tensors not in cache: backward of 6272 x 512 bfloat16 1.05 -> 0.79 ms.
 constexpr int64_t kWideRowChannels = 128;
-// Of narrower ones, as many as these bytes hold, side by side, with their numbers in registers.
-template <typename T>
-constexpr int64_t kApplyPassBytes = int64_t{kIsHalf<T> ? 4 : 1} << 10;
+// Of narrower ones it takes several side by side, with the numbers in registers: eight, or as many as these bytes hold.
+constexpr int64_t kApplyPassBytes = int64_t{1} << 10;
 template <typename T>
 BNEXT_INLINE int rows_per_apply(const Block& block) {
-  const int64_t rows = kApplyPassBytes<T> / row_bytes<T>(block);
-  return static_cast<int>(rows < 1 ? 1 : rows < kGroup ? rows : kGroup);
+  const int64_t rows = kApplyPassBytes / row_bytes<T>(block);
+  return kIsHalf<T> || rows > kGroup ? kGroup : static_cast<int>(rows);
 }
 
 // Rows from one to that which is asked for: at least a pass. For reading, kAheadBytes as in planes.
@@ -43,16 +42,15 @@ BNEXT_INLINE int64_t rows_ahead(const Block& block, int64_t bytes, int64_t pass)
 }
 
 // From the line that is written to one that will be, at least 2 KB on: in what the block has of this row, or in the
-// next row that is not written side by side with this one. Other parts of the row are not this block's. 1568 x 2048
-// bfloat16, forward: 0.57 -> 0.42 ms when rows of the same pass no longer count as next.
+// next row that is not written side by side with this one. Other parts of the row are not this block's.
 template <typename T>
 class WriteAhead {
  public:
-  // `step`: rows of a pass.
+  // `step`: rows of a pass, 1 where the block is wide.
   BNEXT_INLINE WriteAhead(const View& view, const Block& block, int step) : end_(block.channel_end) {
     const int64_t channels = block.channel_end - block.channel_begin, stride = view.stride[2];
-    beyond_ = channels > kDistance ? kDistance - channels + step * stride
-                                   : rows_ahead<T>(block, kWriteAheadBytes, step) * stride;
+    beyond_ =
+        channels > kDistance ? kDistance - channels + stride : rows_ahead<T>(block, kWriteAheadBytes, step) * stride;
   }
   BNEXT_INLINE int64_t operator()(int64_t c) const { return c + kDistance < end_ ? kDistance : beyond_; }
 
