@@ -263,9 +263,7 @@ void backward(const BackwardProblem& problem) {
   });
 
   // Eval goes block by block whatever the shape, so it keeps the sums of every block, if it has any.
-  const int64_t num_partials = problem.training ? (p.channel_by_channel() ? 1 : p.num_chunks())
-                               : needs_sums     ? p.num_chunks()
-                                                : 0;
+  const int64_t num_partials = !needs_sums ? 0 : p.channel_by_channel() && problem.training ? 1 : p.num_chunks();
   ChannelSums<2> sums(p, table.split, num_partials);
   auto reduce = [&](const Geometry& part, const Block& block, int64_t fold, double* out, int64_t width) {
     const View dy = fold_view(problem.dy, fold);

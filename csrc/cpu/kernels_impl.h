@@ -51,6 +51,13 @@ BNEXT_INLINE T* at_mutable(const View& view, int64_t offset) {
 
 constexpr int64_t kLineBytes = 64;
 
+// Whether a view's data, and so many elements after it each, are aligned for streamed stores.
+template <typename T, typename... Steps>
+bool has_aligned_steps(const View& view, Steps... steps) {
+  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data));
+  return (address | (steps | ...) * static_cast<int64_t>(sizeof(T))) % kStoreBytes<T> == 0;
+}
+
 template <bool kForWriting = false, typename T>
 BNEXT_INLINE void prefetch(const T* p, int64_t length) {
   const char* byte = reinterpret_cast<const char*>(p);
@@ -141,11 +148,9 @@ void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, B
 constexpr int64_t kShortPlaneBytes = 512;
 template <typename T>
 bool fills_lines(const Geometry& g, const View& view) {
-  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data));
-  constexpr auto size = static_cast<int64_t>(sizeof(T));
-  if (g.size[2] * size >= kShortPlaneBytes) return address % size == 0;
-  const int64_t steps = g.size[2] | view.stride_c | view.stride[0] | view.stride[1];
-  return (address | steps * size) % kStoreBytes<T> == 0;
+  const bool is_short = g.size[2] * static_cast<int64_t>(sizeof(T)) < kShortPlaneBytes;
+  return is_short ? has_aligned_steps<T>(view, g.size[2], view.stride_c, view.stride[0], view.stride[1])
+                  : reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0;
 }
 
 template <typename T>

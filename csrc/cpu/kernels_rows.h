@@ -282,20 +282,11 @@ void backward_apply_rows(const Geometry& g, const View& x, const View& dy, const
   if constexpr (kStream) finish_stream();
 }
 
-// Where every row of a view is aligned for streamed stores.
-template <typename T>
-bool has_aligned_rows(const View& view) {
-  bool aligned = reinterpret_cast<uintptr_t>(view.data) % kStoreBytes<T> == 0;
-  for (int64_t stride : view.stride)
-    aligned = aligned && stride * static_cast<int64_t>(sizeof(T)) % kStoreBytes<T> == 0;
-  return aligned;
-}
-
 // Calls f(stream, one_by_one): how a kernel that writes `to` should go.
 template <typename T, typename F>
 void choose_apply(const Block& block, const View& to, bool stream, F f) {
   const bool wide = block.channel_end - block.channel_begin >= kWideRowChannels;
-  stream = stream && has_aligned_rows<T>(to);
+  stream = stream && has_aligned_steps<T>(to, to.stride[0], to.stride[1], to.stride[2]);
   if (stream && wide) return f(std::true_type(), std::true_type());
   if (stream) return f(std::true_type(), std::false_type());
   if (wide) return f(std::false_type(), std::true_type());

@@ -82,12 +82,11 @@ class Partition {
     serial_ = channels * positions < kSerialElements || at::in_parallel_region() || at::get_num_threads() == 1 ||
               pool_is_lost();
     if (has_dense_rows(geometry, views)) fold_ = choose_fold(channels);
-    const bool planes = geometry.walk == Walk::kPlanes;
     planes_in_order_ = !has_sums && has_medium_planes(geometry, views);
     chunk_ = planes_in_order_ ? geometry.size[2] : ceil_div(choose_chunk(geometry), fold_) * fold_;
     num_chunks_ = ceil_div(positions, chunk_);
     const int64_t threads = serial_ ? 1 : at::get_num_threads();
-    if (!planes) {
+    if (geometry.walk == Walk::kRows) {
       channels_per_block_ = fold_ > 1 ? channels : std::min(channels, kMaxRowChannels);
     } else if (planes_in_order_) {
       channels_per_block_ = std::min(channels, kBlockElements / geometry.size[2]);
