@@ -1,5 +1,5 @@
 // Where a thread of an on-chip kernel keeps the packs that it has read: slots of its own in shared memory, in which no
-// other thread looks, so no barrier guards them. Neighbouring threads have neighbouring packs: no bank conflicts.
+// other thread looks, so no barrier guards them. The lanes of a warp have neighbouring packs: no bank conflicts.
 #pragma once
 
 #include "../device/async.cuh"
@@ -24,10 +24,11 @@ class Slots {
   };
 
   __device__ Slots()
-      : own_(shared_address(static_cast<int>(threadIdx.x) * kPackBytes)),
-        row_(static_cast<int>(blockDim.x) * kPackBytes) {
+      : own_(shared_address(static_cast<int>(threadIdx.x) / kWarpSize * kTensors * kWarpBytes +
+                            static_cast<int>(threadIdx.x) % kWarpSize * kPackBytes)),
+        step_(static_cast<int>(blockDim.x) * kTensors * kPackBytes) {
     keep_in_register(own_);
-    keep_in_register(row_);
+    keep_in_register(step_);
   }
 
   // Asks for the next steps of a thread, or for those before them, as batch number `place` of its slots.
@@ -97,10 +98,14 @@ class Slots {
     }
   }
 
-  __device__ SharedAddress slot(int step, int tensor) const { return own_ + (step * kTensors + tensor) * row_; }
+  // A warp's packs of one step lie together, those of dy behind those of x: a distance that compilers know. One that
+  // only the launch knows, and that is the same for all threads, ptxas (CUDA 13.0) adds to the address of a copy in a way
+  // that does not go with a policy for L2: for sm_90, instructions that an H200 takes for illegal.
+  static constexpr int kWarpBytes = kWarpSize * kPackBytes;
+  __device__ SharedAddress slot(int step, int tensor) const { return own_ + step * step_ + tensor * kWarpBytes; }
 
   SharedAddress own_;  // the thread's first slot
-  int row_;            // bytes of a slot for each thread
+  int step_;           // bytes of a step, of all threads
 };
 
 }  // namespace bnext::cuda
