@@ -143,7 +143,7 @@ def test_explain_marks_what_is_chosen(environment: Callable[[str, str], None]) -
     assert chosen == [line for line in bnext.explain(x, "h200").splitlines() if line in chosen]
     assert len(chosen) == 2
     # Where a grid is faster and not taken, it says why.
-    x = torch.empty(32, 64, 56, 56, dtype=torch.float16, device="meta")
+    x = torch.empty(256, 256, 56, 56, device="meta")
     x = x.contiguous(memory_format=torch.channels_last)
     lines = plans(bnext.explain(x, "h200", family="all", direction="backward"))
     streaming, grid = (next(i for i in lines if i.startswith(f)) for f in ("streaming", "grid"))
@@ -199,19 +199,19 @@ def test_who_gets_a_grid(environment: Callable[[str, str], None]) -> None:
 
 def test_who_has_persistent_blocks(environment: Callable[[str, str], None]) -> None:
     """They hold their SMs, so there are none where other streams send gradients."""
-    x = torch.empty(256, 1024, 14, 14, device="meta")
+    x = torch.empty(32, 256, 56, 56, device="meta")
     for world, persistent, wanted in (
         *(("", "", True), ("1", "", True), ("8", "", False)),
         *(("8", "1", True), ("1", "0", False), ("8", "always", True)),
     ):
         environment("WORLD_SIZE", world)
         environment("BNEXT_CUDA_PERSISTENT", persistent)
-        found = plans(bnext.explain(x, "h100"))
+        found = plans(bnext.explain(x, "h200"))
         assert [" slabs each" in plan for plan in found] == [wanted] * 2, (world, persistent)
     environment("BNEXT_CUDA_PERSISTENT", "no")
     message = r"^BNEXT_CUDA_PERSISTENT should be 0, 1 or always, not no"
     with pytest.raises(RuntimeError, match=message):
-        bnext.explain(x, "h100")
+        bnext.explain(x, "h200")
 
 
 def test_who_keeps_packs_in_registers(environment: Callable[[str, str], None]) -> None:

@@ -8,28 +8,34 @@
 namespace bnext::cuda {
 namespace {
 
-constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed. H100: 2.3
-constexpr double kMemoryShare = 0.9;  // of the speed in data sheets. H100: 0.9
+// Measured by an H200: the first two by plain operations, the others by 329 passes of 288 cases.
+constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed
+constexpr double kMemoryShare = 0.9;  // of the speed in data sheets
 // R: microseconds in which a block moves nothing, from its start to its first load and from its last load to its first
-// store. Guesses: of the longer kernels before these an H100 took about 3 in planes, and 8 or more in rows. Runs of
-// channels are between them, as their instructions are.
-constexpr double kReductionUs = 1.5, kRunsReductionUs = 2, kRowsReductionUs = 2.5;
-constexpr double kBeginUs = 0.7;  // what of these a persistent block is spared from its second slab on
-constexpr double kL2Time = 0.6;   // of a byte from L2, with a byte from memory as 1
-constexpr double kL2Share = 0.5;  // of L2 that still holds what was read a while ago
-
-constexpr double kClusterUs = 1;    // more of a reduction: a cluster's barrier and remote reads
+// store. Runs of channels are between planes and rows, as their instructions are; both take longer with halves.
+constexpr double kReductionUs = 3.7, kRunsReductionUs = 2.7, kRowsReductionUs = 4.1, kHalves = 1.9;
+constexpr double kClusterUs = 1.1, kLargeClusterUs = 2.7;  // more of a reduction: a cluster's barrier, remote reads
 constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
 constexpr double kTripUs = 0.7;     // to L2
 // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
 constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
-constexpr double kGridHandicap = 1.1;         // its launch waits for what other streams have running
+// Streaming: from the last load of the reduce kernel to the apply kernel's first stores, beside their launches and R.
+constexpr double kHandoverUs = 5, kRowsHandoverUs = 10;
+constexpr double kApplyUs = 1;     // an apply kernel's block, from its start to its first store. A guess
+constexpr double kL2Time = 0.4;    // of a byte from L2, with a byte from memory as 1
+constexpr double kL2Share = 0.25;  // of L2 that still holds what was read a while ago
+// Reading rows by halves of a cache line, where L2 has lost a line before its other half is asked for.
+constexpr double kNarrowRows = 1.37;
+// Threads on each SM with which an H200's memory moves 0.7 of what it can; in the backward pass each asks for two
+// tensors. Planes of float32 ask for their bytes with the fewest instructions. Elsewhere they are taken to be as many
+// as an SM has of memory's speed.
+constexpr double kBusyThreads = 310, kBusyThreadsBackward = 240;
+constexpr double kBusyThreadsPlanes = 200, kBusyThreadsPlanesBackward = 70;
+constexpr double kBusySpeed = 4814.0 / 132;   // GB/s of an SM there
+constexpr double kGridHandicap = 1.03;        // its launch waits for what other streams have running
 constexpr double kPersistentHandicap = 1.02;  // its blocks cannot go where other streams leave room
-constexpr double kStaggered = 0.6;  // of a reduction in later waves, where another block of the SM moves data meanwhile
-constexpr double kApplyUs = 1;      // an apply kernel's block, from its start to its first store
-constexpr double kStepUs = 0.1;     // of a step that is held: memory waits while it is mapped. H100: 0.1 to 0.2
-constexpr double kNarrowRows = 1.05;  // reading rows by halves of a cache line
 
+constexpr int kLargeCluster = 16;
 constexpr int kMaxBlocksPerSm = 32;
 
 int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
@@ -50,45 +56,45 @@ double traffic_time(const DeviceInfo& device, double bytes, double again, double
   return (bytes - hits + kL2Time * hits) / memory_speed(device);
 }
 
+bool has_halves(const Plan& plan) { return dtype_bytes(plan.dtype) == 2; }
+
 double reduction_time(const Plan& plan) {
   if (plan.walk == Walk::kPlanes) return kReductionUs;
-  return has_two_sides(plan.vec, plan.run_length) ? kRunsReductionUs : kRowsReductionUs;
+  const double time = has_two_sides(plan.vec, plan.run_length) ? kRunsReductionUs : kRowsReductionUs;
+  return has_halves(plan) ? kHalves * time : time;
 }
 
-// Of on-chip blocks whose teams take `exchange` to tell each other what they have found. While a block maps its last
-// steps, memory has those of the next slab to bring, if copies are asynchronous.
-Stops on_chip_stops(const Plan& plan, const DeviceInfo& device, double exchange) {
-  const int held = std::min(plan.num_steps, plan.held_steps + plan.kept_batches * kOnChipBatch);
-  const double reduction = reduction_time(plan) + exchange, first = reduction + held * kStepUs;
-  if (!plan.persistent) return {first, first};
-  const int covered = device.arch >= 80 ? (plan.batches_ahead - 1) * kOnChipBatch : 0;
-  const int waits = std::max(0, held - covered);
-  return {first, reduction - kBeginUs + waits * kStepUs};
+double busy_threads(const Plan& plan, const DeviceInfo& device) {
+  const bool backward = plan.pass == Pass::kBackward, few = plan.walk == Walk::kPlanes && !has_halves(plan);
+  const double forward_threads = few ? kBusyThreadsPlanes : kBusyThreads;
+  const double backward_threads = few ? kBusyThreadsPlanesBackward : kBusyThreadsBackward;
+  return (backward ? backward_threads : forward_threads) * device.memory_gb_per_s / device.num_sms / kBusySpeed;
+}
+
+// Of memory's speed, what some blocks on each SM of a share of the SMs reach: all that they ask for while that is
+// little, and the last tenth only with many more of them.
+double speed(const Places& at, double sms, double blocks) {
+  const double asked = sms * at.sms * blocks * at.threads / at.busy_threads;
+  return asked / std::sqrt(1 + asked * asked);
 }
 
 double streaming_time(const Plan& plan, const Request& r, const DeviceInfo& device) {
   const double inputs = (r.pass == Pass::kForward ? 1 : 2) * static_cast<double>(plan.tensor_bytes);
   const double bytes = static_cast<double>(plan.bytes_moved), again = plan.reduce && plan.apply ? inputs : 0;
   const int launches = plan.reduce + plan.finish + plan.apply;
-  const int blocks = std::max(1, streaming_threads(device) / plan.threads);
-  const double stops = (plan.reduce ? reduction_time(plan) : 0) + (plan.apply ? kApplyUs : 0);
-  const auto waves = static_cast<double>(ceil_div(plan.num_blocks, int64_t{device.num_sms} * blocks));
-  return launches * kLaunchUs + traffic_time(device, bytes, again, again) +
-         (1 + (waves - 1) * (blocks > 1 ? kStaggered : 1)) * stops;
+  const double on_sm = static_cast<double>(plan.num_blocks) / device.num_sms;
+  const double at_once = std::min<double>(on_sm, std::max(1, streaming_threads(device) / plan.threads));
+  const Places at{1, at_once, static_cast<double>(plan.threads), on_sm, busy_threads(plan, device)};
+  double stops = plan.reduce ? reduction_time(plan) : 0;
+  if (plan.apply) stops += !plan.reduce ? kApplyUs : plan.walk == Walk::kRows ? kRowsHandoverUs : kHandoverUs;
+  return launches * kLaunchUs + traffic_time(device, bytes, again, again) / speed(at, 1, at_once) + stops;
 }
 
-// Of memory's speed, what some blocks on each SM of a share of the SMs can ask for.
-double speed(const Places& at, double sms, double blocks) {
-  return std::min(1.0, sms * at.sms / kBusyShare * std::min(1.0, blocks * at.threads / kBusyThreads));
-}
-
-// For all blocks, with no stops between them. SMs that have one more than others are alone at the end; but if all
-// blocks run at once, and are so small that each moves what its threads can ask for, the others do not matter to them.
+// For all blocks, with no stops between them. SMs that have one more than others are alone at the end, unless all
+// blocks run at once, and share memory's speed among themselves.
 double moving_time(const Places& at, double traffic) {
   const double full = std::floor(at.blocks), rest = at.blocks - full;
-  if (at.blocks <= at.at_once && (full + 1) * at.threads <= kBusyThreads) {
-    return traffic * std::max(1 / speed(at, 1, at.blocks), kBusyThreads / at.threads * kBusyShare / at.sms / at.blocks);
-  }
+  if (at.blocks <= at.at_once) return traffic / speed(at, 1, at.blocks);
   double time = 0;
   if (full > 0) time += full / speed(at, 1, std::min(full, at.at_once));
   if (rest > 0) time += rest / speed(at, rest, 1);
@@ -102,9 +108,12 @@ double turns_of(const Places& at) { return std::max(1.0, at.blocks / at.at_once)
 double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places& at) {
   const double bytes = static_cast<double>(plan.bytes_moved);
   const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
+  const double time = traffic_time(device, bytes, again, again / turns_of(at));
   const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
                       plan.block_packs * kPackBytes < kLineBytes;
-  return traffic_time(device, bytes, again, again / turns_of(at)) * (narrow ? kNarrowRows : 1);
+  if (!narrow) return time;
+  const double tensors = (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
+  return time * (1 + (kNarrowRows - 1) * std::clamp(tensors / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
 }
 
 // Of so many teams that run first, the second half begins late.
@@ -120,20 +129,20 @@ double blocks_time(Plan& plan, const DeviceInfo& device) {
   if (sms == 0) return HUGE_VAL;
   const double on_sm = static_cast<double>(plan.num_slabs * plan.num_splits) / sms;
   const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(per_sm, on_sm),
-                  static_cast<double>(plan.threads), on_sm};
+                  static_cast<double>(plan.threads), on_sm, busy_threads(plan, device)};
   if (on_sm > 1) set_late_half(plan, std::min(plan.num_teams, teams_at_once(plan, device)));
-  const Stops stops = on_chip_stops(plan, device, plan.cluster > 1 ? kClusterUs : 0);
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stops);
+  const double exchange = plan.cluster >= kLargeCluster ? kLargeClusterUs : plan.cluster > 1 ? kClusterUs : 0;
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan) + exchange);
 }
 
 double grid_time(Plan& plan, const DeviceInfo& device) {
   const int64_t per_sm = ceil_div(plan.num_blocks, device.num_sms);
   const double turns = static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams);
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
-  const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns};
+  const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns,
+                  busy_threads(plan, device)};
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
-  const Stops stops = on_chip_stops(plan, device, meeting_time(plan, device));
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), stops);
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan) + meeting_time(plan, device));
 }
 
 }  // namespace
@@ -162,22 +171,21 @@ int64_t teams_at_once(const Plan& plan, const DeviceInfo& device) {
          int64_t{plan.cluster == 1 ? device.num_sms : active_clusters(device, plan.cluster)};
 }
 
-double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& stops) {
-  constexpr double kCorner = 6;
+double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
+  constexpr double kCorner = 3.5;
   const double all = moving_time(at, traffic), turns = turns_of(at);
-  const double together = all + stops.first + (std::ceil(turns) - 1) * stops.later;
+  const double together = all + std::ceil(turns) * stop;
   if (plan.num_late == 0) return together;
   const double half = traffic / 2 / (at.at_once > 1 ? speed(at, 1, at.at_once / 2) : speed(at, 0.5, 1));
   const double reads =
       static_cast<double>(plan.tensors_read * plan.tensor_bytes) / static_cast<double>(plan.bytes_moved);
-  const double late = std::min(stops.first, half / turns * reads);
+  const double late = std::min(stop, half / turns * reads);
   // In one turn the early half writes while the late one stops.
-  const double alone = half + stops.first + (turns - 1) * stops.later;  // a half that waits for nothing else
-  const double time = turns == 1
-                          ? std::max(all + std::max(0.0, stops.first - traffic / 2 * (1 - reads)), late + alone)
-                          : std::pow(std::pow(all, kCorner) + std::pow(alone, kCorner), 1 / kCorner) + stops.later;
+  const double alone = half + turns * stop;  // a half that waits for nothing else
+  const double time = turns == 1 ? std::max(all + std::max(0.0, stop - traffic / 2 * (1 - reads)), late + alone)
+                                 : std::pow(std::pow(all, kCorner) + std::pow(alone, kCorner), 1 / kCorner) + stop;
   // Too few threads do not get more done for being out of step.
-  if (time < together && at.at_once * at.threads >= kBusyThreads) {
+  if (time < together) {
     plan.late_us = late;
     return time;
   }

@@ -1,16 +1,11 @@
-// What plans cost. The form of the model fits what an H100 measured (docs/kernels.md): a launch, the bytes, and the
-// time in which blocks stop to add up, as far as no others move data meanwhile. A model to compare plans with, not a
-// promise.
+// What plans cost: a launch, the bytes, and the time in which blocks stop to add up, as far as no others move data
+// meanwhile. The constants are fitted to what an H200 measured (docs/kernels.md), where the model is off by 12 % in the
+// mean. A model to compare plans with, not a promise.
 #pragma once
 
 #include "plan.h"
 
 namespace bnext::cuda {
-
-// What keeps memory busy: that share of the SMs, and so many threads on each. With fewer it waits for them all the
-// time.
-constexpr double kBusyShare = 0.6;
-constexpr int kBusyThreads = 256;
 
 // Registers of a thread of the on-chip kernel for a plan: what ptxas takes, or a few more.
 int registers_of(const Plan& plan, int arch);
@@ -25,24 +20,19 @@ double meeting_time(const Plan& plan, const DeviceInfo& device);
 // first. (Grids have limits of their own.)
 int64_t teams_at_once(const Plan& plan, const DeviceInfo& device);
 
-// Microseconds in which a block moves nothing because it adds up: with its first slab, and with each that it goes on
-// to.
-struct Stops {
-  double first, later;
-};
-
 // Where on-chip blocks run: on a share `sms` of the SMs, each of which has `at_once` of them side by side, with so many
-// threads each, and `blocks` tiles in all, on average, in as many blocks or in fewer.
+// threads each, and `blocks` tiles in all, on average, in as many blocks or in fewer. With `busy_threads` on each of
+// all SMs, memory moves 0.7 of what it can.
 struct Places {
-  double sms, at_once, threads, blocks;
+  double sms, at_once, threads, blocks, busy_threads;
 };
 
-// Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop in each slab to add up.
-// If the plan has blocks that begin late, it is told how late: as long as a stop, or as the others take to read what
-// they read before it, whichever is less; or, where nothing is to be gained, that none should. From then on either
-// memory always has something to do, or a half waits for nothing but its own stops. Where both would take as long they
-// get into each other's way, as in the simulation of tests/simt/overlap.py.
-double on_chip_time(Plan& plan, const Places& at, double traffic, const Stops& stops);
+// Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop in each slab for `stop`
+// to add up. If the plan has blocks that begin late, it is told how late: as long as a stop, or as the others take to
+// read what they read before it, whichever is less; or, where nothing is to be gained, that none should. From then on
+// either memory always has something to do, or a half waits for nothing but its own stops. Where both would take as
+// long they get into each other's way, as in the simulation of tests/simt/overlap.py.
+double on_chip_time(Plan& plan, const Places& at, double traffic, double stop);
 
 // What plans are compared by: predicted microseconds, with a handicap for grids and persistent blocks.
 double compared_time(const Plan& plan);

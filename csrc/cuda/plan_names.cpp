@@ -43,14 +43,14 @@ NamedDevice device(const char* name, int arch, int num_sms, int64_t l2_bytes, do
 }  // namespace
 
 const std::vector<NamedDevice>& named_devices() {
-  // How many clusters run at once is for a device to say; here it is a guess.
+  // How many clusters run at once is for a device to say; where none has said it, it is a guess.
   static const std::vector<NamedDevice> devices = {
       device("t4", 75, 40, 4 * kMiB, 320),
       device("a100", 80, 108, 40 * kMiB, 1555),
       device("a10", 86, 72, 6 * kMiB, 600),
       device("rtx4090", 89, 128, 72 * kMiB, 1008),
-      device("h100", 90, 132, 50 * kMiB, 3350, {66, 30, 15, 7}),  // as asked
-      device("h200", 90, 132, 60 * kMiB, 4800, {66, 32, 16, 8}),
+      device("h100", 90, 132, 50 * kMiB, 3350, {66, 30, 15, 7}),           // as asked
+      device("h200", 90, 132, 60 * kMiB, 4814, {66, 30, 15, 7}),           // as asked
       device("h200-portable", 90, 132, 60 * kMiB, 4800, {66, 32, 16, 0}),  // no clusters of 16
       device("h200-mig-1g", 90, 16, 6 * kMiB, 600, {8, 4, 1, 0}),
       device("b200", 100, 148, 126 * kMiB, 8000, {74, 36, 16, 8}),

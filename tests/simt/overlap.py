@@ -3,6 +3,7 @@ which half begin late is held against it."""
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 
@@ -16,48 +17,38 @@ def simulate(
     threads: int,
     traffic: float,
     stop: float,
-    later: float,
     persistent: bool,
     late: float,
     reads: float,
-    busy: tuple[float, int],
+    busy_threads: float,
 ) -> float:
     """Microseconds that all blocks take, of so many threads, if per_sm of them fit on each SM.
 
     traffic: microseconds of memory's full speed that all move together, the share `reads` of it
-    before the stop. The first stop in a slot is `stop` long, later ones `later`. persistent: blocks
-    are dealt out to slots at the start; else a slot takes the next one that is left. Of those that
-    run at first, the second half begins `late` microseconds after the first. busy: the share of the
-    SMs, and the threads on each, that keep memory busy.
+    before it stops for `stop`. persistent: blocks are dealt out to slots at the start; else a slot
+    takes the next one that is left. Of those that run at first, the second half begins `late`
+    microseconds after the first. With busy_threads on each SM memory moves 0.7 of what it can.
     """
     generator = random.Random(0)
-    busy_share, busy_threads = busy
     slots = min(sms * per_sm, blocks)
     left, move = iter(range(blocks)), traffic / blocks
 
     def steps(slot: int) -> Iterator[tuple[bool, float]]:
         """Whether it moves data, and how much, or waits, and how long."""
         yield False, late if slot >= (slots + 1) // 2 else 0.0
-        length = stop
         for _ in range(slot, blocks, slots) if persistent else left:
             yield True, move * reads
-            yield False, length * generator.uniform(1 - JITTER, 1 + JITTER)
+            yield False, stop * generator.uniform(1 - JITTER, 1 + JITTER)
             yield True, move * (1 - reads)
-            length = later
 
     running = {slot: steps(slot) for slot in range(slots)}
     now, todo = 0.0, {slot: next(running[slot]) for slot in running}
     while todo:
-        moving = [0] * sms
-        for slot, (moves, _) in todo.items():
-            moving[slot % sms] += moves
-        # What each SM can ask for, and what it gets of it.
-        wanted = [min(1, n * threads / busy_threads) / (busy_share * sms) for n in moving]
-        share = 1 / max(1, sum(wanted))
-        speed = {
-            slot: share * wanted[slot % sms] / moving[slot % sms] if moves else 1.0
-            for slot, (moves, _) in todo.items()
-        }
+        # What all ask for, and what each gets of it.
+        moving = sum(moves for moves, _ in todo.values())
+        asked = moving * threads / (busy_threads * sms)
+        each = asked / math.hypot(1, asked) / max(1, moving)
+        speed = {slot: each if moves else 1.0 for slot, (moves, _) in todo.items()}
         elapsed = min(amount / speed[slot] for slot, (_, amount) in todo.items())
         now += elapsed
         for slot, (moves, amount) in list(todo.items()):

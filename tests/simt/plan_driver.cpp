@@ -157,16 +157,16 @@ void plan_run(Query* q) {
   std::snprintf(q->text, sizeof q->text, "%s", to_string(p).c_str());
 }
 
-// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop, for `stop`, and then for
-// `later`. Half of them begin late_us late.
-double plan_on_chip_time(double at_once, double threads, double blocks, double traffic, double stop, double later,
-                         int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
+// Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop, for `stop`. Half of them
+// begin late_us late.
+double plan_on_chip_time(double at_once, double threads, double blocks, double busy_threads, double traffic,
+                         double stop, int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
   Plan plan;
   plan.tensors_read = 2;
   plan.tensor_bytes = tensor_bytes;
   plan.bytes_moved = bytes_moved;
   plan.num_late = blocks > 1;
-  const double time = on_chip_time(plan, {1, at_once, threads, blocks}, traffic, {stop, later});
+  const double time = on_chip_time(plan, {1, at_once, threads, blocks, busy_threads}, traffic, stop);
   *late_us = plan.late_us;
   return time;
 }
@@ -204,8 +204,6 @@ int64_t plan_allows_late(int64_t read_again) {
 }
 
 int64_t plan_streaming_shared_bytes() { return kStreamingSharedBytes; }
-double plan_busy_share() { return kBusyShare; }
-int64_t plan_busy_threads() { return kBusyThreads; }
 
 int64_t plan_divide(int64_t n, int64_t divisor) { return make_divider(divisor).divide(static_cast<uint32_t>(n)); }
 
