@@ -29,6 +29,7 @@ from xml.etree import ElementTree
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 1800.0  # in all, unless said otherwise
 TESTS_SHARE, SANITIZER_SHARE = 0.6, 0.3  # of what is left, or two minutes
+CALLS_OF_ALL_KINDS = ROOT / "tests/sanitizer_run.py"
 GRACE = 20.0  # for a stage that is told to stop, to save what it has
 # Asked of the Python there, once; anything else that a stage needs is in its `needs`.
 DEVICE = """
@@ -164,6 +165,27 @@ def build(run: Run, result: Result) -> None:
         result.add(*run.command("import", sys.executable, "-c", check))
 
 
+def families(run: Run, result: Result) -> None:
+    """Every family of kernels, each in a process of its own, before all that takes long: a kernel
+    that the device cannot run ends all others of its process, and the error names the plan."""
+    from bnext._extension import _C
+
+    def run_family(name: str) -> tuple[str, str]:
+        return run.command(
+            f"family {name}",
+            *(sys.executable, str(CALLS_OF_ALL_KINDS), "cuda", name),
+            limit=60,
+            log_file=run.folder / f"family-{name}.txt",
+            CUDA_LAUNCH_BLOCKING="1",
+            PYTHONPATH=str(ROOT),
+        )
+
+    names = ("auto", *_C.cuda_families())
+    with ThreadPoolExecutor(len(names)) as pool:
+        for status in pool.map(run_family, names):
+            result.add(*status)
+
+
 NO_TESTS = 5  # pytest's exit status where no test is selected
 
 
@@ -242,7 +264,7 @@ def sanitizer(run: Run, result: Result) -> None:
     if tool is None:
         result.add("skipped", "compute-sanitizer is neither on PATH nor in CUDA_HOME")
         return
-    target = (sys.executable, "tests/sanitizer_run.py")
+    target = (sys.executable, str(CALLS_OF_ALL_KINDS))
     options = ("--error-exitcode", "99", "--print-limit", "20")
     # Not all of the time that is left: as for the tests.
     until = time.monotonic() + max(120.0, SANITIZER_SHARE * run.left)
@@ -310,6 +332,7 @@ def append_rows(target: Path, part: Path) -> None:
 
 STAGES: dict[str, Callable[[Run, Result], None]] = {
     "build": build,
+    "families": families,
     "tests": tests,
     "probe": probe,
     "sanitizer": sanitizer,

@@ -1,14 +1,16 @@
 """A few calls of every kernel family for compute-sanitizer to watch, most of them small.
 
-python tests/sanitizer_run.py [cpu]. Prints what ran; a result that is not finite is an error.
-Allocations have to be the device's own for the tool to see their ends:
-PYTORCH_NO_CUDA_MEMORY_CACHING=1.
+python tests/sanitizer_run.py [cpu|cuda] [FAMILY ...]
+
+Prints what ran; a result that is not finite is an error. Allocations have to be the device's own
+for the tool to see their ends: PYTORCH_NO_CUDA_MEMORY_CACHING=1.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -59,8 +61,10 @@ RUNS += (Run("resident", "always", PERSISTENT_SHAPES + KEPT_SHAPES, (True,)),)
 RUNS += (Run("cluster", "always", PERSISTENT_SHAPES, (True,)),)
 
 
-def main(device: str) -> int:
+def main(device: str, families: Sequence[str] = ()) -> int:
     for run in RUNS:
+        if families and run.family not in families:
+            continue
         os.environ |= {"BNEXT_CUDA_FAMILY": run.family, "BNEXT_CUDA_PERSISTENT": run.persistent}
         os.environ["BNEXT_CUDA_REGISTERS"] = run.persistent
         _C.read_environment()
@@ -86,4 +90,4 @@ def main(device: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "cuda"))
+    sys.exit(main(sys.argv[1] if len(sys.argv) > 1 else "cuda", sys.argv[2:]))

@@ -135,6 +135,24 @@ def test_the_sanitizer_is_called(
     assert "tool memcheck, caching off: 1" in (tmp_path / "out/log.txt").read_text()
 
 
+def test_every_family_has_a_process(
+    stand_in: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in in which one of them cannot run."""
+    program = tmp_path / "calls.py"
+    program.write_text(
+        "import os, sys\nprint(sys.argv[1:], os.environ['CUDA_LAUNCH_BLOCKING'])\n"
+        "if sys.argv[2] == 'cluster': sys.exit('an illegal instruction; the plan was: cluster')\n"
+    )
+    monkeypatch.setattr(gpu_check, "CALLS_OF_ALL_KINDS", program)
+    assert run(tmp_path / "out", "--stages", "families") == 1
+    summary = (tmp_path / "out/summary.md").read_text()
+    assert "family cluster: exit status 1; an illegal instruction; the plan was" in summary
+    assert summary.count("exit status") == 1
+    for name in ("auto", *_C.cuda_families()):
+        assert f"['cuda', '{name}'] 1" in (tmp_path / f"out/family-{name}.txt").read_text()
+
+
 def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
     """On the CPU: what it calls is right; the families are those of the build."""
     done = subprocess.run(
@@ -147,6 +165,15 @@ def test_the_program_under_the_sanitizer(tmp_path: Path) -> None:
     assert "auto, persistent 1: 64 steps, 0 refused" in done.stdout
     assert "streaming, persistent 1: 64 steps" in done.stdout
     assert "cluster, persistent always: 4 steps, 0 refused" in done.stdout
+
+
+def test_the_program_takes_families(
+    environment: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("FAMILY", "PERSISTENT", "REGISTERS"):  # which it sets
+        environment(f"BNEXT_CUDA_{name}", "")
+    sanitizer_run.main("cpu", ["grid"])
+    assert capsys.readouterr().out == "grid, persistent 1: 64 steps, 0 refused\n"
 
 
 def test_what_the_sanitizer_runs_is_persistent(environment: Callable[[str, str], None]) -> None:
