@@ -6,8 +6,12 @@
 
 namespace bnext::cuda {
 
-// How long L2 should keep what is copied, in the form that copies take.
-#if !defined(BNEXT_SIMT) && __CUDA_ARCH__ >= 800
+// How long L2 should keep what is copied, in the form that copies take. Not from sm_100 on: there ptxas (CUDA 13.0)
+// adds a uniform register to the address of copies that have such a policy, in a way that does not go with it. An H200
+// takes what it makes of that on sm_90 for an illegal instruction; there it does so for no address that is used here,
+// as tests/test_cuda_static.py sees to.
+#if !defined(BNEXT_SIMT) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
+#define BNEXT_CACHE_POLICY
 using CachePolicy = uint64_t;
 __device__ inline CachePolicy cache_policy(Cache cache) {
   CachePolicy keep, last_use;  // constants, which only ptxas knows
@@ -25,10 +29,12 @@ template <typename T>
 __device__ inline void copy_async(SharedAddress to, const T* from, CachePolicy policy) {
 #ifdef BNEXT_SIMT
   simt::copy_async(to, simt::check_load(from, kPackBytes), kPackBytes, policy == Cache::kKeep);
-#elif __CUDA_ARCH__ >= 800
+#elif defined(BNEXT_CACHE_POLICY)
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to),
                "l"(__cvta_generic_to_global(from)), "l"(policy)
                : "memory");
+#elif __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(__cvta_generic_to_global(from)) : "memory");
 #else
   Pack<T, kPackBytes / sizeof(T)> pack;
   policy == Cache::kLastUse ? load_pack<Cache::kLastUse>(pack, from) : load_pack<Cache::kKeep>(pack, from);
