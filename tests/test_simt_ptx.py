@@ -51,7 +51,9 @@ def all_runs() -> Iterator[Run]:
         ("nchw", (16, 160, 7, 7), GRID._replace(team=2)),
         # runs that are added up in slices
         ("nchw", (40, 4, 7, 7), RESIDENT._replace(threads=512)),
-        ("nchw", (40, 20, 7, 7), PERSISTENT._replace(threads=512)),
+        # the same for persistent blocks, where backward and forward have no room for two of them
+        ("nchw", (80, 8, 7, 7), PERSISTENT._replace(threads=512)),
+        ("nchw", (160, 8, 7, 7), PERSISTENT._replace(threads=512)),
         ("nchw", (100, 20, 7, 7), SLICES_KEPT),
         *RUNS["streaming"],
         ("nchw", (4, 5, 17, 15), simt.Machine()),
