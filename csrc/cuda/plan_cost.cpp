@@ -156,7 +156,9 @@ int registers_of(const Plan& plan, int arch) {
   if (blocks > 1) return of_all / blocks;
   if (plan.persistent || grid) return of_all;
   if (!plan.whole_packs) return backward ? 96 : 72;
-  return !halves || !backward || !rows ? 80 : arch < 100 ? 96 : 104;
+  const bool many = arch >= 100;
+  if (rows && backward && halves) return many ? 112 : 96;
+  return rows && !backward && many ? 88 : 80;
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {
