@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import random
 import re
 import statistics
@@ -374,11 +375,11 @@ def test_what_runs_where() -> None:
     # which is worth next to nothing.
     shape = (32, 64, 112, 112)
     q = plan(h200, shape, half, backward=1)
-    assert q.family_chosen in (CLUSTER, GRID)
+    assert q.family_chosen == GRID
     alone, twice = (
         plan(a100, shape, half, backward=1, family=family) for family in (RESIDENT, STREAMING)
     )
-    assert 0.09 < alone.held < 0.11 and 0.85 < alone.microseconds / twice.microseconds < 1.15
+    assert 0.09 < alone.held < 0.11 and 0.9 < alone.microseconds / twice.microseconds < 1
     # 12.8 MB fit in no cluster, nor do 6.4 of x alone.
     for backward in (0, 1):
         q = plan(h200, (256, 64, 112, 112), half, backward=backward, no_grid=1)
@@ -467,7 +468,7 @@ def test_packs_in_registers() -> None:
     """Where shared memory has no room for a channel, blocks are persistent, and nobody says no."""
     h200, shape = DEVICES["h200"], (256, 256, 56, 56)
     q = plan(h200, shape, backward=1)
-    assert (q.persistent, q.kept_batches) == (1, 3), q.text.decode()
+    assert (q.family_chosen, q.persistent, q.kept_batches) == (GRID, 1, 3), q.text.decode()
     assert b" kB in registers per block" in q.text
     without = plan(h200, shape, backward=1, registers_limit=simt.NEVER)
     assert without.kept_batches == 0 and b"registers" not in without.text
@@ -591,10 +592,11 @@ def test_common_shapes_get_packs(name: str) -> None:
         assert q.vec == 16 // dtype.itemsize, q.text.decode()
 
 
-def moves(family: int = STREAMING, **request: int) -> float:
-    shape = (32, 64, 56, 56)
+def moves(
+    family: int = STREAMING, shape: tuple[int, int, int, int] = (32, 64, 56, 56), **request: int
+) -> float:
     q = plan(DEVICES["h200"], shape, family=family, **request)
-    return q.bytes_moved / (4 * 32 * 64 * 56 * 56)
+    return q.bytes_moved / (4 * math.prod(shape))
 
 
 def test_bytes() -> None:
@@ -612,6 +614,7 @@ def test_bytes() -> None:
     assert moves(backward=1, training=0, reads_x=0) == 2
     for family in (AUTO, CLUSTER):
         assert moves(family, backward=0) == 2
+        assert moves(family, (32, 256, 14, 14), backward=1) == 3
         assert 3 <= moves(family, backward=1) < 4
     assert 2 < moves(RESIDENT, backward=0) < 2.5
 

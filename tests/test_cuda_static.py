@@ -30,7 +30,7 @@ WIDE_LOAD = re.compile(r"LDG(STS)?\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMALDG")
 WIDE_STORE = re.compile(r"STG\.([\w.]*\.)?(128|256)\b|UBLKCP|UTMASTG")
 LOCAL = re.compile(r"(LDL|STL)\b")
 # Where a copy to shared memory has a policy for L2, ptxas of CUDA 13.0 cannot add a uniform
-# register to its address, and does so all the same: an H200 stops at that. See slots.cuh.
+# register to its address, and does so all the same: an H200 stops at that. See async.cuh.
 ILLEGAL = re.compile(r"LDGSTS\S* \[R\d+\+UR\d+[^;]*")
 
 

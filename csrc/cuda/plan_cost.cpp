@@ -8,18 +8,21 @@
 namespace bnext::cuda {
 namespace {
 
-// Measured by an H200: the first two by plain operations, the others by 329 passes of 288 cases.
+// The first two are those of plain operations on an H200; the others, where nothing else is said, fit 329 passes that
+// it timed.
 constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed
 constexpr double kMemoryShare = 0.9;  // of the speed in data sheets
 // R: microseconds in which a block moves nothing, from its start to its first load and from its last load to its first
-// store. Runs of channels are between planes and rows, as their instructions are; both take longer with halves.
+// store. Runs of channels and rows take longer with halves.
 constexpr double kReductionUs = 3.7, kRunsReductionUs = 2.7, kRowsReductionUs = 4.1, kHalves = 1.9;
 constexpr double kClusterUs = 1.1, kLargeClusterUs = 2.7;  // more of a reduction: a cluster's barrier, remote reads
 constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
 constexpr double kTripUs = 0.7;     // to L2
 // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
+// Guesses.
 constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
 // Streaming: from the last load of the reduce kernel to the apply kernel's first stores, beside their launches and R.
+// That of planes is an H100's, of the kernels before these.
 constexpr double kHandoverUs = 5, kRowsHandoverUs = 10;
 constexpr double kApplyUs = 1;     // an apply kernel's block, from its start to its first store. A guess
 constexpr double kL2Time = 0.4;    // of a byte from L2, with a byte from memory as 1
@@ -71,6 +74,11 @@ double busy_threads(const Plan& plan, const DeviceInfo& device) {
   return (backward ? backward_threads : forward_threads) * device.memory_gb_per_s / device.num_sms / kBusySpeed;
 }
 
+// Of a plan's blocks: at_once of them on each of so many SMs, which have `blocks` each in all.
+Places make_places(const Plan& plan, const DeviceInfo& device, double sms, double at_once, double blocks) {
+  return {sms / device.num_sms, at_once, static_cast<double>(plan.threads), blocks, busy_threads(plan, device)};
+}
+
 // Of memory's speed, what some blocks on each SM of a share of the SMs reach: all that they ask for while that is
 // little, and the last tenth only with many more of them.
 double speed(const Places& at, double sms, double blocks) {
@@ -84,7 +92,7 @@ double streaming_time(const Plan& plan, const Request& r, const DeviceInfo& devi
   const int launches = plan.reduce + plan.finish + plan.apply;
   const double on_sm = static_cast<double>(plan.num_blocks) / device.num_sms;
   const double at_once = std::min<double>(on_sm, std::max(1, streaming_threads(device) / plan.threads));
-  const Places at{1, at_once, static_cast<double>(plan.threads), on_sm, busy_threads(plan, device)};
+  const Places at = make_places(plan, device, device.num_sms, at_once, on_sm);
   double stops = plan.reduce ? reduction_time(plan) : 0;
   if (plan.apply) stops += !plan.reduce ? kApplyUs : plan.walk == Walk::kRows ? kRowsHandoverUs : kHandoverUs;
   return launches * kLaunchUs + traffic_time(device, bytes, again, again) / speed(at, 1, at_once) + stops;
@@ -107,13 +115,12 @@ double turns_of(const Places& at) { return std::max(1.0, at.blocks / at.at_once)
 // once.
 double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places& at) {
   const double bytes = static_cast<double>(plan.bytes_moved);
-  const double again = bytes - (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
-  const double time = traffic_time(device, bytes, again, again / turns_of(at));
+  const double once = (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
+  const double again = bytes - once, time = traffic_time(device, bytes, again, again / turns_of(at));
   const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
                       plan.block_packs * kPackBytes < kLineBytes;
   if (!narrow) return time;
-  const double tensors = (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
-  return time * (1 + (kNarrowRows - 1) * std::clamp(tensors / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
+  return time * (1 + (kNarrowRows - 1) * std::clamp(once / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
 }
 
 // Of so many teams that run first, the second half begins late.
@@ -128,8 +135,7 @@ double blocks_time(Plan& plan, const DeviceInfo& device) {
                                     : std::min(device.num_sms, active_clusters(device, plan.cluster) * plan.cluster);
   if (sms == 0) return HUGE_VAL;
   const double on_sm = static_cast<double>(plan.num_slabs * plan.num_splits) / sms;
-  const Places at{static_cast<double>(sms) / device.num_sms, std::min<double>(per_sm, on_sm),
-                  static_cast<double>(plan.threads), on_sm, busy_threads(plan, device)};
+  const Places at = make_places(plan, device, sms, std::min<double>(per_sm, on_sm), on_sm);
   if (on_sm > 1) set_late_half(plan, std::min(plan.num_teams, teams_at_once(plan, device)));
   const double exchange = plan.cluster >= kLargeCluster ? kLargeClusterUs : plan.cluster > 1 ? kClusterUs : 0;
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan) + exchange);
@@ -139,8 +145,7 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
   const int64_t per_sm = ceil_div(plan.num_blocks, device.num_sms);
   const double turns = static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams);
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
-  const Places at{sms / device.num_sms, at_once, static_cast<double>(plan.threads), at_once * turns,
-                  busy_threads(plan, device)};
+  const Places at = make_places(plan, device, sms, at_once, at_once * turns);
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan) + meeting_time(plan, device));
 }
@@ -148,7 +153,7 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 }  // namespace
 
 int registers_of(const Plan& plan, int arch) {
-  const bool backward = plan.pass == Pass::kBackward, halves = dtype_bytes(plan.dtype) == 2;
+  const bool backward = plan.pass == Pass::kBackward, halves = has_halves(plan);
   const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
   const int of_all = 128;  // of a thread, where one block of kMaxOnChipThreads has all of an SM's
   const int blocks = count_on_chip_blocks(backward, static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
@@ -186,7 +191,6 @@ double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
   const double alone = half + turns * stop;  // a half that waits for nothing else
   const double time = turns == 1 ? std::max(all + std::max(0.0, stop - traffic / 2 * (1 - reads)), late + alone)
                                  : std::pow(std::pow(all, kCorner) + std::pow(alone, kCorner), 1 / kCorner) + stop;
-  // Too few threads do not get more done for being out of step.
   if (time < together) {
     plan.late_us = late;
     return time;

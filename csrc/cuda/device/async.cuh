@@ -6,10 +6,11 @@
 
 namespace bnext::cuda {
 
-// How long L2 should keep what is copied, in the form that copies take. Not from sm_100 on: there ptxas (CUDA 13.0)
-// adds a uniform register to the address of copies that have such a policy, in a way that does not go with it. An H200
-// takes what it makes of that on sm_90 for an illegal instruction; there it does so for no address that is used here,
-// as tests/test_cuda_static.py sees to.
+// How long L2 should keep what is copied, in the form that copies take. Where they have such a policy, ptxas
+// (CUDA 13.0) may still add to their address a uniform register, a number that only the launch knows and that is the
+// same for all threads, in a way that does not go with it: an H200 takes that for an illegal instruction. On sm_90 it
+// does so for no address that is used here, as tests/test_cuda_static.py sees to; from sm_100 on it does, so there is
+// no policy.
 #if !defined(BNEXT_SIMT) && __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
 #define BNEXT_CACHE_POLICY
 using CachePolicy = uint64_t;

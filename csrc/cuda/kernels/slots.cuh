@@ -99,8 +99,7 @@ class Slots {
   }
 
   // A warp's packs of one step lie together, those of dy behind those of x: a distance that compilers know. One that
-  // only the launch knows, and that is the same for all threads, ptxas (CUDA 13.0) adds to the address of a copy in a
-  // way that does not go with a policy for L2: for sm_90, instructions that an H200 takes for illegal.
+  // only the launch knows would be a uniform register for ptxas, of which async.cuh tells.
   static constexpr int kWarpBytes = kWarpSize * kPackBytes;
   __device__ SharedAddress slot(int step, int tensor) const { return own_ + step * step_ + tensor * kWarpBytes; }
 
