@@ -14,13 +14,17 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
   args.block_packs = plan.block_packs;
   args.block_rows = plan.block_rows;
   args.layout = plan.layout;
-  if (plan.vec > 1) {  // kernels count these items in an int: single elements may be more than that
-    args.by_planes = make_divider(plan.size[1]);
-    args.by_packs_of_plane = make_divider(plan.size[2]);
+  args.step = rows ? plan.block_rows : plan.threads;
+  if (plan.vec > 1) {  // else there may be more items than an int can count
+    args.by_row = make_divider(plan.size[2]);
+    args.by_group = make_divider(plan.size[1]);
+  } else {
+    args.by_long_row = make_long_divider(plan.size[2]);
+    args.by_long_group = make_long_divider(plan.size[1]);
   }
   args.by_tile = make_divider(rows && !plan.on_chip ? plan.num_slabs : plan.num_splits);
   args.by_packs = make_divider(plan.block_packs);
-  args.by_batch = make_divider(int64_t{kUnroll} * (rows ? plan.block_rows : plan.threads));
+  args.by_step = make_divider(args.step);
   args.slab_channels = plan.slab_channels;
   args.run_length = plan.run_length;
   args.tile_channels = plan.on_chip ? g.num_channels : plan.wide_channels;
@@ -49,10 +53,7 @@ constexpr double kClocksPerMicrosecond = 1700;  // of SMs since Turing: 1400 to 
 KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   KernelArgs args{};
   set_block(args, g, plan);
-  for (int d = 0; d < 3; ++d) {
-    args.size[d] = plan.size[d];
-    args.step[d] = plan.step[d];
-  }
+  for (int d = 0; d < 3; ++d) args.size[d] = plan.size[d];
   args.grouped = plan.size[0] > 1;
   args.num_items = plan.num_items;
   args.chunk = plan.chunk;
@@ -102,16 +103,16 @@ View count_packs(View view, const Plan& plan) {
   return view;
 }
 
-// From a view's strides to the distances that its threads go.
+// From a view's strides to how far it goes on.
 void set_views(KernelArgs& args, const Plan& plan, const View& first, const View& second = {}, const View& third = {}) {
   const View* views[] = {&first, &second, &third};
   for (int k = 0; k < 3; ++k) {
     const View view = args.view[k] = count_packs(plan_view(*views[k], plan), plan);
     const int64_t pack = plan.whole_packs ? 1 : plan.vec;
     const int64_t inner = plan.walk == Walk::kRows || plan.vec == 1 ? view.stride[2] : pack;
-    args.move[k][0] = plan.step[0] * view.stride[0] + plan.step[1] * view.stride[1] + plan.step[2] * inner;
+    args.move[k][2] = inner;
     args.move[k][1] = view.stride[1] - plan.size[2] * inner;
-    args.move[k][2] = view.stride[0] - plan.size[1] * view.stride[1];
+    args.move[k][0] = view.stride[0] - plan.size[1] * view.stride[1];
   }
 }
 
@@ -172,8 +173,10 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
   };
   // Before the first launch: a kernel may fail to load, and those before it would have left their marks by then.
   if (plan.finish) error = prepare_kernel<&finish_kernel<accumulate_t<T>>>(kSomeShared);
+  const bool two = stages.apply.view[2].data != nullptr;
   if (plan.apply && error == cudaSuccess) {
-    error = prepare_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole>>(kSomeShared);
+    error = two ? prepare_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole, 2>>(kSomeShared)
+                : prepare_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole, 1>>(kSomeShared);
   }
   if (plan.reduce && error == cudaSuccess) {
     error = run_reduce<T, kVec, kRows, kWhole>(shape(plan.num_blocks, plan.threads, plan.layout.bytes), stages.reduce,
@@ -184,8 +187,9 @@ cudaError_t run_stages(const Stages& stages, const Plan& plan, cudaStream_t stre
         shape(stages.finish.num_channels, plan.finish_threads, plan.finish_shared_bytes), stream, stages.finish);
   }
   if (plan.apply && error == cudaSuccess) {
-    error = launch_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole>>(
-        shape(plan.num_blocks, plan.threads, plan.layout.bytes), stream, stages.apply);
+    const LaunchShape last = shape(plan.num_blocks, plan.threads, plan.layout.bytes);
+    error = two ? launch_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole, 2>>(last, stream, stages.apply)
+                : launch_kernel<&streaming_apply_kernel<T, kVec, kRows, kWhole, 1>>(last, stream, stages.apply);
   }
   return error;
 }
@@ -292,7 +296,7 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   // In eval, one pass does it all.
   const bool writes_dx = plan.reduce && !plan.apply;
   set_views(stages.reduce, plan, dy, plan.reads_x ? x : none, writes_dx ? dx : none);
-  set_views(stages.apply, plan, dx, problem.training ? x : none, dy);
+  problem.training ? set_views(stages.apply, plan, dx, x, dy) : set_views(stages.apply, plan, dx, dy);
   return run_plan(stages, plan, stream);
 }
 

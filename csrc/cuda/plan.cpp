@@ -102,13 +102,12 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   plan.chunk = ceil_div(ceil_div(plan.num_items, splits), parallel_items) * parallel_items;
   plan.num_splits = ceil_div(plan.num_items, plan.chunk);
   plan.num_blocks = columns * plan.num_splits;
-  set_step(plan, parallel_items);
 }
 
 // Kernels that take packs count a channel's items in an int, as far as a batch behind the last one, and packs from a
 // tensor's first one in 32 bits.
 bool takes_packs(const Request& r, int64_t num_items) {
-  constexpr int64_t kBatch = std::max(kMaxThreads * kUnroll, kMaxOnChipThreads * kOnChipBatch);
+  constexpr int64_t kBatch = std::max(kMaxThreads * 2 * kUnroll, kMaxOnChipThreads * kOnChipBatch);
   return r.geometry.unit_stride && num_items < (int64_t{1} << 31) - kBatch && !r.far;
 }
 
@@ -324,19 +323,19 @@ bool operator==(const SharedLayout& a, const SharedLayout& b) {
 bool operator==(const Plan& a, const Plan& b) {
   auto fields = [](const Plan& p) {
     // A field that is not named here is an error of the compiler's.
-    const auto& [family, walk, dtype, pass, whole_packs, vec, fold, threads, size, step, num_items, chunk, num_splits,
+    const auto& [family, walk, dtype, pass, whole_packs, vec, fold, threads, size, num_items, chunk, num_splits,
                  wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length, num_blocks, reduce,
                  finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes, coefficient_offset,
                  workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent, shares_out, words_offset,
                  num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held, layout,
                  tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
-    return std::tie(family, walk, dtype, pass, whole_packs, vec, fold, threads, size[0], size[1], size[2], step[0],
-                    step[1], step[2], num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows,
-                    slab_channels, run_length, num_blocks, reduce, finish, apply, fused, reads_x, overlaps,
-                    finish_threads, finish_shared_bytes, coefficient_offset, workspace_bytes, on_chip, counts_behind,
-                    cluster, num_teams, persistent, shares_out, words_offset, num_steps, held_steps, kept_batches,
-                    batches_ahead, late_from, num_late, late_us, held, layout, tensors_read, tensors_written,
-                    tensor_bytes, bytes_moved, microseconds, error);
+    return std::tie(family, walk, dtype, pass, whole_packs, vec, fold, threads, size[0], size[1], size[2], num_items,
+                    chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length,
+                    num_blocks, reduce, finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes,
+                    coefficient_offset, workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent,
+                    shares_out, words_offset, num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late,
+                    late_us, held, layout, tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds,
+                    error);
   };
   return fields(a) == fields(b);
 }

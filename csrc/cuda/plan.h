@@ -99,7 +99,7 @@ struct Plan {
   int vec = 1;              // elements in one access: 16 bytes of them, or one
   int64_t fold = 1;         // rows taken as one, where a row does not fill packs
   int threads = 0;
-  int64_t size[3] = {1, 1, 1}, step[3] = {0, 0, 0};  // as in KernelArgs
+  int64_t size[3] = {1, 1, 1};  // as in KernelArgs
   int64_t num_items = 0, chunk = 0, num_splits = 1;
   int64_t wide_channels = 0, num_slabs = 1;
   int block_packs = 1, block_rows = 1, slab_channels = 1, run_length = 1;

@@ -69,7 +69,6 @@ void hold(int64_t shared_bytes, int most, Plan& plan) {
   // kept than have no slot: then the next slab's copies begin the earlier.
   const int not_needed = on_chip_batches(plan.num_steps) - plan.batches_ahead;
   plan.kept_batches = all_held ? 0 : std::min(most, not_needed);
-  set_step(plan, at_once);
 }
 
 // Whether a grid's blocks share out a slab's channels. Planes have one, which each block does for itself.

@@ -30,14 +30,6 @@ inline int streaming_threads(const DeviceInfo& device) {
   return std::min(device.threads_per_sm, kStreamingBlocksPerSm * kMaxThreads);
 }
 
-// Items that lie `distance` apart, as digits of (i0, i1, i2). Where there is one group, the second digit has no end.
-inline void set_step(Plan& plan, int64_t distance) {
-  const int64_t rows = distance / plan.size[2];
-  plan.step[0] = plan.size[0] > 1 ? rows / plan.size[1] : 0;
-  plan.step[1] = rows - plan.step[0] * plan.size[1];
-  plan.step[2] = distance % plan.size[2];
-}
-
 // How many groups of lanes share a channel's sums. Where a channel has many places (runs of channels), one group would
 // go round long, and the other warps would wait for it: a second stage, with a barrier before it, is worth it from some
 // rounds on. Sums of a grid, and of streaming, go through the workspace anyway.

@@ -26,8 +26,7 @@ struct Query {
   int64_t walk, vec, fold, threads, num_items, chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows;
   int64_t num_blocks, reduce, finish, apply, fused, finish_threads;
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
-  int64_t steps_add_up, family_chosen, on_chip, counts_behind, cluster, num_steps, held_steps, run_length,
-      slab_channels;
+  int64_t family_chosen, on_chip, counts_behind, cluster, num_steps, held_steps, run_length, slab_channels;
   int64_t shared_bytes, tensor_bytes, kept_batches, batches_ahead, num_teams, persistent, shares_out, late_from,
       num_late, registers, overlapping;
   double held, microseconds, late_us;
@@ -128,10 +127,6 @@ void plan_run(Query* q) {
   q->same_again = p == other;
   other.threads += 1;
   q->same_again = q->same_again != 0 && p != other;
-  // The digits of a step are those of the distance between two items of a thread.
-  const int64_t distance = p.walk == Walk::kRows ? p.block_rows : p.threads;
-  q->steps_add_up = (p.step[0] * p.size[1] + p.step[1]) * p.size[2] + p.step[2] == distance &&
-                    (p.step[1] < p.size[1] || p.size[0] == 1) && p.step[2] < p.size[2];
   q->family_chosen = static_cast<int64_t>(p.family);
   q->on_chip = p.on_chip;
   q->counts_behind = p.counts_behind;
@@ -205,6 +200,9 @@ int64_t plan_allows_late(int64_t read_again) {
 
 int64_t plan_streaming_shared_bytes() { return kStreamingSharedBytes; }
 
+int64_t plan_divide_long(int64_t n, int64_t divisor) {
+  return static_cast<int64_t>(make_long_divider(divisor).divide(static_cast<uint64_t>(n)));
+}
 int64_t plan_divide(int64_t n, int64_t divisor) { return make_divider(divisor).divide(static_cast<uint32_t>(n)); }
 
 int64_t plan_knows_family(const char* name) {

@@ -2,15 +2,29 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "../kernels/kernel_args.h"
 #include "math.cuh"
 
 namespace bnext::cuda {
 
+// Halves go in pairs, as words: the hardware converts them so, and compilers that get them one by one take every word
+// apart when it is loaded, and put it together again.
+template <typename T, int kVec>
+constexpr bool kInPairs = kHasPairs && sizeof(T) == 2 && kVec % 2 == 0;
+
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec) Pack {
-  T value[kVec];
+  static constexpr int kOfWord = kInPairs<T, kVec> ? 2 : 1;  // elements
+  std::conditional_t<kInPairs<T, kVec>, uint32_t, T> word[kVec / kOfWord];
+
+  __device__ T get(int v) const {
+    T value;
+    memcpy(&value, reinterpret_cast<const char*>(word) + v * sizeof(T), sizeof value);
+    return value;
+  }
+  __device__ void set(int v, T value) { memcpy(reinterpret_cast<char*>(word) + v * sizeof(T), &value, sizeof value); }
 };
 
 // How long a line should stay in L2. What a call does not read again should not push out what it will.
@@ -96,21 +110,15 @@ __device__ inline void store_slot(SharedAddress to, const Pack<T, kVec>& from) {
 #endif
 }
 
-// From a pack to numbers for arithmetic, and back. Halves go in pairs: the hardware converts them so, and to take them
-// apart first would double the instructions.
-template <typename T, int kVec>
-constexpr bool kInPairs = kHasPairs && sizeof(T) == 2 && kVec % 2 == 0;
-
+// From a pack to numbers for arithmetic, and back.
 template <typename Acc, typename T, int kVec>
 __device__ inline void widen_pack(Acc (&to)[kVec], const Pack<T, kVec>& from) {
   if constexpr (kInPairs<T, kVec>) {
-    unsigned pair[kVec / 2];
-    memcpy(pair, &from, sizeof from);
 #pragma unroll
-    for (int i = 0; i < kVec / 2; ++i) widen_pair(T(), pair[i], to[2 * i], to[2 * i + 1]);
+    for (int i = 0; i < kVec / 2; ++i) widen_pair(T(), from.word[i], to[2 * i], to[2 * i + 1]);
   } else {
 #pragma unroll
-    for (int v = 0; v < kVec; ++v) to[v] = widen(from.value[v]);
+    for (int v = 0; v < kVec; ++v) to[v] = widen(from.word[v]);
   }
 }
 
@@ -118,13 +126,11 @@ template <typename T, typename Acc, int kVec>
 __device__ inline Pack<T, kVec> narrow_pack(const Acc (&from)[kVec]) {
   Pack<T, kVec> to;
   if constexpr (kInPairs<T, kVec>) {
-    unsigned pair[kVec / 2];
 #pragma unroll
-    for (int i = 0; i < kVec / 2; ++i) pair[i] = narrow_pair(T(), from[2 * i], from[2 * i + 1]);
-    memcpy(&to, pair, sizeof to);
+    for (int i = 0; i < kVec / 2; ++i) to.word[i] = narrow_pair(T(), from[2 * i], from[2 * i + 1]);
   } else {
 #pragma unroll
-    for (int v = 0; v < kVec; ++v) narrow(to.value[v], from[v]);
+    for (int v = 0; v < kVec; ++v) narrow(to.word[v], from[v]);
   }
   return to;
 }

@@ -60,15 +60,17 @@ __device__ inline void take_part_means(const KernelArgs& args, Acc (&sum)[kEleme
   for (int v = 0; v < kElements; ++v) sum[v] *= inverse;
 }
 
-template <bool kRows, typename T, int kVec, int kItems, int kViews, typename Acc>
+template <bool kRows, typename T, int kVec, bool kWhole, int kItems, int kViews, typename Acc>
 __device__ inline void find_pivots(const KernelArgs& args, const Pack<T, kVec> (&x)[kItems],
-                                   const Item<T, kViews> (&items)[kItems], Acc (&pivot)[kVec]) {
+                                   const Item<T, kVec, kWhole, kViews> (&items)[kItems], Acc (&pivot)[kVec]) {
   constexpr int kElements = kRows ? kVec : 1;
   Acc mean[kElements] = {};
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) {
+  for (int u = 0; u < kItems; ++u) {
+    Acc wide[kVec];
+    widen_pack(wide, x[u]);
 #pragma unroll
-    for (int u = 0; u < kItems; ++u) mean[v % kElements] += items[u].has(v) ? widen(x[u].value[v]) : Acc(0);
+    for (int v = 0; v < kVec; ++v) mean[v % kElements] += items[u].has(v) ? wide[v] : Acc(0);
   }
   take_part_means<kRows>(args, mean, count_positions<kRows>(items));
 #pragma unroll
@@ -108,35 +110,6 @@ __device__ inline void move_pivots(const KernelArgs& args, Acc (&pivot)[kVec], A
 template <typename Value>
 __device__ inline Value* shared_at(int64_t offset) {
   return reinterpret_cast<Value*>(shared_memory() + offset);
-}
-
-// Adds up, or where all have the same only hands out, the columns of lanes that lie packs, 2 * packs, ... apart in a
-// warp. As long as a lane has several columns, it gives half of them to its partner and takes the other half's sums, so
-// half as much goes round each time. Afterwards value[0] to value[held - 1] are columns first to first + held - 1;
-// returns `first`. Lanes that are down to one column add it up with their partners, and all of them have the result.
-template <bool kAdd, int kElements, typename Acc>
-__device__ inline int halve_columns(int packs, Acc (&value)[kElements], int& held) {
-  const int lane = threadIdx.x % kWarpSize;
-  int first = 0, distance = kWarpSize / 2;
-  held = kElements;
-#pragma unroll
-  for (int half = kElements / 2; half > 0; half /= 2) {
-    if (distance < packs) break;
-    const bool upper = (lane & distance) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const Acc kept = upper ? value[i + half] : value[i], given = upper ? value[i] : value[i + half];
-      value[i] = kAdd ? kept + __shfl_xor_sync(kFullWarp, given, distance) : kept;
-    }
-    first += upper ? half : 0;
-    held = half;
-    distance /= 2;
-  }
-  if (kAdd) {
-#pragma unroll 1
-    for (; distance >= packs; distance /= 2) value[0] += __shfl_xor_sync(kFullWarp, value[0], distance);
-  }
-  return first;
 }
 
 // Leaves the sums of a part for add_parts: for each column kNumSums sums, or pivot, sum of x - pivot and of its square,
@@ -189,7 +162,50 @@ __device__ inline void add_sides(int near, const Acc (&value)[kNumSums][kElement
   }
 }
 
-// In rows a thread has numbers for each of its columns. A pack's columns lie apart: no bank conflicts.
+// The first kHeld columns of a thread, whose first place this is. A pack's columns lie apart: no bank conflicts.
+template <int kHeld, int kElements, typename Acc>
+__device__ inline void leave_held(const KernelArgs& args, const Acc (&value)[kNumSums][kElements], Acc* to) {
+#pragma unroll
+  for (int k = 0; k < kNumSums; ++k) {
+#pragma unroll
+    for (int v = 0; v < kHeld; ++v) to[v * args.block_packs] = value[k][v];
+    to += args.num_parts * args.part_places;
+  }
+}
+
+// Adds up the columns of lanes that lie packs, 2 * packs, ... apart in a warp, and leaves them. As long as a lane has
+// several columns, it gives half of them to the lane at this distance and takes the other half's sums, so half as much
+// goes round each time. (Pivots are the same for all.) Lanes that are down to one column add it up with their partners.
+template <bool kMoments, int kHeld, int kElements, typename Acc>
+__device__ inline void leave_halves(const KernelArgs& args, Acc (&value)[kNumSums][kElements], Acc* to, int distance) {
+  const int packs = args.block_packs;
+  if constexpr (kHeld > 1) {
+    if (distance >= packs) {
+      constexpr int kHalf = kHeld / 2;
+      const bool upper = (threadIdx.x & distance) != 0;
+#pragma unroll
+      for (int k = 0; k < kNumSums; ++k) {
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+          const Acc kept = upper ? value[k][i + kHalf] : value[k][i];
+          const Acc given = upper ? value[k][i] : value[k][i + kHalf];
+          value[k][i] = kMoments && k == 0 ? kept : kept + __shfl_xor_sync(kFullWarp, given, distance);
+        }
+      }
+      return leave_halves<kMoments, kHalf>(args, value, to + (upper ? kHalf * packs : 0), distance / 2);
+    }
+  } else {
+#pragma unroll 1
+    for (; distance >= packs; distance /= 2) {
+#pragma unroll
+      for (int k = kMoments ? 1 : 0; k < kNumSums; ++k)
+        value[k][0] += __shfl_xor_sync(kFullWarp, value[k][0], distance);
+    }
+  }
+  leave_held<kHeld>(args, value, to);
+}
+
+// In rows a thread has numbers for each of its columns.
 template <bool kMoments, int kElements, typename Acc>
 __device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSums][kElements], int count = 0) {
   Acc* parts = shared_at<Acc>(args.layout.parts);
@@ -212,18 +228,11 @@ __device__ inline void leave_columns(const KernelArgs& args, Acc (&value)[kNumSu
   const bool warps = args.parts_are_warps;
   const int part = warps ? thread / kWarpSize : row, place = warps ? thread & (packs - 1) : pack;
   const bool there = part < args.num_parts;
-#pragma unroll
-  for (int k = 0; k < kNumSums; ++k) {
-    Acc(&sum)[kElements] = value[k];
-    int first = 0, held = kElements;
-    if (warps) {
-      first = kMoments && k == 0 ? halve_columns<false>(packs, sum, held) : halve_columns<true>(packs, sum, held);
-    }
-#pragma unroll
-    for (int v = 0; v < kElements; ++v) {
-      Acc* to = parts + (k * args.num_parts + part) * args.part_places + (first + v) * packs + place;
-      if (there && v < held) *to = sum[v];
-    }
+  Acc* to = parts + part * args.part_places + place;
+  if (warps) {
+    leave_halves<kMoments, kElements>(args, value, to, kWarpSize / 2);
+  } else if (there) {
+    leave_held<kElements>(args, value, to);
   }
   if (!kMoments) return;
   if (warps) {
@@ -348,6 +357,11 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
   if constexpr (!kRows) {
     if (kMoments) moments.point = parts[0];
     if (lane % kFewLanes < args.num_parts) add(lane % kFewLanes, 0, 1);
+  } else if (lie_by_element(args, kVec)) {  // a place in each part
+    const int place = place_of_channel<true, kVec>(args, channel);
+    if (kMoments) moments.point = parts[place];
+#pragma unroll 2
+    for (int part = lane; part < args.num_parts; part += args.lane_parts) add(part, place, 1);
   } else {
     // Of a run the channel's columns are neighbours, else slab_channels apart.
     const int begin = channel * args.run_length, end = begin + args.run_length;

@@ -25,14 +25,15 @@ constexpr int kAtOnce = kItems * kVec <= 16 ? kItems : 16 / kVec;
 
 // The elements of some of the items, from `first` on. Those without data get a value that adds nothing to any sum;
 // nearly always all have data, and then nothing is done.
-template <int kSome, typename T, int kVec, int kItems, int kViews, typename Acc>
+template <int kSome, typename T, int kVec, bool kWhole, int kItems, int kViews, typename Acc>
 __device__ inline void take_apart(Acc (&wide)[kSome][kVec], const Pack<T, kVec> (&packs)[kItems],
-                                  const Item<T, kViews> (&items)[kItems], int first, const Acc (&neutral)[kVec]) {
+                                  const Item<T, kVec, kWhole, kViews> (&items)[kItems], int first,
+                                  const Acc (&neutral)[kVec]) {
   bool full = true;
 #pragma unroll
   for (int u = 0; u < kSome; ++u) {
     widen_pack(wide[u], packs[first + u]);
-    full = full && items[first + u].elements == (1u << kVec) - 1;
+    full = full && items[first + u].full();
   }
   if (full) return;
 #pragma unroll
@@ -43,9 +44,10 @@ __device__ inline void take_apart(Acc (&wide)[kSome][kVec], const Pack<T, kVec> 
 }
 
 // Sums of x - pivot and of its square.
-template <typename T, int kVec, int kItems, int kViews, typename Acc, int kElements>
-__device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems], const Item<T, kViews> (&items)[kItems],
-                                   const Acc (&pivot)[kVec], Acc (&s1)[kElements], Acc (&s2)[kElements]) {
+template <typename T, int kVec, bool kWhole, int kItems, int kViews, typename Acc, int kElements>
+__device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems],
+                                   const Item<T, kVec, kWhole, kViews> (&items)[kItems], const Acc (&pivot)[kVec],
+                                   Acc (&s1)[kElements], Acc (&s2)[kElements]) {
   constexpr int kSome = kAtOnce<kItems, kVec>;
 #pragma unroll
   for (int first = 0; first < kItems; first += kSome) {
@@ -68,9 +70,9 @@ __device__ inline void add_moments(const Pack<T, kVec> (&x)[kItems], const Item<
 }
 
 // Sums of dy, dy * (x - mean) and x - mean.
-template <typename T, int kVec, int kItems, int kViews, typename Acc, int kElements>
+template <typename T, int kVec, bool kWhole, int kItems, int kViews, typename Acc, int kElements>
 __device__ inline void add_gradients(const Pack<T, kVec> (&x)[kItems], const Pack<T, kVec> (&dy)[kItems],
-                                     const Item<T, kViews> (&items)[kItems], const Acc (&mean)[kVec],
+                                     const Item<T, kVec, kWhole, kViews> (&items)[kItems], const Acc (&mean)[kVec],
                                      Acc (&sum)[kNumSums][kElements]) {
   constexpr int kSome = kAtOnce<kItems, kVec>;
   const Acc zero[kVec] = {};
@@ -98,27 +100,35 @@ __device__ inline void add_gradients(const Pack<T, kVec> (&x)[kItems], const Pac
 }
 
 // Positions of a batch that a thread has seen: of its channel (planes), or of each of its channels (rows).
-template <bool kRows, typename T, int kItems, int kViews>
-__device__ inline int count_positions(const Item<T, kViews> (&items)[kItems]) {
+template <bool kRows, typename T, int kVec, bool kWhole, int kItems, int kViews>
+__device__ inline int count_positions(const Item<T, kVec, kWhole, kViews> (&items)[kItems]) {
   int count = 0;
 #pragma unroll
-  for (int u = 0; u < kItems; ++u) count += kRows ? !items[u].empty() : popcount(items[u].elements);
+  for (int u = 0; u < kItems; ++u) count += kRows ? !items[u].empty() : items[u].count();
   return count;
 }
 
-// scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is missing.
+// scale_x * (x - centre) + shift, and, where there is a dy, scale_dy * dy + that.
+template <typename T, int kVec, typename Acc>
+__device__ inline void map_wide(Acc (&out)[kVec], const Coefficients<Acc> (&k)[kVec], const Pack<T, kVec>& x) {
+  widen_pack(out, x);
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) out[v] = k[v].scale_x * (out[v] - k[v].centre) + k[v].shift;
+}
+template <typename T, int kVec, typename Acc>
+__device__ inline Pack<T, kVec> map_pack(const Coefficients<Acc> (&k)[kVec], const Pack<T, kVec>& x) {
+  Acc out[kVec];
+  map_wide(out, k, x);
+  return narrow_pack<T>(out);
+}
 template <typename T, int kVec, typename Acc>
 __device__ inline Pack<T, kVec> map_pack(const Coefficients<Acc> (&k)[kVec], const Pack<T, kVec>& x,
-                                         const Pack<T, kVec>& dy, bool has_x, bool has_dy) {
-  Acc wide_x[kVec], wide_dy[kVec], out[kVec];
-  widen_pack(wide_x, x);
+                                         const Pack<T, kVec>& dy) {
+  Acc out[kVec], wide_dy[kVec];
+  map_wide(out, k, x);
   widen_pack(wide_dy, dy);
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) {
-    out[v] = 0;
-    if (has_x) out[v] = k[v].scale_x * (wide_x[v] - k[v].centre) + k[v].shift;
-    if (has_dy) out[v] = k[v].scale_dy * wide_dy[v] + out[v];
-  }
+  for (int v = 0; v < kVec; ++v) out[v] = k[v].scale_dy * wide_dy[v] + out[v];
   return narrow_pack<T>(out);
 }
 

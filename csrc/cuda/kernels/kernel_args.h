@@ -18,8 +18,8 @@ namespace bnext::cuda {
 constexpr int kNumSums = 3;
 // A pack: what a thread moves at once, where it does not move single elements.
 constexpr int kPackBytes = 16;
-// Packs of each tensor that a thread has in flight. 4 x 16 bytes x 2 tensors x 512 threads is 64 KiB for an SM, above
-// the 48 KiB or so that hide the latency of an H200's memory.
+// Packs of each of two tensors that a thread has in flight, or twice as many of one: 4 x 16 bytes x 2 tensors x 512
+// threads is 64 KiB for an SM, above the 48 KiB or so that hide the latency of an H200's memory.
 constexpr int kUnroll = 4;
 // On chip: packs of each tensor that a thread takes from shared memory at once. That is near, and more would cost
 // registers, which decide how many blocks an SM has room for.
@@ -35,11 +35,12 @@ constexpr int64_t kReservedSharedBytes = 1 << 10;    // of each block, by the dr
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
 // Batches of which a thread can keep the packs in registers, in 48 of the 128 that it has in such a block, where ptxas
-// does not spill for it. Rows of halves need those for their sums, and a grid's rows before sm_90 more than there are;
-// planes that share packs have masks as well.
+// does not spill for it. Rows of halves need those for their sums, rows of float64 some of them, and a grid's rows
+// before sm_90 more than there are; planes that share packs have masks as well.
 BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, bool whole_packs, int tensors,
                                                   int arch) {
-  return !whole_packs || (rows && (element_bytes == 2 || arch < 90)) ? 0 : 6 / tensors;
+  if (!whole_packs || (rows && (element_bytes == 2 || arch < 90))) return 0;
+  return (rows && element_bytes == 8 ? 3 : 6) / tensors;
 }
 // Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with
 // 64 for each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains
@@ -90,12 +91,42 @@ struct Divider {
   BNEXT_HOST_DEVICE uint32_t remainder(uint32_t n) const { return n - divide(n) * divisor; }
 };
 
+// The same for 0 <= n < 2^63.
+struct LongDivider {
+  uint64_t divisor = 1, multiplier = 1;
+  uint32_t shift = 0;
+
+  BNEXT_HOST_DEVICE uint64_t divide(uint64_t n) const { return (upper_half(n, multiplier) + n) >> shift; }
+
+ private:
+  // Of the product's 128 bits.
+  BNEXT_HOST_DEVICE static uint64_t upper_half(uint64_t a, uint64_t b) {
+    const uint64_t a0 = static_cast<uint32_t>(a), a1 = a >> 32, b0 = static_cast<uint32_t>(b), b1 = b >> 32;
+    const uint64_t middle = a1 * b0 + (a0 * b0 >> 32), other = a0 * b1 + static_cast<uint32_t>(middle);
+    return a1 * b1 + (middle >> 32) + (other >> 32);
+  }
+};
+
 inline Divider make_divider(int64_t divisor) {
   Divider by;
   by.divisor = static_cast<uint32_t>(divisor);
   while ((int64_t{1} << by.shift) < divisor) ++by.shift;
   const uint64_t excess = (uint64_t{1} << by.shift) - static_cast<uint64_t>(divisor);
   by.multiplier = static_cast<uint32_t>((excess << 32) / static_cast<uint64_t>(divisor) + 1);
+  return by;
+}
+
+inline LongDivider make_long_divider(int64_t divisor) {
+  LongDivider by;
+  by.divisor = static_cast<uint64_t>(divisor);
+  while ((uint64_t{1} << by.shift) < by.divisor) ++by.shift;
+  uint64_t quotient = 0, rest = (uint64_t{1} << by.shift) - by.divisor;  // of (rest << 64) / divisor, bit by bit
+  for (int bit = 0; bit < 64; ++bit) {
+    rest *= 2;
+    quotient = 2 * quotient + (rest >= by.divisor);
+    if (rest >= by.divisor) rest -= by.divisor;
+  }
+  by.multiplier = quotient + 1;
   return by;
 }
 
@@ -108,8 +139,9 @@ struct KernelArgs {
   View view[3];
   int64_t size[3];  // of i0, i1 and j or i2
   bool grouped;     // size[0] > 1: otherwise nobody looks at i1
-  int64_t step[3];  // the mixed-radix digits of the distance between two items of a thread
-  // What a view goes on by, as its strides: a step, what is added at the end of a row or plane, and of a group.
+  int step;         // from an item of a thread to its next
+  // How far a view goes on, as its strides: from item to item, and what comes on top of that at the end of a row or
+  // plane, and of a group. By the dimension that goes on.
   int64_t move[3][3];
   int64_t num_items;   // size[0] * size[1] * size[2]
   int64_t chunk;       // items in a block
@@ -118,11 +150,12 @@ struct KernelArgs {
   int64_t num_channels;
   int64_t wide_channels;  // rows: channels of a folded row, a multiple of num_channels
   int block_packs, block_rows;
-  Divider by_planes, by_packs_of_plane;  // of items that threads count in an int, by size[1] and size[2]
-  Divider by_tile;                       // of blocks: by num_slabs (streaming, rows) or num_splits
-  Divider by_packs;                      // of threads, by block_packs
-  Divider by_batch;                      // of a block's items, by those of kUnroll steps
-  Divider by_channels;                   // of wide channels, by num_channels
+  Divider by_row, by_group;                // of packs, by size[2], and of what that gives by size[1]
+  LongDivider by_long_row, by_long_group;  // the same of single elements
+  Divider by_tile;                         // of blocks: by num_slabs (streaming, rows) or num_splits
+  Divider by_packs;                        // of threads, by block_packs
+  Divider by_step;                         // of a block's items
+  Divider by_channels;                     // of wide channels, by num_channels
   SharedLayout layout;
 
   // A block has slab_channels channels: one (planes), or those of its columns.
@@ -189,8 +222,9 @@ constexpr int count_parts(int threads, int block_packs) {
 // packs, the packs are a multiple of an odd number, and do not divide a warp.)
 constexpr int kSides = 2;
 constexpr bool has_two_sides(int vec, int run_length) { return run_length > 1 && run_length >= vec; }
+// An odd number of places: lanes that look at the same place of several parts find them in different banks.
 constexpr int count_part_places(int vec, int run_length, int block_packs) {
-  return block_packs * (has_two_sides(vec, run_length) ? kSides : vec);
+  return block_packs * (has_two_sides(vec, run_length) ? kSides : vec) | 1;
 }
 // Where it has two sides, a channel has one in each pack that it lies in: so many, wherever it begins.
 constexpr int count_channel_places(int vec, int run_length, int block_packs, int slab_channels) {

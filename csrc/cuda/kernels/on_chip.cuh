@@ -133,7 +133,7 @@ __device__ inline double load_on_chip_input(const KernelArgs& args, const Tile& 
 
 // The same before anything is added up: the lane gets that of its first round, which for most blocks is all, and keeps
 // it until it is needed. Backward leaves the channels' means for all threads, who see them after a barrier.
-template <bool kRows, bool kBackward, typename Acc>
+template <bool kRows, bool kBackward, int kVec, typename Acc>
 __device__ inline double load_first_inputs(const KernelArgs& args, const Tile& tile) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   double first = 0;
@@ -141,7 +141,8 @@ __device__ inline double load_first_inputs(const KernelArgs& args, const Tile& t
     if (!kBackward && round > 0) return;
     const double input = load_on_chip_input(args, tile, i, lane);
     if (round == 0) first = input;
-    if (kBackward && there && lane == static_cast<int>(backward::kMean)) shared[i].centre = static_cast<Acc>(input);
+    if (!kBackward || !there || lane != static_cast<int>(backward::kMean)) return;
+    shared[place_of_channel<kRows, kVec>(args, i)].centre = static_cast<Acc>(input);
   });
   return first;
 }
@@ -198,7 +199,7 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
 // Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors,
 // lane) for a group of lanes. The first block of the team leaves the results for store_results: others do not wait for
 // the stores.
-template <bool kRows, bool kBackward, typename Acc, typename F>
+template <bool kRows, bool kBackward, int kVec, typename Acc, typename F>
 __device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   double* results = shared_at<double>(args.layout.results);
@@ -209,7 +210,7 @@ __device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, d
     const ChannelTotals totals = totals_of(i, there ? channel : 0, lane);
     const double output =
         finish_group<Acc>(args, kBackward, totals, input, lane, [&](const Coefficients<Acc>& coefficients) {
-          if (there && lane == 0) shared[i] = coefficients;
+          if (there && lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = coefficients;
         });
     const bool stores = there && lane < count_outputs(kBackward) && tile.split == 0;
     if (stores) results[lane * args.slab_channels + i] = output;
@@ -231,7 +232,7 @@ __device__ inline void store_results(const KernelArgs& args, const Tile& tile) {
 
 // The same where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of
 // many channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
-template <bool kBackward, typename Acc>
+template <bool kBackward, int kVec, typename Acc>
 __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
   auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
@@ -255,7 +256,7 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, co
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) {
     const int64_t channel = tile_channel(args, turn.tile, i);
-    if (channel < args.num_channels) shared[i] = load_from_l2(left + channel);
+    if (channel < args.num_channels) shared[place_of_channel<true, kVec>(args, i)] = load_from_l2(left + channel);
   }
 }
 
@@ -274,9 +275,9 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
     store_partials<kRows, !kBackward, kVec, Acc>(args, tile);
     meetings.exchange_sums(args, turn);
     if (kRows && args.shares_out) {
-      finish_share<kBackward, Acc>(args, turn, meetings);
+      finish_share<kBackward, kVec, Acc>(args, turn, meetings);
     } else {
-      finish_groups<kRows, kBackward, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
+      finish_groups<kRows, kBackward, kVec, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
         return group_partial_totals(args, channel, lane, args.group_lanes);
       });
     }
@@ -290,7 +291,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
     } else if (sliced) {
       __syncthreads();
     }
-    finish_groups<kRows, kBackward, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
+    finish_groups<kRows, kBackward, kVec, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
       return two_stages ? add_totals<kRows, !kBackward>(args, i, lane)
                         : add_parts<kRows, !kBackward, kVec, Acc>(args, i, lane);
     });
@@ -300,10 +301,10 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
   __syncthreads();
   if (kBlocks != Blocks::kGrid || !kRows || !args.shares_out) store_results<kBackward>(args, tile);
   const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
-  int channel[kVec];
-  find_slab_channels<kRows>(args, channel);
+  int place[kVec];
+  find_places<kRows>(args, place);
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) coefficients[v] = kRows || v == 0 ? shared[channel[v]] : coefficients[0];
+  for (int v = 0; v < kVec; ++v) coefficients[v] = kRows || v == 0 ? shared[place[v]] : coefficients[0];
 }
 
 // ---- the kernels -------------------------------------------------------------------------------------------------
@@ -337,7 +338,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
     Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
     int count = 0, batches = 0;
     data.load(
-        turn.tile, [&] { first_input = load_first_inputs<kRows, false, Acc>(args, turn.tile); },
+        turn.tile, [&] { first_input = load_first_inputs<kRows, false, kVec, Acc>(args, turn.tile); },
         [&](const typename Data::Batch& batch) {
           if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
           add_moments(batch.pack[0], batch.items, pivot, s1, s2);
@@ -353,8 +354,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
     data.revisit(tile, more, turn.tile, [&](const typename Data::Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kOnChipBatch; ++u) {
-        const Pack<T, kVec>& x = batch.pack[0][u];
-        store_item<kWhole>(map_pack(coefficients, x, x, true, false), batch.items[u], 0);
+        store_item(map_pack(coefficients, batch.pack[0][u]), batch.items[u], 0);
       }
     });
   } while (more);
@@ -382,13 +382,13 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
         [&] {
           // The coefficients of the last turn may still be read.
           if (kBlocks != Blocks::kOneTile && turn.number > 0) __syncthreads();
-          first_input = load_first_inputs<kRows, true, Acc>(args, turn.tile);
+          first_input = load_first_inputs<kRows, true, kVec, Acc>(args, turn.tile);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
-          int channel[kVec];
-          find_slab_channels<kRows>(args, channel);
+          int place[kVec];
+          find_places<kRows>(args, place);
 #pragma unroll
-          for (int v = 0; v < kVec; ++v) mean[v] = kRows || v == 0 ? shared[channel[v]].centre : mean[0];
+          for (int v = 0; v < kVec; ++v) mean[v] = kRows || v == 0 ? shared[place[v]].centre : mean[0];
         },
         [&](const typename Data::Batch& batch) {
           add_gradients(batch.pack[0], batch.pack[1], batch.items, mean, sum);
@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
     data.revisit(tile, more, turn.tile, [&](const typename Data::Batch& batch) {
 #pragma unroll
       for (int u = 0; u < kOnChipBatch; ++u) {
-        store_item<kWhole>(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u], true, true), batch.items[u], 0);
+        store_item(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u]), batch.items[u], 0);
       }
     });
   } while (more);

@@ -14,7 +14,7 @@ class Slots {
   using Steps = Cursor<T, kVec, kRows, kWhole, kViews>;
 
   struct Batch {
-    Item<T, kViews> items[kOnChipBatch];
+    typename Steps::Found items[kOnChipBatch];
     Pack<T, kVec> pack[kTensors][kOnChipBatch];
   };
 
@@ -35,11 +35,11 @@ class Slots {
   template <bool kBackwards = false>
   __device__ void copy(Steps& steps, int place, Cache cache = Cache::kLastUse) const {
     const CachePolicy policy = cache_policy(cache);
-    Item<T, kViews> items[kOnChipBatch];
+    typename Steps::Found items[kOnChipBatch];
     take<kBackwards>(steps, items);
 #pragma unroll
     for (int u = 0; u < kOnChipBatch; ++u) {
-      const Item<T, kViews>& item = items[u];
+      const auto& item = items[u];
       if (item.empty()) continue;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
@@ -47,10 +47,10 @@ class Slots {
         if (kWhole || is_aligned(item.at[1 + t])) {
           copy_async(to, item.at[1 + t], policy);
         } else {
-          const Item<T, kViews> one[1] = {item};
+          const typename Steps::Found one[1] = {item};
           Pack<T, kVec> pack[1];
           // Rare: not worth a second copy of the loads, for L2 to keep what comes again.
-          load_batch<Cache::kLastUse, kWhole>(pack, one, 1 + t);
+          load_batch<Cache::kLastUse>(pack, one, 1 + t);
           store_slot(to, pack[0]);
         }
       }
@@ -91,7 +91,7 @@ class Slots {
 
  private:
   template <bool kBackwards>
-  __device__ static void take(Steps& steps, Item<T, kViews> (&items)[kOnChipBatch]) {
+  __device__ static void take(Steps& steps, typename Steps::Found (&items)[kOnChipBatch]) {
 #pragma unroll
     for (int i = 0; i < kOnChipBatch; ++i) {
       items[kBackwards ? kOnChipBatch - 1 - i : i] = kBackwards ? steps.previous() : steps.next();

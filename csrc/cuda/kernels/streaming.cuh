@@ -28,7 +28,7 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
 
 // What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads
 // after a barrier. `write`: the results as well, once for each channel.
-template <bool kRows, typename Acc>
+template <bool kRows, int kVec, typename Acc>
 __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile, bool backward, bool write) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
@@ -36,7 +36,7 @@ __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile,
     there = find_channel(args, tile, i, channel) && there;
     const double input = load_input(args, channel, lane);
     const double output = finish_constant<Acc>(args, backward, input, lane, [&](const Coefficients<Acc>& coefficients) {
-      if (there && lane == 0) shared[i] = coefficients;
+      if (there && lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = coefficients;
     });
     if (there && write && is_first_column(args, tile, i)) store_output(args, channel, lane, output);
   });
@@ -57,16 +57,17 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   constexpr int kElements = kSumElements<kRows, kVec>;
   Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
   int count = 0;
-  const int batches = num_batches(args, tile);
+  constexpr int kItems = kWhole ? 2 * kUnroll : kUnroll;
+  const int batches = num_batches<kItems>(args, tile);
   for (int b = 0; b < batches; ++b) {
-    Item<T, 1> items[kUnroll];
-    Pack<T, kVec> x[kUnroll];
+    Item<T, kVec, kWhole, 1> items[kItems];
+    Pack<T, kVec> x[kItems];
     for (auto& item : items) item = cursor.next();
-    load_batch<Cache::kKeep, kWhole>(x, items, 0);
+    load_batch<Cache::kKeep>(x, items, 0);
     if (b == 0) find_pivots<kRows>(args, x, items, pivot);
     add_moments(x, items, pivot, s1, s2);
     count += count_positions<kRows>(items);
-    if (b + 1 == kPivotItems / kUnroll) move_pivots<kRows>(args, pivot, s1, s2, count);
+    if (b + 1 == kPivotItems / kItems) move_pivots<kRows>(args, pivot, s1, s2, count);
   }
   leave_moments<kRows>(args, pivot, s1, s2, count);
   __syncthreads();
@@ -88,26 +89,26 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 
   constexpr int kElements = kSumElements<kRows, kVec>;
   Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kElements] = {};
-  const int batches = num_batches(args, tile) * (kUnroll / kItems);
+  const int batches = num_batches<kItems>(args, tile);
   for (int b = 0; b < batches; ++b) {
-    Item<T, kViews> items[kItems];
+    Item<T, kVec, kWhole, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
     for (auto& item : items) item = cursor.next();
-    load_batch<kUse, kWhole>(dy, items, 0);
+    load_batch<kUse>(dy, items, 0);
     if (has_x) {
-      load_batch<kUse, kWhole>(x, items, 1);
+      load_batch<kUse>(x, items, 1);
     } else {
       for (auto& pack : x) pack = {};
     }
     if (b == 0) {
-      leave_constants<kRows, Acc>(args, tile, true, false);
+      leave_constants<kRows, kVec, Acc>(args, tile, true, false);
       __syncthreads();
       const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
-      int channel[kVec];
-      find_slab_channels<kRows>(args, channel);
+      int place[kVec];
+      find_places<kRows>(args, place);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
-        const Coefficients<Acc>& of_channel = shared[channel[v]];
+        const Coefficients<Acc>& of_channel = shared[place[v]];
         mean[v] = has_x ? of_channel.centre : Acc(0);
         scale[v] = of_channel.scale_dy;
       }
@@ -116,10 +117,11 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
     if constexpr (kWritesDx) {
 #pragma unroll
       for (int u = 0; u < kItems; ++u) {
-        Pack<T, kVec> dx;
+        Acc dx[kVec];
+        widen_pack(dx, dy[u]);
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) narrow(dx.value[v], scale[v] * widen(dy[u].value[v]));
-        store_item<kWhole>(dx, items[u], 2);
+        for (int v = 0; v < kVec; ++v) dx[v] *= scale[v];
+        store_item(narrow_pack<T>(dx), items[u], 2);
       }
     }
   }
@@ -131,10 +133,10 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 // ---- apply -------------------------------------------------------------------------------------------------------
 
 // What this thread's elements are mapped with, from wherever the plan says.
-template <bool kRows, int kVec, typename Acc>
+template <bool kRows, int kTensors, int kVec, typename Acc>
 __device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  if (args.source == Source::kConstants) leave_constants<kRows, Acc>(args, tile, args.backward, tile.split == 0);
+  if (args.source == Source::kConstants) leave_constants<kRows, kVec, Acc>(args, tile, args.backward, tile.split == 0);
   if (args.source == Source::kPartials) {
     for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
       int64_t channel;
@@ -145,55 +147,62 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       const ChannelTotals totals = group_partial_totals(args, channel, lane, args.group_lanes);
       const double output =
           finish_group<Acc>(args, args.backward, totals, input, lane, [&](const Coefficients<Acc>& coefficients) {
-            if (there && lane == 0) shared[i] = coefficients;
+            if (there && lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = coefficients;
           });
       if (writes) store_output(args, channel, lane, output);
     });
   }
   wait_for_kernels();
   if (args.source != Source::kFinished) __syncthreads();
-  int slab_channel[kVec];
-  find_slab_channels<kRows>(args, slab_channel);
+  const bool finished = args.source == Source::kFinished;
+  int at[kVec];
+  finished ? find_slab_channels<kRows>(args, at) : find_places<kRows>(args, at);
 #pragma unroll
   for (int v = 0; v < kVec; ++v) {
-    const int i = slab_channel[v];
     if (!kRows && v > 0) {
       found[v] = found[0];
-    } else if (args.source == Source::kFinished) {
+    } else if (finished) {
       int64_t channel;
-      find_channel(args, tile, i, channel);
+      find_channel(args, tile, at[v], channel);
       found[v] = load_from_l2(static_cast<const Coefficients<Acc>*>(args.coefficients) + channel);
     } else {
-      found[v] = shared[i];
+      found[v] = shared[at[v]];
     }
   }
+  if (kTensors > 1 || !args.backward) return;
+  // Of dy alone it is scale_x * (dy - centre) + shift, too, with the zero that changes no other zero's sign.
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) found[v] = {Acc(0), found[v].scale_dy, Acc(0), -Acc(0)};
 }
 
-// out = scale_dy * dy + (scale_x * (x - centre) + shift), without the part whose tensor is null. Forward has no dy, and
-// eval's dx no x.
-template <typename T, int kVec, bool kRows, bool kWhole>
+// out = scale_dy * dy + (scale_x * (x - centre) + shift), of two tensors, x and dy. Of one: forward without the first
+// term, and eval's dx, which is a multiple of dy.
+template <typename T, int kVec, bool kRows, bool kWhole, int kTensors>
 __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
     streaming_apply_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   const Tile tile = make_tile<kRows>(args, true);
-  Cursor<T, kVec, kRows, kWhole, 3> cursor(args, tile);
-  const bool has_x = args.view[1].data != nullptr, has_dy = args.view[2].data != nullptr;
+  Cursor<T, kVec, kRows, kWhole, 1 + kTensors> cursor(args, tile);
 
   Coefficients<Acc> coefficients[kVec] = {};
   constexpr bool kAskFirst = kWhole;  // packs that planes share leave no registers for it
-  if (!kAskFirst) load_coefficients<kRows>(args, tile, coefficients);
-  constexpr int kItems = kWhole ? kUnroll : kUnroll / 2;
-  const int batches = num_batches(args, tile) * (kUnroll / kItems);
+  if (!kAskFirst) load_coefficients<kRows, kTensors>(args, tile, coefficients);
+  constexpr int kItems = (kWhole ? 2 * kUnroll : kUnroll) / kTensors;
+  const int batches = num_batches<kItems>(args, tile);
   for (int b = 0; b < batches; ++b) {
-    Item<T, 3> items[kItems];
-    Pack<T, kVec> x[kItems], dy[kItems];
+    Item<T, kVec, kWhole, 1 + kTensors> items[kItems];
+    Pack<T, kVec> packs[kTensors][kItems];
     for (auto& item : items) item = cursor.next();
-    if (has_x) load_batch<Cache::kLastUse, kWhole>(x, items, 1);
-    if (has_dy) load_batch<Cache::kLastUse, kWhole>(dy, items, 2);
-    if (kAskFirst && b == 0) load_coefficients<kRows>(args, tile, coefficients);
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) load_batch<Cache::kLastUse>(packs[t], items, 1 + t);
+    if (kAskFirst && b == 0) load_coefficients<kRows, kTensors>(args, tile, coefficients);
 #pragma unroll
     for (int u = 0; u < kItems; ++u) {
-      store_item<kWhole>(map_pack(coefficients, x[u], dy[u], has_x, has_dy), items[u], 0);
+      if constexpr (kTensors == 1) {
+        store_item(map_pack(coefficients, packs[0][u]), items[u], 0);
+      } else {
+        store_item(map_pack(coefficients, packs[0][u], packs[1][u]), items[u], 0);
+      }
     }
   }
 }

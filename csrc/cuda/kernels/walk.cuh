@@ -24,19 +24,28 @@ __device__ inline Tile make_tile(const KernelArgs& args, bool backwards) {
   return kRows ? Tile{inner, outer} : Tile{outer, inner};
 }
 
-template <typename T, int kViews>
+// kWhole: every pack belongs to one row or plane entirely and is aligned in every view.
+template <typename T, int kVec, bool kWhole, int kViews>
 struct Item {
-  T* at[kViews];      // element 0, whether or not it belongs to the item
-  unsigned elements;  // one bit for each element that does: all, or fewer at the ends of a plane, or none
+  T* at[kViews];  // element 0, whether or not it belongs to the item
+  // Whether there is a pack. Of packs that planes share, one bit for each element that belongs to the item: all, or
+  // fewer at the ends of a plane, or none.
+  std::conditional_t<kWhole, bool, unsigned> elements;
 
-  __device__ bool has(int element) const { return elements >> element & 1; }
+  static constexpr unsigned kAll = kWhole ? 1 : (1u << kVec) - 1;
+  __device__ bool has(int element) const { return kWhole ? elements : elements >> element & 1; }
   __device__ bool empty() const { return elements == 0; }
+  __device__ bool full() const { return elements == kAll; }
+  __device__ int count() const { return kWhole ? (elements ? kVec : 0) : popcount(elements); }
 };
 
-// kWhole: every pack belongs to one row or plane entirely and is aligned in every view.
+// A thread's items, from one of its steps on, in either direction. Where an item is follows from its number alone, by
+// one or two divisions, which take a few instructions each; to carry digits from item to item would take more of them,
+// and registers. Offsets are counted modulo 2^32 in packs where all packs are whole: then all of it is one word each.
 template <typename T, int kVec, bool kRows, bool kWhole, int kViews>
 class Cursor {
  public:
+  using Found = Item<T, kVec, kWhole, kViews>;
   // Of items: plans take single elements where a channel has more packs than an int can count.
   using Index = std::conditional_t<(kVec > 1), int, int64_t>;
 
@@ -46,132 +55,95 @@ class Cursor {
     const int thread = threadIdx.x;
     int64_t start = thread, offset_c = tile.slab;
     bool idle = false;
-    num_threads_ = blockDim.x;
     if (kRows) {
       const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * args.block_packs;
       offset_c = tile.slab * args.block_packs + pack;
       start = row;
-      num_threads_ = args.block_rows;
       idle = row >= args.block_rows || offset_c * kVec >= args.wide_channels;
     }
     const int64_t block_item = tile.split * args.chunk, block_end = block_item + args.chunk;
     end_ = static_cast<Index>(idle ? 0 : block_end < args.num_items ? block_end : args.num_items);
+    item_ = static_cast<Index>(block_item + int64_t{step} * args.step + start);
     if constexpr (kVec > 1) keep_in_register(end_);
-    const int64_t item = block_item + int64_t{step} * num_threads_ + start;
-    item_ = static_cast<Index>(item);
-    // Where there is one group of planes or rows, the second digit has no end: items beyond the last have places, too.
-    Distance digit[3];
-    if constexpr (kVec > 1) {
-      const unsigned rows = args.by_packs_of_plane.divide(static_cast<unsigned>(item));
-      const unsigned groups = args.grouped ? args.by_planes.divide(rows) : 0;
-      digit[2] = static_cast<unsigned>(item) - rows * args.by_packs_of_plane.divisor;
-      digit[1] = rows - groups * args.by_planes.divisor;
-      digit[0] = groups;
-    } else {
-      const int64_t rows = item / args.size[2];
-      digit[0] = args.grouped ? rows / args.size[1] : 0;
-      digit[1] = rows - digit[0] * args.size[1];
-      digit[2] = item - rows * args.size[2];
-    }
-    for (int d = 0; d < 3; ++d) digit_[d] = static_cast<Index>(digit[d]);
 #pragma unroll
     for (int k = 0; k < kViews; ++k) {
-      const View& view = args.view[k];
-      const int64_t inner = kRows || kVec == 1 ? view.stride[2] : kPacks ? 1 : kVec;
-      if constexpr (kPacks) {
-        at_[k] = 0;
-      } else {
-        at_[k] = static_cast<T*>(view.data);
-        if (at_[k] == nullptr) continue;
-      }
-      at_[k] += static_cast<Distance>(offset_c) * static_cast<Distance>(view.stride_c);
-      at_[k] += digit[0] * static_cast<Distance>(view.stride[0]) + digit[1] * static_cast<Distance>(view.stride[1]) +
-                digit[2] * static_cast<Distance>(inner);
+      channel_[k] = static_cast<Offset>(offset_c) * static_cast<Offset>(args.view[k].stride_c);
     }
   }
 
-  __device__ Item<T, kViews> next() {
-    const Item<T, kViews> item = here();
-    item_ += num_threads_;
-    move(1);
-    digit_[2] += static_cast<Index>(args_->step[2]);
-    if (digit_[2] >= static_cast<Index>(args_->size[2])) carry(2, 1);
-    if (args_->grouped) {
-      digit_[1] += static_cast<Index>(args_->step[1]);
-      if (digit_[1] >= static_cast<Index>(args_->size[1])) carry(1, 1);
-    }
+  __device__ Found next() {
+    const Found item = here();
+    item_ += static_cast<Index>(args_->step);
     return item;
   }
 
   // The other way round.
-  __device__ Item<T, kViews> previous() {
-    const Item<T, kViews> item = here();
-    item_ -= num_threads_;
-    move(-1);
-    digit_[2] -= static_cast<Index>(args_->step[2]);
-    if (digit_[2] < 0) carry(2, -1);
-    if (args_->grouped) {
-      digit_[1] -= static_cast<Index>(args_->step[1]);
-      if (digit_[1] < 0) carry(1, -1);
-    }
+  __device__ Found previous() {
+    const Found item = here();
+    item_ -= static_cast<Index>(args_->step);
     return item;
   }
 
  private:
-  // Where all packs are whole, places are packs, counted from the view's first one modulo 2^32: to go on is an addition
-  // for each view. Else they are addresses, and distances are of elements.
-  static constexpr bool kPacks = kWhole && kVec > 1;
-  using Place = std::conditional_t<kPacks, unsigned, T*>;
-  using Distance = std::conditional_t<kPacks, unsigned, int64_t>;
+  static constexpr bool kPacks = kWhole && kVec > 1;  // what offsets count, else elements
+  using Offset = std::conditional_t<kPacks, unsigned, int64_t>;
+  using Number = std::make_unsigned_t<Index>;
 
-  __device__ Item<T, kViews> here() const {
-    Item<T, kViews> item;
-    constexpr unsigned kAllElements = (1u << kVec) - 1;
-    item.elements = item_ < end_ ? kAllElements : 0;
-    if constexpr (kPacks) {
-      for (int k = 0; k < kViews; ++k) item.at[k] = static_cast<T*>(args_->view[k].data) + size_t{at_[k]} * kVec;
-    } else if constexpr (kWhole) {
-      for (int k = 0; k < kViews; ++k) item.at[k] = at_[k];
+  __device__ Found here() const {
+    Found item;
+    item.elements = item_ < end_ ? Found::kAll : 0;
+    // Where there is one group of planes or rows, items beyond the last belong to it, too: nobody looks for them.
+    Number row;
+    if constexpr (kVec > 1) {
+      row = args_->by_row.divide(static_cast<Number>(item_));
     } else {
+      row = args_->by_long_row.divide(static_cast<Number>(item_));
+    }
+    Offset offset[kViews];
+#pragma unroll
+    for (int k = 0; k < kViews; ++k) {
+      offset[k] = channel_[k] + static_cast<Offset>(item_) * static_cast<Offset>(args_->move[k][2]) +
+                  static_cast<Offset>(row) * static_cast<Offset>(args_->move[k][1]);
+    }
+    if (args_->grouped) {
+      Number group;
+      if constexpr (kVec > 1) {
+        group = args_->by_group.divide(row);
+        keep_in_register(group);  // Rare: else compilers would do all this each time, and then drop it.
+      } else {
+        group = args_->by_long_group.divide(row);
+      }
+#pragma unroll
+      for (int k = 0; k < kViews; ++k) offset[k] += static_cast<Offset>(group) * static_cast<Offset>(args_->move[k][0]);
+    }
+#pragma unroll
+    for (int k = 0; k < kViews; ++k) {
+      item.at[k] = static_cast<T*>(args_->view[k].data);
+      if (kPacks || item.at[k] != nullptr) item.at[k] += static_cast<size_t>(offset[k]) * (kPacks ? kVec : 1);
+    }
+    if constexpr (!kWhole) {
       // The plane begins inside a pack, and element 0 of its first pack before it.
-      const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(at_[0]) % kPackBytes / sizeof(T));
-      for (int k = 0; k < kViews; ++k) item.at[k] = at_[k] - skew;
-      if (digit_[2] == 0) item.elements &= kAllElements << skew;
-      const int64_t left = args_->plane_size + skew - int64_t{digit_[2]} * kVec;
+      const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(item.at[0]) % kPackBytes / sizeof(T));
+      const int pack = static_cast<int>(item_ - static_cast<Index>(row) * static_cast<Index>(args_->size[2]));
+      for (int k = 0; k < kViews; ++k) item.at[k] -= skew;
+      if (pack == 0) item.elements &= Found::kAll << skew;
+      const int64_t left = args_->plane_size + skew - int64_t{pack} * kVec;
       if (left < kVec) item.elements &= left > 0 ? (1u << static_cast<int>(left)) - 1 : 0;
     }
     return item;
   }
 
-  // One step of all threads in every view. Where a digit overflows, carry moves on to the next row, plane or group.
-  __device__ void move(int direction) {
-#pragma unroll
-    for (int k = 0; k < kViews; ++k) go(k, direction, args_->move[k][0]);
-  }
-  __device__ void carry(int d, int direction) {
-    digit_[d] -= direction * static_cast<Index>(args_->size[d]);
-    digit_[d - 1] += direction;
-#pragma unroll
-    for (int k = 0; k < kViews; ++k) go(k, direction, args_->move[k][3 - d]);
-  }
-  __device__ void go(int k, int direction, int64_t distance) {
-    if (direction > 0) {
-      at_[k] += static_cast<Distance>(distance);
-    } else {
-      at_[k] -= static_cast<Distance>(distance);
-    }
-  }
-
   const KernelArgs* args_;
-  Place at_[kViews];  // of element 0 if planes began at packs
-  Index item_, end_, digit_[3];
-  int num_threads_;
+  Index item_, end_;
+  Offset channel_[kViews];  // where the thread's channels begin
 };
 
-// How often each thread of a block takes kUnroll items: as often as the one that has most. The same for all threads.
+// How often each thread of a block takes kItems items: as often as the one that has most. The same for all threads.
+template <int kItems>
 __device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
   const int64_t left = args.num_items - tile.split * args.chunk, items = left < args.chunk ? left : args.chunk;
-  return static_cast<int>(args.by_batch.divide(static_cast<unsigned>(items) + args.by_batch.divisor - 1));
+  const unsigned steps = args.by_step.divide(static_cast<unsigned>(items) + args.by_step.divisor - 1);
+  return static_cast<int>((steps + kItems - 1) / kItems);
 }
 
 // Of this thread's elements, their channels among those of the block. Rows have as many columns as their packs have
@@ -195,11 +167,32 @@ __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)
   }
 }
 
+// Where rows have a channel in each column, what a block leaves of them for all threads lies by element of a pack, and
+// then by pack: the lanes of a warp look for neighbouring packs, and would all want the same banks of shared memory if
+// channels lay one after the other.
+__device__ inline bool lie_by_element(const KernelArgs& args, int vec) {
+  return args.slab_channels == args.block_packs * vec;
+}
+template <bool kRows, int kVec>
+__device__ inline int place_of_channel(const KernelArgs& args, int channel) {
+  if (!kRows || !lie_by_element(args, kVec)) return channel;
+  return channel % kVec * args.block_packs + channel / kVec;
+}
+// Of this thread's elements.
+template <bool kRows, int kVec>
+__device__ inline void find_places(const KernelArgs& args, int (&place)[kVec]) {
+  if (!kRows || !lie_by_element(args, kVec)) return find_slab_channels<kRows>(args, place);
+  const int pack = static_cast<int>(args.by_packs.remainder(threadIdx.x));
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) place[v] = v * args.block_packs + pack;
+}
+
 // View k of a batch of items. An aligned pack is read whole also where only some of its elements are in the item: they
 // share 16 aligned bytes with one that is, so they are memory of the same allocation. Elements outside the item hold
 // anything.
-template <Cache kCache, bool kWhole, int kVec, int kItems, typename T, int kViews>
-__device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, kViews> (&items)[kItems], int k) {
+template <Cache kCache, typename T, int kVec, bool kWhole, int kItems, int kViews>
+__device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, kVec, kWhole, kViews> (&items)[kItems],
+                                  int k) {
   bool aligned = true;
   if (!kWhole && k > 0) {
 #pragma unroll
@@ -221,21 +214,21 @@ __device__ inline void load_batch(Pack<T, kVec> (&packs)[kItems], const Item<T, 
       if (!items[u].has(v)) continue;
       Pack<T, 1> one;
       load_pack<kCache>(one, items[u].at[k] + v);
-      packs[u].value[v] = one.value[0];
+      packs[u].set(v, one.get(0));
     }
   }
 }
 
-template <bool kWhole, int kVec, typename T, int kViews>
-__device__ inline void store_item(const Pack<T, kVec>& pack, const Item<T, kViews>& item, int k) {
-  if (item.elements == (1u << kVec) - 1 && (kWhole || k == 0 || is_aligned(item.at[k]))) {
+template <typename T, int kVec, bool kWhole, int kViews>
+__device__ inline void store_item(const Pack<T, kVec>& pack, const Item<T, kVec, kWhole, kViews>& item, int k) {
+  if (item.full() && (kWhole || k == 0 || is_aligned(item.at[k]))) {
     store_pack(item.at[k], pack);
     return;
   }
   if constexpr (!kWhole) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
-      if (item.has(v)) store_pack(item.at[k] + v, Pack<T, 1>{{pack.value[v]}});
+      if (item.has(v)) store_pack(item.at[k] + v, Pack<T, 1>{{pack.get(v)}});
     }
   }
 }
