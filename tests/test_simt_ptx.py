@@ -157,7 +157,7 @@ def test_a_blocks_threads_share_the_work(
     size: int, dtypes: str, ptx: Callable[[int], simt.Ptx]
 ) -> None:
     """In blocks as large as on a GPU: while a few warps add up, the others wait, and so does
-    memory. The longest way is half as long again as the mean at most."""
+    memory. The longest way is 1.6 times as long as the mean at most."""
     machine = simt.Machine(num_sms=132, threads_per_sm=2048, threads=512, family="resident")
     case = cases.make_case((16, 64, size, size), dtypes)
     for check in (check_forward, check_backward):
@@ -165,7 +165,45 @@ def test_a_blocks_threads_share_the_work(
             call = check(case, "", machine=machine._replace(batches=64)).call
         assert call.run_length > 1 or size == 28
         mean = call.instructions / call.threads_run
-        assert call.most_instructions <= 1.5 * mean, call.plan.decode()
+        assert call.most_instructions <= 1.6 * mean, call.plan.decode()
+
+
+@pytest.mark.parametrize("dtypes", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("layout", "family", "team"),
+    [
+        ("channels_last", "resident", 0),
+        ("channels_last", "cluster", 4),
+        ("channels_last", "grid", 8),
+        ("channels_last", "streaming", 0),
+        ("nchw", "resident", 0),
+        ("nchw", "streaming", 0),
+    ],
+)
+@pytest.mark.parametrize("size", [7, 16])
+def test_lanes_find_their_numbers_in_different_banks(
+    layout: str, family: str, team: int, size: int, dtypes: str, ptx: Callable[[int], simt.Ptx]
+) -> None:
+    """A warp waits for the bank that most of its lanes want: sixteen cycles at most. (If the lanes
+    of rows of halves found coefficients channel by channel, it would be 170.)"""
+    machine = simt.Machine(num_sms=132, threads_per_sm=2048, threads=256, family=family, team=team)
+    machine = machine._replace(batches=64)
+    case = cases.make_case((16, 64, size, size), dtypes, layout=layout, grad_layout=layout)
+    for check in (check_forward, check_backward):
+        with ptx(90), simt.watch_banks():
+            call = check(case, "", machine=machine).call
+            cycles, least = simt.bank_use()
+        assert least > 0
+        assert cycles - least <= 16 * call.threads_run / 32, call.plan.decode()
+
+
+def test_cycles_of_banks() -> None:
+    """Lanes that ask for neighbours, for the same, or for the same bank."""
+    for step, nbytes, cycles, least in (
+        *((4, 4, 1, 1), (0, 4, 1, 1), (8, 4, 2, 1), (128, 4, 32, 1), (132, 4, 1, 1)),
+        *((8, 8, 2, 2), (128, 8, 32, 2), (16, 16, 4, 4), (64, 16, 16, 4), (128, 16, 32, 4)),
+    ):
+        assert simt.bank_use(step, nbytes) == (cycles, least), (step, nbytes)
 
 
 def test_what_it_does_not_know(tmp_path: Path) -> None:

@@ -153,17 +153,15 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 }  // namespace
 
 int registers_of(const Plan& plan, int arch) {
-  const bool backward = plan.pass == Pass::kBackward, halves = has_halves(plan);
+  const bool backward = plan.pass == Pass::kBackward;
   const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
   const int of_all = 128;  // of a thread, where one block of kMaxOnChipThreads has all of an SM's
-  const int blocks = count_on_chip_blocks(backward, static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
-                                          plan.persistent && !grid, grid || plan.kept_batches > 0, arch);
+  const int blocks = count_on_chip_blocks(static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
+                                          grid || plan.kept_batches > 0);
   if (blocks > 1) return of_all / blocks;
   if (plan.persistent || grid) return of_all;
-  if (!plan.whole_packs) return backward ? 96 : 72;
-  const bool many = arch >= 100;
-  if (rows && backward && halves) return many ? 112 : 96;
-  return rows && !backward && many ? 88 : 80;
+  if (rows) return arch >= 100 ? 112 : 96;
+  return backward ? 96 : 72;
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import tempfile
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -192,8 +194,11 @@ def library() -> ctypes.CDLL:
     lib.simt_arch.restype = ctypes.c_int64
     lib.simt_load_ptx.restype = ctypes.c_int64
     lib.simt_load_ptx.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
+    lib.simt_watch_banks.argtypes = (ctypes.c_int64,)
+    pointer = ctypes.POINTER(ctypes.c_int64)
+    lib.simt_bank_use.argtypes = (ctypes.c_int64, ctypes.c_int64, pointer, pointer)
     lib.simt_forget_ptx.argtypes = lib.simt_use_ptx.argtypes = (ctypes.c_int64,)
-    for name in ("run", "fault", "forget_ptx", "use_ptx"):
+    for name in ("run", "fault", "forget_ptx", "use_ptx", "watch_banks", "bank_use"):
         getattr(lib, f"simt_{name}").restype = None
     lib.simt_fault.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
     assert lib.simt_call_bytes() == ctypes.sizeof(Call)
@@ -222,6 +227,29 @@ class Ptx:
 def kernels_run() -> list[str]:
     """Within Ptx: its kernels that have run since it was entered, by name."""
     return library().simt_kernels_run().decode().split()
+
+
+class BankUse(NamedTuple):
+    cycles: int
+    least: int
+
+
+def bank_use(step: int = 0, nbytes: int = 0) -> BankUse:
+    """Within watch_banks: how the kernels of a Ptx have used the banks of shared memory since, in
+    cycles of all warps, and how many these were if no bank had to find two words for one of them.
+    Or the same of one warp, whose lanes ask for so many bytes, `step` apart."""
+    cycles, least = ctypes.c_int64(), ctypes.c_int64()
+    library().simt_bank_use(step, nbytes, ctypes.byref(cycles), ctypes.byref(least))
+    return BankUse(cycles.value, least.value)
+
+
+@contextmanager
+def watch_banks() -> Iterator[None]:
+    library().simt_watch_banks(1)
+    try:
+        yield
+    finally:
+        library().simt_watch_banks(0)
 
 
 def arch() -> int:

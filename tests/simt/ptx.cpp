@@ -13,6 +13,7 @@
 #include <set>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "cpu/half.h"
@@ -86,7 +87,8 @@ struct Thread {
   int64_t clock = 0, first_clock = -1, last_clock = -1;  // of an SM, and when this thread has looked at it
   const uint32_t* seen_at = nullptr;                     // the word that another block may change, when it looked last
   uint32_t seen = 0;
-  bool unfenced = false;  // it has stored to shared memory since the last fence
+  bool unfenced = false;         // it has stored to shared memory since the last fence
+  std::vector<int> rounds = {};  // while banks are watched: how often it has been at each instruction
 
   template <typename T>
   T get(int place) const {
@@ -112,6 +114,21 @@ struct Thread {
 // Registers that every kernel has.
 enum Special { kThreadIndex, kBlockIndex, kBlockSize, kGridSize, kZero, kOne, kArgs, kNumSpecial };
 
+// ---- banks of shared memory --------------------------------------------------------------------------------------
+
+bool watches_banks = false;
+// What the lanes of a warp ask for at once: by kernel, block and warp, instruction, and how often before.
+std::map<std::tuple<const Kernel*, int, int, int>, std::vector<BankAccess>> bank_accesses;
+
+void note_access(Thread& t, const Instruction& i, uint64_t at, size_t bytes) {
+  if (!watches_banks) return;
+  t.rounds.resize(t.kernel.code.size());
+  const auto thread = static_cast<int>(thread_index().x), instruction = static_cast<int>(&i - t.kernel.code.data());
+  const int warp = static_cast<int>(block_index().x) * (1024 / 32) + thread / 32;
+  bank_accesses[{&t.kernel, warp, instruction, t.rounds[instruction]++}].push_back(
+      {thread % 32, at, static_cast<int>(bytes)});
+}
+
 // ---- memory ------------------------------------------------------------------------------------------------------
 
 // Shared memory begins somewhere in its window, and not where a null pointer would be.
@@ -130,6 +147,7 @@ const unsigned char* readable(Thread& t, const Instruction& i, size_t bytes) {
     case Space::kAny:
       return static_cast<const unsigned char*>(load_anywhere(pointer, bytes, i.from_l2));
     case Space::kShared:
+      note_access(t, i, address, bytes);
       return static_cast<const unsigned char*>(touch_shared(address - kSharedBegin, bytes, false));
     case Space::kCluster:
       return static_cast<const unsigned char*>(touch_shared(offset, bytes, false, static_cast<int>(rank)));
@@ -156,6 +174,7 @@ void store(Thread& t, const Instruction& i) {
   if (i.space == Space::kAny) {
     store_anywhere(reinterpret_cast<void*>(address), values, bytes);
   } else if (i.space == Space::kShared) {
+    note_access(t, i, address, bytes);
     std::memcpy(touch_shared(address - kSharedBegin, bytes, true, -1, values), values, bytes);
     t.unfenced = true;
   } else {
@@ -786,6 +805,42 @@ void use_ptx(int number) {
 
 bool has_ptx() { return module != nullptr; }
 int ptx_arch() { return module->arch; }
+
+void watch_banks(bool on) {
+  watches_banks = on;
+  bank_accesses.clear();
+}
+
+BankUse bank_use(const std::vector<BankAccess>& lanes) {
+  constexpr int kLanes = 32, kBanks = 32, kWord = 4;
+  BankUse use = {0, 0};
+  const int words = std::max(1, lanes.front().bytes / kWord), lanes_of_turn = kLanes / words;
+  for (int first = 0; first < kLanes; first += lanes_of_turn) {
+    std::set<uint64_t> of_bank[kBanks];
+    for (const BankAccess& access : lanes) {
+      if (access.lane < first || access.lane >= first + lanes_of_turn) continue;
+      for (int w = 0; w < words; ++w) {
+        const uint64_t word = access.at / kWord + w;
+        of_bank[word % kBanks].insert(word);
+      }
+    }
+    size_t most = 0;
+    for (const auto& bank : of_bank) most = std::max(most, bank.size());
+    use.cycles += static_cast<int64_t>(most);
+    use.least += most > 0;
+  }
+  return use;
+}
+
+BankUse bank_use() {
+  BankUse use = {0, 0};
+  for (const auto& [key, lanes] : bank_accesses) {
+    const BankUse once = bank_use(lanes);
+    use.cycles += once.cycles;
+    use.least += once.least;
+  }
+  return use;
+}
 
 std::string ptx_kernels_run() {
   std::string names;

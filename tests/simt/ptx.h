@@ -10,7 +10,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
+#include <vector>
 
 namespace simt {
 
@@ -26,6 +28,20 @@ bool has_ptx();
 int ptx_arch();
 // Kernels that have run since then, by name, each with a space behind it.
 std::string ptx_kernels_run();
+// From now on, or no longer, notes what warps do with shared memory, and forgets what there was. Its 32 banks hold 4
+// bytes each: of what the lanes of a warp ask for at once (of 8 and 16 bytes in two and four turns), the bank that has
+// most different words takes a cycle for each.
+void watch_banks(bool on);
+struct BankUse {
+  int64_t cycles, least;  // of all warps; and if every turn took one
+};
+BankUse bank_use();
+struct BankAccess {  // of a lane
+  int lane;
+  uint64_t at;
+  int bytes;
+};
+BankUse bank_use(const std::vector<BankAccess>& lanes);
 // Runs the kernel of this function, as one thread of the shim.
 void run_ptx(const void* function, const void* args, size_t bytes);
 

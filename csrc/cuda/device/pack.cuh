@@ -20,11 +20,24 @@ struct alignas(sizeof(T) * kVec) Pack {
   std::conditional_t<kInPairs<T, kVec>, uint32_t, T> word[kVec / kOfWord];
 
   __device__ T get(int v) const {
-    T value;
-    memcpy(&value, reinterpret_cast<const char*>(word) + v * sizeof(T), sizeof value);
-    return value;
+    if constexpr (kOfWord == 1) {
+      return word[v];
+    } else {
+      const auto bits = static_cast<uint16_t>(word[v / 2] >> v % 2 * 16);
+      T value;
+      memcpy(&value, &bits, sizeof value);
+      return value;
+    }
   }
-  __device__ void set(int v, T value) { memcpy(reinterpret_cast<char*>(word) + v * sizeof(T), &value, sizeof value); }
+  __device__ void set(int v, T value) {
+    if constexpr (kOfWord == 1) {
+      word[v] = value;
+    } else {
+      uint16_t bits;
+      memcpy(&bits, &value, sizeof bits);
+      word[v / 2] = (word[v / 2] & 0xffff0000u >> v % 2 * 16) | static_cast<uint32_t>(bits) << v % 2 * 16;
+    }
+  }
 };
 
 // How long a line should stay in L2. What a call does not read again should not push out what it will.

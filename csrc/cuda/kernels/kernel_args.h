@@ -45,12 +45,8 @@ BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, 
 // Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with
 // 64 for each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains
 // next to nothing.) alone: blocks of a grid, and such as keep packs in registers.
-BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(bool backward, int element_bytes, bool rows, bool whole_packs,
-                                                     bool persistent, bool alone, int arch) {
-  const bool halves = element_bytes == 2, planes = !rows;
-  if (alone || !whole_packs) return 1;
-  if (planes) return halves && backward && !persistent && arch < 90 ? 1 : 2;
-  return halves || backward == persistent ? 1 : 2;
+BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(int element_bytes, bool rows, bool whole_packs, bool alone) {
+  return alone || !whole_packs || (rows && element_bytes == 2) ? 1 : 2;
 }
 // Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
 constexpr int kPartialsAtOnce = 4;

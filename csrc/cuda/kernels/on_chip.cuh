@@ -312,15 +312,14 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
 template <Blocks kBlocks>
 constexpr bool kAlone = kBlocks == Blocks::kKeeping || kBlocks == Blocks::kGrid;
 
-template <typename T, bool kRows, bool kWhole, Blocks kBlocks, bool kBackward>
-constexpr int kBlocksPerSm = count_on_chip_blocks(kBackward, sizeof(T), kRows, kWhole, kBlocks == Blocks::kPersistent,
-                                                  kAlone<kBlocks>, kDeviceArch);
+template <typename T, bool kRows, bool kWhole, Blocks kBlocks>
+constexpr int kBlocksPerSm = count_on_chip_blocks(sizeof(T), kRows, kWhole, kAlone<kBlocks>);
 
 template <typename T, bool kRows, bool kWhole, Blocks kBlocks, int kTensors>
 constexpr int kMostKept = kAlone<kBlocks> ? most_kept_batches(sizeof(T), kRows, kWhole, kTensors, kDeviceArch) : 0;
 
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
-__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks, false>)
+__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks>)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1, kMostKept<T, kRows, kWhole, kBlocks, 1>>;
@@ -362,7 +361,7 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
-__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks, true>)
+__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks>)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2, kMostKept<T, kRows, kWhole, kBlocks, 2>>;

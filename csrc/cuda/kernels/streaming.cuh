@@ -12,6 +12,11 @@
 
 namespace bnext::cuda {
 
+// What a thread has in flight where it reads one tensor. Masks, and addresses of single elements, leave fewer
+// registers.
+template <int kVec, bool kWhole>
+constexpr int kOfOneTensor = kWhole && kVec > 1 ? 2 * kUnroll : kUnroll;
+
 // The channel of the tensors that is the block's channel i, if there is one.
 __device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, int i, int64_t& channel) {
   channel = tile_channel(args, tile, i);
@@ -57,11 +62,12 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   constexpr int kElements = kSumElements<kRows, kVec>;
   Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
   int count = 0;
-  constexpr int kItems = kWhole ? 2 * kUnroll : kUnroll;
+  constexpr int kItems = kOfOneTensor<kVec, kWhole>;
   const int batches = num_batches<kItems>(args, tile);
   for (int b = 0; b < batches; ++b) {
     Item<T, kVec, kWhole, 1> items[kItems];
     Pack<T, kVec> x[kItems];
+#pragma unroll
     for (auto& item : items) item = cursor.next();
     load_batch<Cache::kKeep>(x, items, 0);
     if (b == 0) find_pivots<kRows>(args, x, items, pivot);
@@ -93,6 +99,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   for (int b = 0; b < batches; ++b) {
     Item<T, kVec, kWhole, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
+#pragma unroll
     for (auto& item : items) item = cursor.next();
     load_batch<kUse>(dy, items, 0);
     if (has_x) {
@@ -169,10 +176,12 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
       found[v] = shared[at[v]];
     }
   }
-  if (kTensors > 1 || !args.backward) return;
-  // Of dy alone it is scale_x * (dy - centre) + shift, too, with the zero that changes no other zero's sign.
+  if constexpr (kTensors == 1) {
+    if (!args.backward) return;
+    // Of dy alone it is scale_x * (dy - centre) + shift, too, with the zero that changes no other zero's sign.
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) found[v] = {Acc(0), found[v].scale_dy, Acc(0), -Acc(0)};
+    for (int v = 0; v < kVec; ++v) found[v] = {Acc(0), found[v].scale_dy, Acc(0), -Acc(0)};
+  }
 }
 
 // out = scale_dy * dy + (scale_x * (x - centre) + shift), of two tensors, x and dy. Of one: forward without the first
@@ -187,11 +196,12 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   Coefficients<Acc> coefficients[kVec] = {};
   constexpr bool kAskFirst = kWhole;  // packs that planes share leave no registers for it
   if (!kAskFirst) load_coefficients<kRows, kTensors>(args, tile, coefficients);
-  constexpr int kItems = (kWhole ? 2 * kUnroll : kUnroll) / kTensors;
+  constexpr int kItems = kOfOneTensor<kVec, kWhole> / kTensors;
   const int batches = num_batches<kItems>(args, tile);
   for (int b = 0; b < batches; ++b) {
     Item<T, kVec, kWhole, 1 + kTensors> items[kItems];
     Pack<T, kVec> packs[kTensors][kItems];
+#pragma unroll
     for (auto& item : items) item = cursor.next();
 #pragma unroll
     for (int t = 0; t < kTensors; ++t) load_batch<Cache::kLastUse>(packs[t], items, 1 + t);
