@@ -54,7 +54,7 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   KernelArgs args{};
   set_block(args, g, plan);
   for (int d = 0; d < 3; ++d) args.size[d] = plan.size[d];
-  args.grouped = plan.size[0] > 1;
+  args.depth = plan.size[0] > 1 ? 3 : plan.size[1] > 1 ? 2 : 1;
   args.num_items = plan.num_items;
   args.chunk = plan.chunk;
   args.num_splits = plan.num_splits;

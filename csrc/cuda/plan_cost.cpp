@@ -153,15 +153,12 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
 }  // namespace
 
 int registers_of(const Plan& plan, int arch) {
-  const bool backward = plan.pass == Pass::kBackward;
-  const bool rows = plan.walk == Walk::kRows, grid = plan.family == Family::kGrid;
-  const int of_all = 128;  // of a thread, where one block of kMaxOnChipThreads has all of an SM's
-  const int blocks = count_on_chip_blocks(static_cast<int>(dtype_bytes(plan.dtype)), rows, plan.whole_packs,
-                                          grid || plan.kept_batches > 0);
-  if (blocks > 1) return of_all / blocks;
-  if (plan.persistent || grid) return of_all;
-  if (rows) return arch >= 100 ? 112 : 96;
-  return backward ? 96 : 72;
+  const bool backward = plan.pass == Pass::kBackward, alone = plan.family == Family::kGrid || plan.kept_batches > 0;
+  const int of_sm = 65536, unit = 8;  // of an SM, wherever launch bounds say what it should have room for
+  const int threads = count_on_chip_threads(backward, static_cast<int>(dtype_bytes(plan.dtype)),
+                                            plan.walk == Walk::kRows, plan.whole_packs, alone, arch);
+  if (threads == kMaxOnChipThreads && !alone && !plan.persistent) return arch >= 100 ? 112 : 96;
+  return of_sm / threads / unit * unit;
 }
 
 int active_clusters(const DeviceInfo& device, int cluster) {

@@ -42,11 +42,17 @@ BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, 
   if (!whole_packs || (rows && (element_bytes == 2 || arch < 90))) return 0;
   return (rows && element_bytes == 8 ? 3 : 6) / tensors;
 }
-// Blocks of so many that an SM should have registers for: two, which take turns at moving data and at adding up, with
-// 64 for each thread, wherever ptxas does not spill for it. (Left alone it takes up to half as many again, and gains
-// next to nothing.) alone: blocks of a grid, and such as keep packs in registers.
-BNEXT_HOST_DEVICE constexpr int count_on_chip_blocks(int element_bytes, bool rows, bool whole_packs, bool alone) {
-  return alone || !whole_packs || (rows && element_bytes == 2) ? 1 : 2;
+// Threads that an SM should have registers for: 1024, two blocks of so many, which take turns at moving data and at
+// adding up, with 64 registers for each thread, or 768 with 80, wherever ptxas does not spill for it. (Left alone it
+// takes up to half as many again, and gains next to nothing.) alone: blocks of a grid, and such as keep packs in
+// registers.
+BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element_bytes, bool rows, bool whole_packs,
+                                                      bool alone, int arch) {
+  const bool halves = element_bytes == 2;
+  if (alone) return kMaxOnChipThreads;
+  if (rows && halves) return backward ? kMaxOnChipThreads : 768;
+  if (!whole_packs && backward) return halves && arch < 90 ? kMaxOnChipThreads : 768;
+  return 1024;
 }
 // Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
 constexpr int kPartialsAtOnce = 4;
@@ -134,7 +140,7 @@ struct KernelArgs {
   // whole.
   View view[3];
   int64_t size[3];  // of i0, i1 and j or i2
-  bool grouped;     // size[0] > 1: otherwise nobody looks at i1
+  int depth;        // 3, or 2 where size[0] is 1, or 1 where size[1] is 1, too
   int step;         // from an item of a thread to its next
   // How far a view goes on, as its strides: from item to item, and what comes on top of that at the end of a row or
   // plane, and of a group. By the dimension that goes on.

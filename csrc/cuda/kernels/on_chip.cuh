@@ -312,14 +312,17 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
 template <Blocks kBlocks>
 constexpr bool kAlone = kBlocks == Blocks::kKeeping || kBlocks == Blocks::kGrid;
 
-template <typename T, bool kRows, bool kWhole, Blocks kBlocks>
-constexpr int kBlocksPerSm = count_on_chip_blocks(sizeof(T), kRows, kWhole, kAlone<kBlocks>);
+// Launch bounds: a block of as many threads as an SM has registers for, or two of half as many.
+template <typename T, bool kRows, bool kWhole, Blocks kBlocks, bool kBackward>
+constexpr int kThreads = count_on_chip_threads(kBackward, sizeof(T), kRows, kWhole, kAlone<kBlocks>, kDeviceArch);
+constexpr int bounded_threads(int threads) { return threads % kMaxOnChipThreads == 0 ? kMaxOnChipThreads : threads; }
 
 template <typename T, bool kRows, bool kWhole, Blocks kBlocks, int kTensors>
 constexpr int kMostKept = kAlone<kBlocks> ? most_kept_batches(sizeof(T), kRows, kWhole, kTensors, kDeviceArch) : 0;
 
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
-__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks>)
+__global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBlocks, false>),
+                                  kThreads<T, kRows, kWhole, kBlocks, false> / kMaxOnChipThreads)
     on_chip_forward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 1, kMostKept<T, kRows, kWhole, kBlocks, 1>>;
@@ -361,7 +364,8 @@ __global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWho
 }
 
 template <typename T, int kVec, bool kRows, bool kWhole, Blocks kBlocks>
-__global__ void __launch_bounds__(kMaxOnChipThreads, kBlocksPerSm<T, kRows, kWhole, kBlocks>)
+__global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBlocks, true>),
+                                  kThreads<T, kRows, kWhole, kBlocks, true> / kMaxOnChipThreads)
     on_chip_backward_kernel(const __grid_constant__ KernelArgs args) {
   using Acc = accumulate_t<T>;
   using Data = OnChip<T, kVec, kRows, kWhole, 2, kMostKept<T, kRows, kWhole, kBlocks, 2>>;

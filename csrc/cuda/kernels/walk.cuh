@@ -40,8 +40,9 @@ struct Item {
 };
 
 // A thread's items, from one of its steps on, in either direction. Where an item is follows from its number alone, by
-// one or two divisions, which take a few instructions each; to carry digits from item to item would take more of them,
-// and registers. Offsets are counted modulo 2^32 in packs where all packs are whole: then all of it is one word each.
+// no, one or two divisions, which take a few instructions each; to carry digits from item to item would take more of
+// them, and registers. Offsets are counted modulo 2^32 in packs where all packs are whole: then all of it is one word
+// each.
 template <typename T, int kVec, bool kRows, bool kWhole, int kViews>
 class Cursor {
  public:
@@ -89,32 +90,37 @@ class Cursor {
   using Offset = std::conditional_t<kPacks, unsigned, int64_t>;
   using Number = std::make_unsigned_t<Index>;
 
+  // kRare: else compilers would do this each time, and then drop it where nobody needs it.
+  template <bool kRare>
+  __device__ static Number quotient(Number n, const Divider& by, const LongDivider& by_long) {
+    if constexpr (kVec > 1) {
+      Number result = by.divide(n);
+      if (kRare) keep_in_register(result);
+      return result;
+    } else {
+      return by_long.divide(n);
+    }
+  }
+  __device__ void add(Offset (&offset)[kViews], Number n, int dimension) const {
+#pragma unroll
+    for (int k = 0; k < kViews; ++k)
+      offset[k] += static_cast<Offset>(n) * static_cast<Offset>(args_->move[k][dimension]);
+  }
+
   __device__ Found here() const {
     Found item;
     item.elements = item_ < end_ ? Found::kAll : 0;
-    // Where there is one group of planes or rows, items beyond the last belong to it, too: nobody looks for them.
-    Number row;
-    if constexpr (kVec > 1) {
-      row = args_->by_row.divide(static_cast<Number>(item_));
-    } else {
-      row = args_->by_long_row.divide(static_cast<Number>(item_));
-    }
     Offset offset[kViews];
 #pragma unroll
     for (int k = 0; k < kViews; ++k) {
-      offset[k] = channel_[k] + static_cast<Offset>(item_) * static_cast<Offset>(args_->move[k][2]) +
-                  static_cast<Offset>(row) * static_cast<Offset>(args_->move[k][1]);
+      offset[k] = channel_[k] + static_cast<Offset>(item_) * static_cast<Offset>(args_->move[k][2]);
     }
-    if (args_->grouped) {
-      Number group;
-      if constexpr (kVec > 1) {
-        group = args_->by_group.divide(row);
-        keep_in_register(group);  // Rare: else compilers would do all this each time, and then drop it.
-      } else {
-        group = args_->by_long_group.divide(row);
-      }
-#pragma unroll
-      for (int k = 0; k < kViews; ++k) offset[k] += static_cast<Offset>(group) * static_cast<Offset>(args_->move[k][0]);
+    // Items beyond the last are in the last row, plane or group here: nobody looks for them.
+    Number row = 0;
+    if (!kRows || args_->depth > 1) {  // planes are nearly always several, and rows hardly ever more than one way apart
+      row = quotient<kRows>(static_cast<Number>(item_), args_->by_row, args_->by_long_row);
+      add(offset, row, 1);
+      if (args_->depth > 2) add(offset, quotient<true>(row, args_->by_group, args_->by_long_group), 0);
     }
 #pragma unroll
     for (int k = 0; k < kViews; ++k) {
