@@ -63,17 +63,17 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
   int count = 0;
   constexpr int kItems = kOfOneTensor<kVec, kWhole>;
-  const int batches = num_batches<kItems>(args, tile);
-  for (int b = 0; b < batches; ++b) {
+  const int steps = num_steps(args, tile);
+  for (int step = 0; step < steps; step += kItems) {
     Item<T, kVec, kWhole, 1> items[kItems];
     Pack<T, kVec> x[kItems];
 #pragma unroll
     for (auto& item : items) item = cursor.next();
     load_batch<Cache::kKeep>(x, items, 0);
-    if (b == 0) find_pivots<kRows>(args, x, items, pivot);
+    if (step == 0) find_pivots<kRows>(args, x, items, pivot);
     add_moments(x, items, pivot, s1, s2);
     count += count_positions<kRows>(items);
-    if (b + 1 == kPivotItems / kItems) move_pivots<kRows>(args, pivot, s1, s2, count);
+    if (step + kItems == kPivotItems) move_pivots<kRows>(args, pivot, s1, s2, count);
   }
   leave_moments<kRows>(args, pivot, s1, s2, count);
   __syncthreads();
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 
   constexpr int kElements = kSumElements<kRows, kVec>;
   Acc mean[kVec] = {}, scale[kVec] = {}, sum[kNumSums][kElements] = {};
-  const int batches = num_batches<kItems>(args, tile);
-  for (int b = 0; b < batches; ++b) {
+  const int steps = num_steps(args, tile);
+  for (int step = 0; step < steps; step += kItems) {
     Item<T, kVec, kWhole, kViews> items[kItems];
     Pack<T, kVec> dy[kItems], x[kItems];
 #pragma unroll
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
     } else {
       for (auto& pack : x) pack = {};
     }
-    if (b == 0) {
+    if (step == 0) {
       leave_constants<kRows, kVec, Acc>(args, tile, true, false);
       __syncthreads();
       const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
@@ -197,17 +197,18 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
   constexpr bool kAskFirst = kWhole;  // packs that planes share leave no registers for it
   if (!kAskFirst) load_coefficients<kRows, kTensors>(args, tile, coefficients);
   constexpr int kItems = kOfOneTensor<kVec, kWhole> / kTensors;
-  const int batches = num_batches<kItems>(args, tile);
-  for (int b = 0; b < batches; ++b) {
+  const int steps = num_steps(args, tile);
+  for (int step = 0; step < steps; step += kItems) {
     Item<T, kVec, kWhole, 1 + kTensors> items[kItems];
     Pack<T, kVec> packs[kTensors][kItems];
 #pragma unroll
     for (auto& item : items) item = cursor.next();
 #pragma unroll
     for (int t = 0; t < kTensors; ++t) load_batch<Cache::kLastUse>(packs[t], items, 1 + t);
-    if (kAskFirst && b == 0) load_coefficients<kRows, kTensors>(args, tile, coefficients);
+    if (kAskFirst && step == 0) load_coefficients<kRows, kTensors>(args, tile, coefficients);
 #pragma unroll
     for (int u = 0; u < kItems; ++u) {
+      if (u == kItems / 2 && step + u >= steps) break;  // for small tensors
       if constexpr (kTensors == 1) {
         store_item(map_pack(coefficients, packs[0][u]), items[u], 0);
       } else {

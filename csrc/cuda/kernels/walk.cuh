@@ -144,12 +144,10 @@ class Cursor {
   Offset channel_[kViews];  // where the thread's channels begin
 };
 
-// How often each thread of a block takes kItems items: as often as the one that has most. The same for all threads.
-template <int kItems>
-__device__ inline int num_batches(const KernelArgs& args, const Tile& tile) {
+// Items that each thread of a block takes: as many as the one that has most. The same for all threads.
+__device__ inline int num_steps(const KernelArgs& args, const Tile& tile) {
   const int64_t left = args.num_items - tile.split * args.chunk, items = left < args.chunk ? left : args.chunk;
-  const unsigned steps = args.by_step.divide(static_cast<unsigned>(items) + args.by_step.divisor - 1);
-  return static_cast<int>((steps + kItems - 1) / kItems);
+  return static_cast<int>(args.by_step.divide(static_cast<unsigned>(items) + args.by_step.divisor - 1));
 }
 
 // Of this thread's elements, their channels among those of the block. Rows have as many columns as their packs have
