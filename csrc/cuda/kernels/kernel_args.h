@@ -48,9 +48,10 @@ BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, 
 // registers.
 BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element_bytes, bool rows, bool whole_packs,
                                                       bool alone, int arch) {
-  const bool halves = element_bytes == 2;
+  const bool halves = element_bytes == 2, doubles = element_bytes == 8;
   if (alone) return kMaxOnChipThreads;
   if (rows && halves) return backward ? kMaxOnChipThreads : 768;
+  if (rows && doubles && !backward && arch < 80) return 768;
   if (!whole_packs && backward) return halves && arch < 90 ? kMaxOnChipThreads : 768;
   return 1024;
 }
