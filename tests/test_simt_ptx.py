@@ -203,7 +203,7 @@ def test_cycles_of_banks() -> None:
         *((4, 4, 1, 1), (0, 4, 1, 1), (8, 4, 2, 1), (128, 4, 32, 1), (132, 4, 1, 1)),
         *((8, 8, 2, 2), (128, 8, 32, 2), (16, 16, 4, 4), (64, 16, 16, 4), (128, 16, 32, 4)),
     ):
-        assert simt.bank_use(step, nbytes) == (cycles, least), (step, nbytes)
+        assert simt.bank_use_of_lanes(step, nbytes) == (cycles, least), (step, nbytes)
 
 
 def test_what_it_does_not_know(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
 // Kernels that take packs count a channel's items in an int, as far as a batch behind the last one, and packs from a
 // tensor's first one in 32 bits.
 bool takes_packs(const Request& r, int64_t num_items) {
-  constexpr int64_t kBatch = std::max(kMaxThreads * 2 * kUnroll, kMaxOnChipThreads * kOnChipBatch);
+  constexpr int64_t kBatch = std::max(kMaxThreads * kUnrollOne, kMaxOnChipThreads * kOnChipBatch);
   return r.geometry.unit_stride && num_items < (int64_t{1} << 31) - kBatch && !r.far;
 }
 

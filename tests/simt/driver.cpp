@@ -177,13 +177,19 @@ const char* simt_kernels_run() {
 
 void simt_watch_banks(int64_t on) { simt::watch_banks(on != 0); }
 
-// Of what has been noted, or of a warp whose lanes ask for so many bytes, `step` apart.
-void simt_bank_use(int64_t step, int64_t bytes, int64_t* cycles, int64_t* least) {
+void simt_bank_use(int64_t* cycles, int64_t* least) {
+  const simt::BankUse use = simt::bank_use();
+  *cycles = use.cycles;
+  *least = use.least;
+}
+
+// Of a warp whose lanes ask for so many bytes, `step` apart.
+void simt_bank_use_of_lanes(int64_t step, int64_t bytes, int64_t* cycles, int64_t* least) {
   std::vector<simt::BankAccess> lanes;
   for (int lane = 0; lane < 32; ++lane) {
     lanes.push_back({lane, static_cast<uint64_t>(lane * step), static_cast<int>(bytes)});
   }
-  const simt::BankUse use = bytes > 0 ? simt::bank_use(lanes) : simt::bank_use();
+  const simt::BankUse use = simt::bank_use(lanes);
   *cycles = use.cycles;
   *least = use.least;
 }

@@ -196,9 +196,13 @@ def library() -> ctypes.CDLL:
     lib.simt_load_ptx.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
     lib.simt_watch_banks.argtypes = (ctypes.c_int64,)
     pointer = ctypes.POINTER(ctypes.c_int64)
-    lib.simt_bank_use.argtypes = (ctypes.c_int64, ctypes.c_int64, pointer, pointer)
+    lib.simt_bank_use.argtypes = (pointer, pointer)
+    lib.simt_bank_use_of_lanes.argtypes = (ctypes.c_int64, ctypes.c_int64, pointer, pointer)
     lib.simt_forget_ptx.argtypes = lib.simt_use_ptx.argtypes = (ctypes.c_int64,)
-    for name in ("run", "fault", "forget_ptx", "use_ptx", "watch_banks", "bank_use"):
+    for name in (
+        *("run", "fault", "forget_ptx", "use_ptx"),
+        *("watch_banks", "bank_use", "bank_use_of_lanes"),
+    ):
         getattr(lib, f"simt_{name}").restype = None
     lib.simt_fault.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
     assert lib.simt_call_bytes() == ctypes.sizeof(Call)
@@ -234,12 +238,18 @@ class BankUse(NamedTuple):
     least: int
 
 
-def bank_use(step: int = 0, nbytes: int = 0) -> BankUse:
+def bank_use() -> BankUse:
     """Within watch_banks: how the kernels of a Ptx have used the banks of shared memory since, in
-    cycles of all warps, and how many these were if no bank had to find two words for one of them.
-    Or the same of one warp, whose lanes ask for so many bytes, `step` apart."""
+    cycles of all warps, and how many these were if no bank had to find two words for one turn."""
     cycles, least = ctypes.c_int64(), ctypes.c_int64()
-    library().simt_bank_use(step, nbytes, ctypes.byref(cycles), ctypes.byref(least))
+    library().simt_bank_use(ctypes.byref(cycles), ctypes.byref(least))
+    return BankUse(cycles.value, least.value)
+
+
+def bank_use_of_lanes(step: int, nbytes: int) -> BankUse:
+    """The same of one warp, whose lanes ask for so many bytes, `step` apart."""
+    cycles, least = ctypes.c_int64(), ctypes.c_int64()
+    library().simt_bank_use_of_lanes(step, nbytes, ctypes.byref(cycles), ctypes.byref(least))
     return BankUse(cycles.value, least.value)
 
 

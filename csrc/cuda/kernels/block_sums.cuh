@@ -162,7 +162,8 @@ __device__ inline void add_sides(int near, const Acc (&value)[kNumSums][kElement
   }
 }
 
-// The first kHeld columns of a thread, whose first place this is. A pack's columns lie apart: no bank conflicts.
+// The first kHeld columns of a thread, whose first place this is. A pack's columns lie apart: that two lanes store to
+// one bank is all that happens.
 template <int kHeld, int kElements, typename Acc>
 __device__ inline void leave_held(const KernelArgs& args, const Acc (&value)[kNumSums][kElements], Acc* to) {
 #pragma unroll
@@ -357,7 +358,7 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
   if constexpr (!kRows) {
     if (kMoments) moments.point = parts[0];
     if (lane % kFewLanes < args.num_parts) add(lane % kFewLanes, 0, 1);
-  } else if (lie_by_element(args, kVec)) {  // a place in each part
+  } else if (one_channel_a_column(args, kVec)) {  // a place in each part
     const int place = place_of_channel<true, kVec>(args, channel);
     if (kMoments) moments.point = parts[place];
 #pragma unroll 2

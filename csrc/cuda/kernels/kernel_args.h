@@ -18,9 +18,9 @@ namespace bnext::cuda {
 constexpr int kNumSums = 3;
 // A pack: what a thread moves at once, where it does not move single elements.
 constexpr int kPackBytes = 16;
-// Packs of each of two tensors that a thread has in flight, or twice as many of one: 4 x 16 bytes x 2 tensors x 512
-// threads is 64 KiB for an SM, above the 48 KiB or so that hide the latency of an H200's memory.
-constexpr int kUnroll = 4;
+// Packs of each of two tensors that a thread has in flight, and of one: 4 x 16 bytes x 2 tensors x 512 threads is 64
+// KiB for an SM, above the 48 KiB or so that hide the latency of an H200's memory.
+constexpr int kUnroll = 4, kUnrollOne = 2 * kUnroll;
 // On chip: packs of each tensor that a thread takes from shared memory at once. That is near, and more would cost
 // registers, which decide how many blocks an SM has room for.
 constexpr int kOnChipBatch = 2;
@@ -96,7 +96,7 @@ struct Divider {
 
 // The same for 0 <= n < 2^63.
 struct LongDivider {
-  uint64_t divisor = 1, multiplier = 1;
+  uint64_t multiplier = 1;
   uint32_t shift = 0;
 
   BNEXT_HOST_DEVICE uint64_t divide(uint64_t n) const { return (upper_half(n, multiplier) + n) >> shift; }
@@ -121,13 +121,13 @@ inline Divider make_divider(int64_t divisor) {
 
 inline LongDivider make_long_divider(int64_t divisor) {
   LongDivider by;
-  by.divisor = static_cast<uint64_t>(divisor);
-  while ((uint64_t{1} << by.shift) < by.divisor) ++by.shift;
-  uint64_t quotient = 0, rest = (uint64_t{1} << by.shift) - by.divisor;  // of (rest << 64) / divisor, bit by bit
+  const auto n = static_cast<uint64_t>(divisor);
+  while ((uint64_t{1} << by.shift) < n) ++by.shift;
+  uint64_t quotient = 0, rest = (uint64_t{1} << by.shift) - n;  // of (rest << 64) / n, bit by bit
   for (int bit = 0; bit < 64; ++bit) {
     rest *= 2;
-    quotient = 2 * quotient + (rest >= by.divisor);
-    if (rest >= by.divisor) rest -= by.divisor;
+    quotient = 2 * quotient + (rest >= n);
+    if (rest >= n) rest -= n;
   }
   by.multiplier = quotient + 1;
   return by;

@@ -15,7 +15,7 @@ namespace bnext::cuda {
 // What a thread has in flight where it reads one tensor. Masks, and addresses of single elements, leave fewer
 // registers.
 template <int kVec, bool kWhole>
-constexpr int kOfOneTensor = kWhole && kVec > 1 ? 2 * kUnroll : kUnroll;
+constexpr int kOfOneTensor = kWhole && kVec > 1 ? kUnrollOne : kUnroll;
 
 // The channel of the tensors that is the block's channel i, if there is one.
 __device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, int i, int64_t& channel) {

@@ -150,12 +150,17 @@ __device__ inline int num_steps(const KernelArgs& args, const Tile& tile) {
   return static_cast<int>(args.by_step.divide(static_cast<unsigned>(items) + args.by_step.divisor - 1));
 }
 
+// Whether rows have a channel of the block's in each column.
+__device__ inline bool one_channel_a_column(const KernelArgs& args, int vec) {
+  return args.slab_channels == args.block_packs * vec;
+}
+
 // Of this thread's elements, their channels among those of the block. Rows have as many columns as their packs have
 // elements.
 template <bool kRows, int kVec>
 __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)[kVec]) {
   const int column = kRows ? static_cast<int>(args.by_packs.remainder(threadIdx.x)) * kVec : 0;
-  if (!kRows || args.slab_channels == args.block_packs * kVec) {
+  if (!kRows || one_channel_a_column(args, kVec)) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) channel[v] = kRows ? column + v : 0;
     return;
@@ -174,18 +179,15 @@ __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)
 // Where rows have a channel in each column, what a block leaves of them for all threads lies by element of a pack, and
 // then by pack: the lanes of a warp look for neighbouring packs, and would all want the same banks of shared memory if
 // channels lay one after the other.
-__device__ inline bool lie_by_element(const KernelArgs& args, int vec) {
-  return args.slab_channels == args.block_packs * vec;
-}
 template <bool kRows, int kVec>
 __device__ inline int place_of_channel(const KernelArgs& args, int channel) {
-  if (!kRows || !lie_by_element(args, kVec)) return channel;
+  if (!kRows || !one_channel_a_column(args, kVec)) return channel;
   return channel % kVec * args.block_packs + channel / kVec;
 }
 // Of this thread's elements.
 template <bool kRows, int kVec>
 __device__ inline void find_places(const KernelArgs& args, int (&place)[kVec]) {
-  if (!kRows || !lie_by_element(args, kVec)) return find_slab_channels<kRows>(args, place);
+  if (!kRows || !one_channel_a_column(args, kVec)) return find_slab_channels<kRows>(args, place);
   const int pack = static_cast<int>(args.by_packs.remainder(threadIdx.x));
 #pragma unroll
   for (int v = 0; v < kVec; ++v) place[v] = v * args.block_packs + pack;
