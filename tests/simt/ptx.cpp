@@ -198,6 +198,14 @@ void add_release(Thread& t, const Instruction& i) {
   arrive_at(const_cast<uint32_t*>(word), t.get<uint32_t>(i.from[1]), t.file(), i.line);
 }
 
+void add_anywhere(Thread& t, const Instruction& i) {
+  uint64_t number;
+  std::memcpy(&number, readable(t, i, sizeof number), sizeof number);
+  number += t.registers[i.from[1]];
+  store_anywhere(reinterpret_cast<void*>(t.registers[i.from[0]] + static_cast<uint64_t>(i.offset)), &number,
+                 sizeof number);
+}
+
 // The policies, as their registers have them.
 constexpr uint64_t kEvictNormal = 1, kEvictFirst = 2;
 
@@ -536,6 +544,7 @@ Table make_table() {
 
   table["ld.acquire.gpu.u32"] = table["ld.acquire.gpu.global.u32"] = &load_acquire;
   table["atom.add.release.gpu.u32"] = table["red.release.gpu.global.add.u32"] = &add_release;
+  table["red.global.add.u64"] = &add_anywhere;
   table["cp.async.cg.shared.global.L2::cache_hint"] = &begin_copy;
   table["cp.async.commit_group"] = &commit;
   table["cp.async.wait_group"] = &wait_group;

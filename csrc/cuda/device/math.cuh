@@ -129,4 +129,13 @@ __device__ inline void store_channel(const ChannelVector& v, int64_t c, double v
   }
 }
 
+// Without waiting for what is there: a load would hold up the thread, and with it its block, for a trip to memory.
+__device__ inline void increment(int64_t* number) {
+#ifdef BNEXT_SIMT
+  ++*number;
+#else
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(number)), "l"(int64_t{1}) : "memory");
+#endif
+}
+
 }  // namespace bnext::cuda

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
 // cumulative.
 __device__ inline void count_batch(const KernelArgs& args, bool if_cumulative) {
   const bool counts = args.num_batches_tracked != nullptr && (if_cumulative || !args.cumulative);
-  if (counts && blockIdx.x == 0 && threadIdx.x == 0) ++*args.num_batches_tracked;
+  if (counts && blockIdx.x == 0 && threadIdx.x == 0) increment(args.num_batches_tracked);
 }
 
 // After on-chip kernels where the momentum is cumulative: it is 1 / number of batches, which all their blocks read. Not
