@@ -12,7 +12,7 @@ CUDA_VENV ?= .venv-cuda
 CUDA_TORCH ?= torch==2.14.1
 CUDA_ARCHS ?= 9.0
 STATIC_ARCHS ?= all
-# gpu-check: seconds for all; stages, separated by spaces, of build families tests probe sanitizer bench cpu-tests; OUT, a folder
+# gpu-check: seconds for all; stages, separated by spaces, of build families tests probe sanitizer bench plans cpu-tests; OUT, a folder
 GPU_CHECK_SECONDS ?= 1800
 GPU_CHECK_STAGES ?=
 OUT ?=

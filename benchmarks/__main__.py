@@ -2,9 +2,11 @@
 
 python -m benchmarks [--suite ...] [--output FILE]   measure; see --help
 python -m benchmarks network                         whole training steps of two networks
+python -m benchmarks plans [--shape ...]             other plans of CUDA kernels than the chosen one
 python -m benchmarks summary FILE                    what a run said at its end, from its file
 python -m benchmarks plot FILE                       figures from a result file
 python -m benchmarks compare OLD NEW                 fail if bnext has become slower
+python -m benchmarks.fit FILE                        fit the model that chooses plans
 python -m benchmarks.host_cost [--cold]              what one call costs on the host
 """
 
@@ -23,12 +25,10 @@ from benchmarks import shapes
 from benchmarks.providers import PROVIDERS, VARIANTS
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of a measurement."""
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options of any measurement of cases."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -44,15 +44,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "for the suite tiny. See providers.py")  # fmt: skip
     add("--cache", nargs="+", choices=("cold", "warm"), default=["cold"], help="default: cold, "
         "where the shape is not too small for it")  # fmt: skip
-    names = (*PROVIDERS, "variants")
-    add("--providers", nargs="+", choices=names, default=list(PROVIDERS), help="default: all; "
-        "variants: bnext with each family of CUDA kernels forced, with no persistent blocks, "
-        "with no packs in registers, with no blocks that begin late, and with kernels that begin "
-        "one after the other")  # fmt: skip
     add("--seconds", type=float, help="for each line of the table; default 1, on CUDA 0.2")
     add("--threads", type=int, help="of the CPU")
     add("--quick", action="store_true", help="few shapes, short: one or two minutes")
     add("--output", type=Path, metavar="FILE", help="write environment and rows as JSON")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a comparison."""
+    parser = make_parser("python -m benchmarks", __doc__ or "")
+    names = (*PROVIDERS, "variants")
+    parser.add_argument("--providers", nargs="+", choices=names, default=list(PROVIDERS),
+        help="default: all; variants: bnext with each family of CUDA kernels forced, with no "
+        "persistent blocks, with no packs in registers, with no blocks that begin late, and with "
+        "kernels that begin one after the other")  # fmt: skip
     arguments = parser.parse_args(argv)
     fill_defaults(arguments, parser)
     return arguments
@@ -88,6 +94,13 @@ def fill_defaults(arguments: argparse.Namespace, parser: argparse.ArgumentParser
     }
 
 
+def cases_of(a: argparse.Namespace) -> list[shapes.Case]:
+    """What the options ask for."""
+    return list(
+        shapes.make_cases(a.suites, a.direction, a.dtype, a.layout, a.level, a.cache, a.device)
+    )
+
+
 def lines_above_a_bar(total: int) -> tuple[Any, Any, Any]:
     """Functions to print a line, to advance the progress bar and to close it."""
     try:
@@ -115,9 +128,7 @@ def measure(arguments: argparse.Namespace, providers: Sequence[Any] | None = Non
     a = arguments
     if a.threads:
         torch.set_num_threads(a.threads)
-    cases = list(
-        shapes.make_cases(a.suites, a.direction, a.dtype, a.layout, a.level, a.cache, a.device)
-    )
+    cases = cases_of(a)
     if providers is None:
         # bnext goes along also where it was not asked for: ratios need it.
         names = dict.fromkeys(("bnext", *a.providers))
@@ -165,6 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.training_steps import main as network
 
         return network(argv[1:])
+    if command == "plans":
+        from benchmarks.plans import main as plans
+
+        return plans(argv[1:])
     if command == "compare":
         return compare(argv[1:])
     if command == "summary":
@@ -183,7 +198,7 @@ def is_defect(row: dict[str, Any]) -> bool:
 
 def summarize(argv: Sequence[str]) -> int:
     """What a run said at its end, from its file."""
-    from benchmarks import report, results
+    from benchmarks import plans, report, results
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks summary")
     parser.add_argument("file", type=Path)
@@ -193,6 +208,8 @@ def summarize(argv: Sequence[str]) -> int:
         from benchmarks.training_steps import Step, show
 
         show([Step(**row) for row in rows])
+    elif plans.by_case(rows):
+        print(plans.summary(rows))
     else:
         print(report.summary(rows))
         if environment.get("device") == "cuda":

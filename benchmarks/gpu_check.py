@@ -316,6 +316,14 @@ def bench(run: Run, result: Result) -> None:
             break
 
 
+def plans(run: Run, result: Result) -> None:
+    """Other plans than the chosen ones, for the model: benchmarks/fit.py."""
+    options = ("--suite", "resnet50", "--dtype", "float32", "float16", "--seconds", "0.03")
+    output = ("--output", str(run.folder / "plans.json"))
+    command = (sys.executable, "-m", "benchmarks", "plans", *options, *output)
+    result.add(*run.command("plans", *command, limit=max(run.left - GRACE, 1)))
+
+
 def append_rows(target: Path, part: Path) -> None:
     """Rows of one run after those of the runs before, under the first one's environment."""
     from benchmarks.results import write_whole  # needs torch
@@ -337,6 +345,7 @@ STAGES: dict[str, Callable[[Run, Result], None]] = {
     "probe": probe,
     "sanitizer": sanitizer,
     "bench": bench,
+    "plans": plans,
     "cpu-tests": cpu_tests,
 }
 

@@ -277,6 +277,12 @@ def speed_sections(path: Path) -> list[str]:
     return [*sections, "## Kernels", peer_kernels(rows)]
 
 
+def plan_sections(path: Path) -> list[str]:
+    from benchmarks import plans  # needs the extension
+
+    return ["## Plans", f"```\n{plans.summary(load(path)['rows'])}\n```"]
+
+
 def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageResult]) -> None:
     """summary.md from all that lies in the folder."""
     about = ", ".join(f"{name} {value}" for name, value in device.items() if name != "name")
@@ -294,6 +300,7 @@ def write_summary(folder: Path, device: dict[str, Any], results: Sequence[StageR
     for name in ("tests", "cpu-tests"):
         add(f"{name}.xml", lambda path: [test_section(path)])
     add("bench.json", speed_sections)
+    add("plans.json", plan_sections)
     add("probe.json", lambda path: ["## Probe", probe_section(load(path))])
     text = "\n\n".join(section for section in sections if section)
     (folder / "summary.md").write_text(text + "\n", encoding="utf-8")

@@ -72,6 +72,10 @@ class Provider:
             return "no operator below autograd"
         return None
 
+    def plan(self, case: Case) -> str | None:
+        """What it will do, in words, if it says so."""
+        return None
+
     def reset(self) -> None:
         """The next case has another shape: drop what was made for this one."""
 
@@ -143,6 +147,9 @@ class Bnext(Provider):
             t.x, t.running_mean, t.running_var, t.weight, t.bias, training, MOMENTUM, EPS
         )
 
+    def plan(self, case: Case) -> str | None:
+        return plan_text(case) if case.device == "cuda" else None
+
     def op_forward(self, t: Tensors, training: bool) -> tuple[Tensor, ...]:
         if not training:
             return torch.ops.bnext.batchnorm2d_eval(
@@ -160,49 +167,58 @@ class Bnext(Provider):
         return bnext.batchnorm2d_backward(t.dy, t.x, t.weight, training=True, eps=EPS)
 
 
-def set_environment(variable: str, value: str) -> None:
-    os.environ[variable] = value
+Settings = dict[str, str]
+
+
+@contextlib.contextmanager
+def forced(settings: Settings) -> Iterator[None]:
+    """With these environment variables, BNEXT_CUDA_ before their names, which CUDA plans heed."""
+    before = {f"BNEXT_CUDA_{name}": os.environ.get(f"BNEXT_CUDA_{name}", "") for name in settings}
+    os.environ.update({f"BNEXT_CUDA_{name}": value for name, value in settings.items()})
     _C.read_environment()
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+        _C.read_environment()
 
 
-def plan_texts(case: Case) -> list[str]:
-    """What bnext's CUDA kernels would do for a case on the current device, in words."""
+def plans_of(case: Case, device: str = "cuda", **options: Any) -> list[dict[str, Any]]:
+    """What bnext's CUDA kernels would do for a case: a plan for each of its passes."""
     x = meta_input(case.shape[:4], case.dtype, case.layout)
-    plans = _C.cuda_plans(x, "cuda", "", case.direction != "inference")
+    plans = _C.cuda_plans(x, device, "", case.direction != "inference", **options)
     one_pass = case.direction in ("forward", "backward")
-    return [p["text"] for p in plans if not one_pass or p["pass"] == case.direction]
+    return [p for p in plans if not one_pass or p["pass"] == case.direction]
+
+
+def plan_text(case: Case, device: str = "cuda") -> str:
+    """The same in words."""
+    return "; ".join(plan["text"] for plan in plans_of(case, device))
 
 
 class Variant(Bnext):
-    """bnext with an environment variable set that its CUDA plans heed, to see whether something
-    else would be faster than what they choose."""
+    """bnext with something forced that its CUDA plans heed, to see whether something else would be
+    faster than what they choose."""
 
-    def __init__(self, name: str, variable: str, value: str) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         self.name = f"bnext-{name}"
-        self.variable, self.value = variable, value
+        self.settings = settings
 
     def why_not(self, case: Case) -> str | None:
         if case.device != "cuda":
             return "plans are of CUDA kernels"
-        usual = plan_texts(case)
-        with self.environment():
-            return "it plans the same" if plan_texts(case) == usual else None
+        return "it plans the same" if self.plan(case) == plan_text(case) else None
 
-    @contextlib.contextmanager
-    def environment(self) -> Iterator[None]:
-        before = os.environ.get(self.variable, "")
-        set_environment(self.variable, self.value)
-        try:
-            yield
-        finally:
-            set_environment(self.variable, before)
+    def plan(self, case: Case) -> str | None:
+        with forced(self.settings):
+            return super().plan(case)
 
     def prepare(self, case: Case, t: Tensors) -> Call:
         # The forward pass of a backward case comes from wherever: it is not what is measured.
         call = super().prepare(case, t)
 
         def varied() -> Any:
-            with self.environment():
+            with forced(self.settings):
                 return call()
 
         return varied
@@ -400,12 +416,9 @@ PROVIDERS: dict[str, type[Provider]] = {
 # Besides the contestants: bnext with each family of its CUDA kernels, with no persistent blocks,
 # with no packs in registers, with all blocks beginning together, and with a pass's kernels apart.
 VARIANTS = (
-    *(
-        functools.partial(Variant, family, "BNEXT_CUDA_FAMILY", family)
-        for family in _C.cuda_families()
-    ),
-    functools.partial(Variant, "one-slab", "BNEXT_CUDA_PERSISTENT", "0"),
-    functools.partial(Variant, "slots", "BNEXT_CUDA_REGISTERS", "0"),
-    functools.partial(Variant, "together", "BNEXT_CUDA_LATE", "0"),
-    functools.partial(Variant, "apart", "BNEXT_CUDA_OVERLAP", "0"),
+    *(functools.partial(Variant, name, {"FAMILY": name}) for name in _C.cuda_families()),
+    functools.partial(Variant, "one-slab", {"PERSISTENT": "0"}),
+    functools.partial(Variant, "slots", {"REGISTERS": "0"}),
+    functools.partial(Variant, "together", {"LATE": "0"}),
+    functools.partial(Variant, "apart", {"OVERLAP": "0"}),
 )

@@ -59,6 +59,7 @@ class Row:
     bytes_min: int | None = None
     gbps: float | None = None  # bytes_min over ms
     kernels: str | None = None
+    plan: str | None = None  # of bnext's CUDA kernels, with the model's prediction
     max_error: float | None = None  # largest error over the root mean square of the result
     note: str | None = None
 

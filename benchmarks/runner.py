@@ -64,12 +64,14 @@ class Benchmark:
         seconds: float = 1.0,
         min_rounds: int = 7,
         device: Device | None = None,
+        names_kernels: bool = True,
     ) -> None:
         self.providers = providers
         self.seconds = seconds
         self.min_rounds = min_rounds
         self.device = device
         self._key: Any = None
+        self.names_kernels = names_kernels
         self._kernels: dict[Any, str] = {}
 
     def run(self, cases: Iterable[Case]) -> Iterator[tuple[Case, list[Row]]]:
@@ -178,10 +180,10 @@ class Benchmark:
         del results
         calls = [provider.prepare(case, own_statistics(tensors)) for tensors in self.inputs]
         runner = device.runner(calls)
-        row.method = runner.method
+        row.method, row.plan = runner.method, provider.plan(case)
         key = (provider.name, case.direction, case.level, case.dtype, case.layout)
         key = (*key, case.shape) if case.device == "cuda" else key
-        if key not in self._kernels:
+        if self.names_kernels and key not in self._kernels:
             with contextlib.suppress(RuntimeError):
                 self._kernels[key] = kernel_names(calls[0], case.device)
         row.kernels = self._kernels.get(key)

@@ -31,11 +31,12 @@ def explain(
             --help`` lists them).
         family: plan with this family of kernels, or with each of them (``"all"``), and say why
             where one cannot run; plans that have to wait for other streams' kernels, or let them
-            wait, count as 10 % (grids) or 2 % (persistent blocks) slower than predicted. Only
+            wait, count as 3 % (grids) or 2 % (persistent blocks) slower than predicted. Only
             passes that read their tensors twice have a choice; the others are streamed. None is
             what a call would take: the best one, or what the environment variables
             ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``, ``BNEXT_CUDA_PERSISTENT``,
-            ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP`` and ``BNEXT_CUDA_LATE`` say.
+            ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP``, ``BNEXT_CUDA_LATE``,
+            ``BNEXT_CUDA_TEAM``, ``BNEXT_CUDA_THREADS`` and ``BNEXT_CUDA_ROW_BYTES`` say.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         training: in training or in evaluation mode.
 

@@ -382,10 +382,15 @@ std::vector<std::pair<std::string, double>> cuda_device(const std::string& name)
   return cuda::device_fields(device_named(name));
 }
 
+std::map<std::string, double> cuda_costs(const std::string& name) {
+  return cuda::cost_fields(device_named(name).costs);
+}
+
 std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& device, const std::string& family,
-                                   bool training) {
+                                   bool training, const std::map<std::string, double>& costs) {
   check_input(input);
-  const cuda::DeviceInfo info = device_named(device);
+  cuda::DeviceInfo info = device_named(device);
+  cuda::set_costs(costs, info.costs);
   cuda::Limits limits = cuda::limits_of_environment();
   if (!family.empty()) limits.family = cuda::family_named(family, "family");
 

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <map>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -78,9 +79,13 @@ struct PlanReport {
 // What plans for a device of this name depend on. The names are those of cuda_plans.
 std::vector<std::pair<std::string, double>> cuda_device(const std::string& name);
 
+// What the model by which it compares plans has as its constants.
+std::map<std::string, double> cuda_costs(const std::string& name);
+
 // The plans of forward and backward for tensors like input (it may be a meta tensor) on a device of a kind that has a
 // name ("h200"), in any build, or that is there ("cuda:0"), in a CUDA build. family: empty for what a call would take.
+// costs: other constants of the model, to see what it would choose and predict.
 std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& device, const std::string& family,
-                                   bool training);
+                                   bool training, const std::map<std::string, double>& costs = {});
 
 }  // namespace bnext

@@ -210,9 +210,11 @@ py::tuple py_backward(py::handle grad_output, py::handle input, py::handle weigh
 
 std::string py_explain_cpu(py::handle input) { return explain_cpu(Arguments{"explain"}.tensor(input, "input")); }
 
-py::list py_cuda_plans(py::handle input, const std::string& device, const std::string& family, bool training) {
+py::list py_cuda_plans(py::handle input, const std::string& device, const std::string& family, bool training,
+                       const std::map<std::string, double>& costs) {
   py::list reports;
-  for (const PlanReport& r : cuda_plans(Arguments{"explain"}.tensor(input, "input"), device, family, training)) {
+  const at::Tensor x = Arguments{"explain"}.tensor(input, "input");
+  for (const PlanReport& r : cuda_plans(x, device, family, training, costs)) {
     reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "persistent"_a = r.persistent,
                             "text"_a = r.text, "error"_a = r.error, "bytes_moved"_a = r.bytes_moved,
                             "bytes_min"_a = r.bytes_min, "microseconds"_a = r.microseconds,
@@ -297,7 +299,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("check_updated", torch::wrap_pybind_function(bnext::check_updated));
   m.def("check_out", torch::wrap_pybind_function(bnext::check_out));
   m.def("explain_cpu", torch::wrap_pybind_function(bnext::py_explain_cpu));
-  m.def("cuda_plans", torch::wrap_pybind_function(bnext::py_cuda_plans));
+  m.def("cuda_plans", torch::wrap_pybind_function(bnext::py_cuda_plans), "input"_a, "device"_a, "family"_a,
+        "training"_a, "costs"_a = std::map<std::string, double>{});
+  m.def("cuda_costs", torch::wrap_pybind_function(bnext::cuda_costs));
   m.def("cuda_device", torch::wrap_pybind_function(bnext::py_cuda_device));
   m.def("read_environment", &bnext::cuda::read_environment);
   m.def("cuda_families", torch::wrap_pybind_function(bnext::cuda_families));

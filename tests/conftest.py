@@ -21,7 +21,8 @@ from bnext._extension import _C
 # The first calls read these, and tests set them for themselves. With other instruction sets
 # (BNEXT_CPU_ISA), and without some of what plans may do (BNEXT_CUDA_GRID=0 and the like), all
 # tests should pass.
-for variable in ("BNEXT_CPU_CACHE_MB", "BNEXT_CUDA_FAMILY", "WORLD_SIZE"):
+FORCING = ("BNEXT_CUDA_FAMILY", "BNEXT_CUDA_TEAM", "BNEXT_CUDA_THREADS", "BNEXT_CUDA_ROW_BYTES")
+for variable in ("BNEXT_CPU_CACHE_MB", *FORCING, "WORLD_SIZE"):
     os.environ.pop(variable, None)
 
 settings.register_profile(

@@ -239,6 +239,53 @@ def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
         environment(name, "1")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "found", "wrong", "known"),
+    [
+        ("TEAM", "22", ": 88 x 512 in 4 teams", "-3", "a number of blocks"),
+        ("THREADS", "128", " x 128 in 4 teams", "100", "64, 128, 256 or 512"),
+        ("ROW_BYTES", "64", " x 256 in 8 teams", "32", "64 or 128"),
+    ],
+)
+def test_what_numbers_force(
+    name: str, value: str, found: str, wrong: str, known: str, environment: Callable[..., None]
+) -> None:
+    x = torch.empty(32, 256, 56, 56, device="meta", dtype=torch.float16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    texts = []
+    for text in ("", value):
+        environment(f"BNEXT_CUDA_{name}", text)
+        texts.append(bnext.explain(x, "h200", family="grid", direction="backward"))
+    assert [found in text for text in texts] == [False, True]
+    environment(f"BNEXT_CUDA_{name}", wrong)
+    message = rf"^BNEXT_CUDA_{name} should be {known}, not {wrong}"
+    with pytest.raises(RuntimeError, match=message):
+        bnext.explain(x, "h200")
+
+
+def test_numbers_that_no_plan_has(environment: Callable[..., None]) -> None:
+    """An error of the families on chip, where one is asked for; else another family does it."""
+    environment("BNEXT_CUDA_TEAM", "100000")
+    x = torch.empty(32, 256, 56, 56, device="meta")
+    assert "streaming backward" in bnext.explain(x, "a100", direction="backward")
+    asked = bnext.explain(x, "h200", family="cluster")
+    assert "cannot run: no plan has the team, the threads and the rows that are asked" in asked
+
+
+def test_other_costs() -> None:
+    """What the model would say if something took longer; and what is no cost of it."""
+    x = torch.empty(32, 64, 56, 56, device="meta")
+    costs = _C.cuda_costs("h200")
+    usual, same, slower = (
+        _C.cuda_plans(x, "h200", "streaming", True, changed)[1]["microseconds"]
+        for changed in ({}, costs, {"launch_us": costs["launch_us"] + 1})
+    )
+    assert usual == same
+    assert slower == pytest.approx(usual + 2)  # two kernels
+    with pytest.raises(RuntimeError, match="the model of plans has no cost lunch_us"):
+        _C.cuda_plans(x, "h200", "", True, {"lunch_us": 1.0})
+
+
 def test_explain_looks_at_strides_and_alignment() -> None:
     x = torch.zeros(2, 6, 8, 8)
     assert "planes of float32 in packs" in bnext.explain(x, "a100")

@@ -305,9 +305,9 @@ bool operator==(const Limits& a, const Limits& b) {
   auto fields = [](const Limits& l) {
     // A field that is not named here is an error of the compiler's.
     const auto& [family, grid, clusters, persistent, registers, overlap, late, threads, batches, fused_splits,
-                 share_out, shared_bytes, team] = l;
+                 share_out, shared_bytes, team, exact_threads, row_bytes] = l;
     return std::tie(family, grid, clusters, persistent, registers, overlap, late, threads, batches, fused_splits,
-                    share_out, shared_bytes, team);
+                    share_out, shared_bytes, team, exact_threads, row_bytes);
   };
   return fields(a) == fields(b);
 }

@@ -15,6 +15,35 @@ namespace bnext::cuda {
 constexpr int kClusterSizes[] = {2, 4, 8, 16};
 constexpr int kNumClusterSizes = std::size(kClusterSizes);
 
+// Constants of the model by which plans are compared. The first two are those of plain operations on an H200; the
+// others, where nothing else is said, fit 329 passes that it timed. (`python -m benchmarks.fit` fits them to others.)
+struct Costs {
+  double launch_us = 2.3;     // a kernel, from the last block of the one before to full speed
+  double memory_share = 0.9;  // of the speed in data sheets
+  // R: microseconds in which a block moves nothing, from its start to its first load and from its last load to its
+  // first store. Runs of channels and rows take `halves` times as long with halves.
+  double reduction_us = 3.7, runs_reduction_us = 2.7, rows_reduction_us = 4.1, halves = 1.9;
+  double cluster_us = 1.1, large_cluster_us = 2.7;  // more of a reduction: a cluster's barrier, remote reads
+  double meeting_us = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
+  double trip_us = 0.7;     // to L2
+  // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
+  // Guesses.
+  double partial_us = 0.0006, slow_partial_us = 0.002;
+  // Streaming: from the last load of the reduce kernel to the apply kernel's first stores, beside their launches and R.
+  // That of planes is an H100's, of the kernels before these.
+  double handover_us = 5, rows_handover_us = 10;
+  double apply_us = 1;     // an apply kernel's block, from its start to its first store. A guess
+  double l2_time = 0.4;    // of a byte from L2, with a byte from memory as 1
+  double l2_share = 0.25;  // of L2 that still holds what was read a while ago
+  // Reading rows by halves of a cache line, where L2 has lost a line before its other half is asked for.
+  double narrow_rows = 1.37;
+  // Threads on each SM with which an H200's memory moves 0.7 of what it can; in the backward pass each asks for two
+  // tensors. Planes of float32 ask for their bytes with the fewest instructions. Elsewhere they are taken to be as many
+  // as an SM has of memory's speed.
+  double busy_threads = 310, busy_threads_backward = 240;
+  double busy_threads_planes = 200, busy_threads_planes_backward = 70;
+};
+
 struct DeviceInfo {
   int arch = 90;  // 10 * major + minor
   int num_sms = 132;
@@ -29,6 +58,7 @@ struct DeviceInfo {
   bool cooperative = true;  // a launch may ask for all blocks at once
   bool overlaps = true;     // a kernel may begin before the one before it has ended
   double memory_gb_per_s = 4800;
+  Costs costs = {};
 };
 
 // kAuto leaves the choice to make_plan. The others but streaming keep a channel on chip: in one block, in a cluster, or
@@ -85,7 +115,9 @@ struct Limits {
   int fused_splits = 64;   // blocks of a channel up to which each apply block adds up the partial sums by itself
   bool share_out = false;  // a grid's blocks share out a slab's channels, also where it would be faster not to
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
-  int team = 0;                             // blocks of a cluster or a grid that share a channel: so many, or 0 for any
+  // On chip, where 0 is for any: blocks of a cluster or a grid that share a channel, threads of a block (a power of
+  // two), and bytes of a slab's rows.
+  int team = 0, exact_threads = 0, row_bytes = 0;
 };
 
 bool operator==(const Limits& a, const Limits& b);

@@ -8,33 +8,7 @@
 namespace bnext::cuda {
 namespace {
 
-// The first two are those of plain operations on an H200; the others, where nothing else is said, fit 329 passes that
-// it timed.
-constexpr double kLaunchUs = 2.3;     // a kernel, from the last block of the one before to full speed
-constexpr double kMemoryShare = 0.9;  // of the speed in data sheets
-// R: microseconds in which a block moves nothing, from its start to its first load and from its last load to its first
-// store. Runs of channels and rows take longer with halves.
-constexpr double kReductionUs = 3.7, kRunsReductionUs = 2.7, kRowsReductionUs = 4.1, kHalves = 1.9;
-constexpr double kClusterUs = 1.1, kLargeClusterUs = 2.7;  // more of a reduction: a cluster's barrier, remote reads
-constexpr double kMeetingUs = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
-constexpr double kTripUs = 0.7;     // to L2
-// Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
-// Guesses.
-constexpr double kPartialUs = 0.0006, kSlowPartialUs = 0.002;
-// Streaming: from the last load of the reduce kernel to the apply kernel's first stores, beside their launches and R.
-// That of planes is an H100's, of the kernels before these.
-constexpr double kHandoverUs = 5, kRowsHandoverUs = 10;
-constexpr double kApplyUs = 1;     // an apply kernel's block, from its start to its first store. A guess
-constexpr double kL2Time = 0.4;    // of a byte from L2, with a byte from memory as 1
-constexpr double kL2Share = 0.25;  // of L2 that still holds what was read a while ago
-// Reading rows by halves of a cache line, where L2 has lost a line before its other half is asked for.
-constexpr double kNarrowRows = 1.37;
-// Threads on each SM with which an H200's memory moves 0.7 of what it can; in the backward pass each asks for two
-// tensors. Planes of float32 ask for their bytes with the fewest instructions. Elsewhere they are taken to be as many
-// as an SM has of memory's speed.
-constexpr double kBusyThreads = 310, kBusyThreadsBackward = 240;
-constexpr double kBusyThreadsPlanes = 200, kBusyThreadsPlanesBackward = 70;
-constexpr double kBusySpeed = 4814.0 / 132;   // GB/s of an SM there
+constexpr double kBusySpeed = 4814.0 / 132;   // GB/s of an SM of an H200, for Costs::busy_threads
 constexpr double kGridHandicap = 1.03;        // its launch waits for what other streams have running
 constexpr double kPersistentHandicap = 1.02;  // its blocks cannot go where other streams leave room
 
@@ -51,26 +25,28 @@ int blocks_per_sm(const Plan& plan, const DeviceInfo& device) {
 }
 
 // Bytes that memory moves in a microsecond.
-double memory_speed(const DeviceInfo& device) { return kMemoryShare * device.memory_gb_per_s * 1e3; }
+double memory_speed(const DeviceInfo& device) { return device.costs.memory_share * device.memory_gb_per_s * 1e3; }
 
 // Microseconds for `bytes` of memory traffic, `again` of which were read before; `recent` of those may still be in L2.
 double traffic_time(const DeviceInfo& device, double bytes, double again, double recent) {
-  const double hits = std::min(again, recent > 0 ? again * std::min(1.0, kL2Share * device.l2_bytes / recent) : 0);
-  return (bytes - hits + kL2Time * hits) / memory_speed(device);
+  const double hits =
+      std::min(again, recent > 0 ? again * std::min(1.0, device.costs.l2_share * device.l2_bytes / recent) : 0);
+  return (bytes - hits + device.costs.l2_time * hits) / memory_speed(device);
 }
 
 bool has_halves(const Plan& plan) { return dtype_bytes(plan.dtype) == 2; }
 
-double reduction_time(const Plan& plan) {
-  if (plan.walk == Walk::kPlanes) return kReductionUs;
-  const double time = has_two_sides(plan.vec, plan.run_length) ? kRunsReductionUs : kRowsReductionUs;
-  return has_halves(plan) ? kHalves * time : time;
+double reduction_time(const Plan& plan, const Costs& costs) {
+  if (plan.walk == Walk::kPlanes) return costs.reduction_us;
+  const double time = has_two_sides(plan.vec, plan.run_length) ? costs.runs_reduction_us : costs.rows_reduction_us;
+  return has_halves(plan) ? costs.halves * time : time;
 }
 
 double busy_threads(const Plan& plan, const DeviceInfo& device) {
   const bool backward = plan.pass == Pass::kBackward, few = plan.walk == Walk::kPlanes && !has_halves(plan);
-  const double forward_threads = few ? kBusyThreadsPlanes : kBusyThreads;
-  const double backward_threads = few ? kBusyThreadsPlanesBackward : kBusyThreadsBackward;
+  const Costs& costs = device.costs;
+  const double forward_threads = few ? costs.busy_threads_planes : costs.busy_threads;
+  const double backward_threads = few ? costs.busy_threads_planes_backward : costs.busy_threads_backward;
   return (backward ? backward_threads : forward_threads) * device.memory_gb_per_s / device.num_sms / kBusySpeed;
 }
 
@@ -93,9 +69,11 @@ double streaming_time(const Plan& plan, const Request& r, const DeviceInfo& devi
   const double on_sm = static_cast<double>(plan.num_blocks) / device.num_sms;
   const double at_once = std::min<double>(on_sm, std::max(1, streaming_threads(device) / plan.threads));
   const Places at = make_places(plan, device, device.num_sms, at_once, on_sm);
-  double stops = plan.reduce ? reduction_time(plan) : 0;
-  if (plan.apply) stops += !plan.reduce ? kApplyUs : plan.walk == Walk::kRows ? kRowsHandoverUs : kHandoverUs;
-  return launches * kLaunchUs + traffic_time(device, bytes, again, again) / speed(at, 1, at_once) + stops;
+  const Costs& costs = device.costs;
+  double stops = plan.reduce ? reduction_time(plan, costs) : 0;
+  if (plan.apply)
+    stops += !plan.reduce ? costs.apply_us : plan.walk == Walk::kRows ? costs.rows_handover_us : costs.handover_us;
+  return launches * costs.launch_us + traffic_time(device, bytes, again, again) / speed(at, 1, at_once) + stops;
 }
 
 // For all blocks, with no stops between them. SMs that have one more than others are alone at the end, unless all
@@ -120,7 +98,8 @@ double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places&
   const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
                       plan.block_packs * kPackBytes < kLineBytes;
   if (!narrow) return time;
-  return time * (1 + (kNarrowRows - 1) * std::clamp(once / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
+  return time *
+         (1 + (device.costs.narrow_rows - 1) * std::clamp(once / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
 }
 
 // Of so many teams that run first, the second half begins late.
@@ -137,8 +116,11 @@ double blocks_time(Plan& plan, const DeviceInfo& device) {
   const double on_sm = static_cast<double>(plan.num_slabs * plan.num_splits) / sms;
   const Places at = make_places(plan, device, sms, std::min<double>(per_sm, on_sm), on_sm);
   if (on_sm > 1) set_late_half(plan, std::min(plan.num_teams, teams_at_once(plan, device)));
-  const double exchange = plan.cluster >= kLargeCluster ? kLargeClusterUs : plan.cluster > 1 ? kClusterUs : 0;
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan) + exchange);
+  const Costs& costs = device.costs;
+  const double exchange = plan.cluster >= kLargeCluster ? costs.large_cluster_us
+                          : plan.cluster > 1            ? costs.cluster_us
+                                                        : 0;
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan, costs) + exchange);
 }
 
 double grid_time(Plan& plan, const DeviceInfo& device) {
@@ -147,7 +129,8 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
   const Places at = make_places(plan, device, sms, at_once, at_once * turns);
   if (at.blocks > 1) set_late_half(plan, plan.num_teams);
-  return on_chip_time(plan, at, on_chip_traffic(plan, device, at), reduction_time(plan) + meeting_time(plan, device));
+  return on_chip_time(plan, at, on_chip_traffic(plan, device, at),
+                      reduction_time(plan, device.costs) + meeting_time(plan, device));
 }
 
 }  // namespace
@@ -197,16 +180,19 @@ double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
 // See finish_on_chip: one or two meetings, trips to L2 one after the other, and what all blocks together read and add
 // up.
 double meeting_time(const Plan& plan, const DeviceInfo& device) {
+  const Costs& costs = device.costs;
   const int64_t splits = plan.num_splits, channels = plan.slab_channels, reads = kPartialsAtOnce;
   if (plan.shares_out) {
     const int64_t shares = ceil_div(channels, splits * (plan.threads / kWarpSize));
-    return 2 * kMeetingUs + kTripUs * static_cast<double>(shares * (1 + ceil_div(splits, reads * kWarpSize)) + 1);
+    return 2 * costs.meeting_us +
+           costs.trip_us * static_cast<double>(shares * (1 + ceil_div(splits, reads * kWarpSize)) + 1);
   }
   const int64_t lanes = count_group_lanes(plan.threads, static_cast<int>(channels));
   const int64_t trips = ceil_div(channels * lanes, plan.threads) * (1 + ceil_div(splits, reads * lanes));
   const double partials = static_cast<double>(channels * splits * ceil_div(plan.num_blocks, device.num_sms));
   const bool fast = device.arch == 80 || device.arch == 90 || device.arch == 100;
-  return kMeetingUs + kTripUs * static_cast<double>(trips) + partials * (fast ? kPartialUs : kSlowPartialUs);
+  return costs.meeting_us + costs.trip_us * static_cast<double>(trips) +
+         partials * (fast ? costs.partial_us : costs.slow_partial_us);
 }
 
 double compared_time(const Plan& plan) {
@@ -214,12 +200,12 @@ double compared_time(const Plan& plan) {
 }
 
 double predict_floor(int64_t bytes, const DeviceInfo& device) {
-  return kLaunchUs + traffic_time(device, static_cast<double>(bytes), 0, 0);
+  return device.costs.launch_us + traffic_time(device, static_cast<double>(bytes), 0, 0);
 }
 
 double predict_time(Plan& plan, const Request& r, const DeviceInfo& device) {
   if (!plan.on_chip) return streaming_time(plan, r, device);
-  return kLaunchUs * (1 + plan.counts_behind) +
+  return device.costs.launch_us * (1 + plan.counts_behind) +
          (plan.family == Family::kGrid ? grid_time(plan, device) : blocks_time(plan, device));
 }
 

@@ -1,6 +1,7 @@
 #include "plan_names.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
 #include <initializer_list>
 #include <memory>
@@ -21,6 +22,18 @@ bool flag(const char* name, bool otherwise, const char* known = "0 or 1") {
   if (!value.empty() && value != "0" && value != "1")
     throw std::runtime_error(std::string(name) + " should be " + known + ", not " + value);
   return value.empty() ? otherwise : value == "1";
+}
+
+// A number, which is one of those that are known if any are named; 0 where the variable is not set.
+int number(const char* name, const char* known, std::initializer_list<int> numbers = {}) {
+  const std::string value = variable(name);
+  if (value.empty()) return 0;
+  int result = 0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), result);
+  const bool whole = error == std::errc() && end == value.data() + value.size() && result > 0;
+  if (whole && (numbers.size() == 0 || std::find(numbers.begin(), numbers.end(), result) != numbers.end()))
+    return result;
+  throw std::runtime_error(std::string(name) + " should be " + known + ", not " + value);
 }
 
 // Shared memory by architecture (CUDA programming guide, "Compute capabilities"); the rest by product.
@@ -79,6 +92,51 @@ std::vector<std::pair<std::string, double>> device_fields(const DeviceInfo& info
   return fields;
 }
 
+namespace {
+
+constexpr std::pair<const char*, double Costs::*> kCosts[] = {
+    {"launch_us", &Costs::launch_us},
+    {"memory_share", &Costs::memory_share},
+    {"reduction_us", &Costs::reduction_us},
+    {"runs_reduction_us", &Costs::runs_reduction_us},
+    {"rows_reduction_us", &Costs::rows_reduction_us},
+    {"halves", &Costs::halves},
+    {"cluster_us", &Costs::cluster_us},
+    {"large_cluster_us", &Costs::large_cluster_us},
+    {"meeting_us", &Costs::meeting_us},
+    {"trip_us", &Costs::trip_us},
+    {"partial_us", &Costs::partial_us},
+    {"slow_partial_us", &Costs::slow_partial_us},
+    {"handover_us", &Costs::handover_us},
+    {"rows_handover_us", &Costs::rows_handover_us},
+    {"apply_us", &Costs::apply_us},
+    {"l2_time", &Costs::l2_time},
+    {"l2_share", &Costs::l2_share},
+    {"narrow_rows", &Costs::narrow_rows},
+    {"busy_threads", &Costs::busy_threads},
+    {"busy_threads_backward", &Costs::busy_threads_backward},
+    {"busy_threads_planes", &Costs::busy_threads_planes},
+    {"busy_threads_planes_backward", &Costs::busy_threads_planes_backward},
+};
+static_assert(std::size(kCosts) * sizeof(double) == sizeof(Costs), "each has a name");
+
+}  // namespace
+
+std::map<std::string, double> cost_fields(const Costs& costs) {
+  std::map<std::string, double> fields;
+  for (const auto& [name, field] : kCosts) fields[name] = costs.*field;
+  return fields;
+}
+
+void set_costs(const std::map<std::string, double>& fields, Costs& costs) {
+  for (const auto& [wanted, value] : fields) {
+    const auto* found = std::find_if(std::begin(kCosts), std::end(kCosts),
+                                     [&name = wanted](const auto& cost) { return name == cost.first; });
+    if (found == std::end(kCosts)) throw std::runtime_error("the model of plans has no cost " + wanted);
+    costs.*(found->second) = value;
+  }
+}
+
 std::vector<Family> all_families() {
   std::vector<Family> families;
   for (int i = static_cast<int>(Family::kStreaming); i <= static_cast<int>(kLastFamily); ++i) {
@@ -125,6 +183,9 @@ Limits parse_environment() {
   limits.registers = choice("BNEXT_CUDA_REGISTERS", true);
   limits.overlap = flag("BNEXT_CUDA_OVERLAP", true);
   limits.late = flag("BNEXT_CUDA_LATE", true);
+  limits.team = number("BNEXT_CUDA_TEAM", "a number of blocks");
+  limits.exact_threads = number("BNEXT_CUDA_THREADS", "64, 128, 256 or 512", {64, 128, 256, 512});
+  limits.row_bytes = number("BNEXT_CUDA_ROW_BYTES", "64 or 128", {64, 128});
   return limits;
 }
 

@@ -179,7 +179,9 @@ struct Search {
   Plan best;
 
   Search(const Request& r, const DeviceInfo& d, const Limits& l) : request(r), device(d), limits(l) {
-    best.error = "rows are too wide for a block";
+    const bool asked = l.team != 0 || l.exact_threads != 0 || l.row_bytes != 0;
+    best.error =
+        asked ? "no plan has the team, the threads and the rows that are asked for" : "rows are too wide for a block";
   }
 
   // A legal plan is better than one that is not, and a faster one than a slower one.
@@ -196,6 +198,7 @@ struct Search {
     int fewest = kMinThreads;
     while (fewest < walk.block_packs) fewest *= 2;
     for (team.threads = fewest; team.threads <= std::max(fewest, std::min(limits.threads, most)); team.threads *= 2) {
+      if (limits.exact_threads != 0 && limits.exact_threads != team.threads) continue;
       Plan plan = walk;
       finish_plan(request, device, limits, team, plan);
       try_plan(plan);
@@ -257,6 +260,7 @@ Plan plan_on_chip(const Request& r, const DeviceInfo& device, const Limits& limi
     search.try_walk(walk);
   } else {
     for (int64_t row_bytes : {kLineBytes, kLineBytes / 2}) {
+      if (limits.row_bytes != 0 && limits.row_bytes != row_bytes) continue;
       if (take_rows(r.geometry, row_bytes, walk)) search.try_walk(walk);
       walk = base;
     }
