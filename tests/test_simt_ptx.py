@@ -11,7 +11,7 @@ from pathlib import Path
 import cases
 import pytest
 from simt import library as simt
-from simt.checks import check_backward, check_forward
+from simt.checks import check_backward, check_forward, check_statistics
 from test_simt_on_chip import EVERY_WAY, GRID, PERSISTENT, PERSISTENT_CLUSTER, RESIDENT
 from test_simt_shim import RUNS
 
@@ -63,7 +63,8 @@ def all_runs() -> Iterator[Run]:
     for layout, shape, machine in ways:
         for mode in ("train", "eval") if machine.family == "streaming" else ("train",):
             case = cases.make_case(shape, layout=layout, grad_layout=layout, mode=mode)
-            for check in (check_forward, check_backward):
+            checks = (check_forward, check_backward)
+            for check in (*checks, check_statistics) if mode == "eval" else checks:
                 yield lambda seed, check=check, case=case, machine=machine: check(
                     case, "", machine=machine, schedule=simt.Schedule(seed)
                 )
@@ -157,7 +158,7 @@ def test_a_blocks_threads_share_the_work(
     size: int, dtypes: str, ptx: Callable[[int], simt.Ptx]
 ) -> None:
     """In blocks as large as on a GPU: while a few warps add up, the others wait, and so does
-    memory. The longest way is 1.6 times as long as the mean at most."""
+    memory. The longest way is 1.5 times as long as the mean at most."""
     machine = simt.Machine(num_sms=132, threads_per_sm=2048, threads=512, family="resident")
     case = cases.make_case((16, 64, size, size), dtypes)
     for check in (check_forward, check_backward):
@@ -165,7 +166,7 @@ def test_a_blocks_threads_share_the_work(
             call = check(case, "", machine=machine._replace(batches=64)).call
         assert call.run_length > 1 or size == 28
         mean = call.instructions / call.threads_run
-        assert call.most_instructions <= 1.6 * mean, call.plan.decode()
+        assert call.most_instructions <= 1.5 * mean, call.plan.decode()
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "float16"])

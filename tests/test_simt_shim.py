@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import cases
 import pytest
 from simt import library as simt
-from simt.checks import check_backward, check_forward
+from simt.checks import check_backward, check_forward, check_statistics
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no C++ compiler here")
 
@@ -73,9 +73,12 @@ RUNS = {
 
 def broken_runs(kind: str, schedule: simt.Schedule) -> Iterator[str]:
     """What goes wrong in them."""
+    checks = [check_forward, check_backward]
+    if kind == "streaming":
+        checks.append(check_statistics)
     for layout, shape, machine in RUNS[kind]:
         case = cases.make_case(shape, layout=layout, grad_layout=layout)
-        for check in (check_forward, check_backward):
+        for check in checks:
             try:
                 check(case, layout, machine=machine, schedule=schedule)
             except (AssertionError, simt.ShimError) as error:

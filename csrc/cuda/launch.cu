@@ -38,11 +38,9 @@ void set_block(KernelArgs& args, const Geometry& g, const Plan& plan) {
       rows ? count_channel_places(plan.vec, plan.run_length, plan.block_packs, plan.slab_channels) : 1;
   args.by_places = make_divider(args.channel_places);
   args.num_parts = count_parts(plan.threads, plan.block_packs);
-  args.group_lanes = count_group_lanes(plan.threads, plan.slab_channels);
+  args.group_lanes = group_lanes_of(plan);
   while (1 << args.group_shift < args.group_lanes) ++args.group_shift;
   args.slices = static_cast<int>(slices_of(plan));
-  args.total_lanes = 1;
-  while (args.total_lanes < std::min(args.slices * plan.cluster, args.group_lanes)) args.total_lanes *= 2;
   args.lane_parts = args.slices * args.group_lanes / args.channel_places;
   args.lane_places = args.slices * args.group_lanes % args.channel_places;
 }
@@ -299,8 +297,6 @@ cudaError_t launch(const BackwardProblem& problem, const Plan& plan, void* works
   problem.training ? set_views(stages.apply, plan, dx, x, dy) : set_views(stages.apply, plan, dx, dy);
   return run_plan(stages, plan, stream);
 }
-
-static_assert(kClusterSizes[kNumClusterSizes - 1] <= kFewLanes, "a lane for each block of a cluster");
 
 // A block that fills an SM's memory may have as many threads as launch bounds allow, and they are the same for all
 // on-chip kernels: one of them stands for all.

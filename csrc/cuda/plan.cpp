@@ -314,8 +314,8 @@ bool operator==(const Limits& a, const Limits& b) {
 
 bool operator==(const SharedLayout& a, const SharedLayout& b) {
   auto fields = [](const SharedLayout& layout) {
-    const auto& [parts, counts, totals, results, coefficients, bytes] = layout;
-    return std::tie(parts, counts, totals, results, coefficients, bytes);
+    const auto& [parts, counts, totals, results, inputs, coefficients, bytes] = layout;
+    return std::tie(parts, counts, totals, results, inputs, coefficients, bytes);
   };
   return fields(a) == fields(b);
 }

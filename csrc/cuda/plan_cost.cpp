@@ -139,7 +139,7 @@ int registers_of(const Plan& plan, int arch) {
   const bool backward = plan.pass == Pass::kBackward, alone = plan.family == Family::kGrid || plan.kept_batches > 0;
   const int of_sm = 65536, unit = 8;  // of an SM, wherever launch bounds say what it should have room for
   const int threads = count_on_chip_threads(backward, static_cast<int>(dtype_bytes(plan.dtype)),
-                                            plan.walk == Walk::kRows, plan.whole_packs, alone, arch);
+                                            plan.walk == Walk::kRows, plan.whole_packs, plan.persistent, alone, arch);
   if (threads == kMaxOnChipThreads && !alone && !plan.persistent) return arch >= 100 ? 112 : 96;
   return of_sm / threads / unit * unit;
 }
@@ -187,7 +187,7 @@ double meeting_time(const Plan& plan, const DeviceInfo& device) {
     return 2 * costs.meeting_us +
            costs.trip_us * static_cast<double>(shares * (1 + ceil_div(splits, reads * kWarpSize)) + 1);
   }
-  const int64_t lanes = count_group_lanes(plan.threads, static_cast<int>(channels));
+  const int64_t lanes = group_lanes_of(plan);
   const int64_t trips = ceil_div(channels * lanes, plan.threads) * (1 + ceil_div(splits, reads * lanes));
   const double partials = static_cast<double>(channels * splits * ceil_div(plan.num_blocks, device.num_sms));
   const bool fast = device.arch == 80 || device.arch == 90 || device.arch == 100;

@@ -30,13 +30,24 @@ inline int streaming_threads(const DeviceInfo& device) {
   return std::min(device.threads_per_sm, kStreamingBlocksPerSm * kMaxThreads);
 }
 
+// How many lanes of a warp add up a channel's numbers: those of the block's parts, and, where blocks leave theirs in
+// the workspace, those of all blocks. Planes have one channel, and a warp for it.
+inline int group_lanes_of(const Plan& plan) {
+  if (plan.walk == Walk::kPlanes) return kWarpSize;
+  const int places = count_channel_places(plan.vec, plan.run_length, plan.block_packs, plan.slab_channels);
+  const int64_t numbers = int64_t{places} * count_parts(plan.threads, plan.block_packs);
+  const bool through_memory = !plan.on_chip || plan.family == Family::kGrid;
+  return count_group_lanes(plan.threads, plan.slab_channels,
+                           through_memory ? std::max(numbers, plan.num_splits) : numbers);
+}
+
 // How many groups of lanes share a channel's sums. Where a channel has many places (runs of channels), one group would
 // go round long, and the other warps would wait for it: a second stage, with a barrier before it, is worth it from some
 // rounds on. Sums of a grid, and of streaming, go through the workspace anyway.
 inline int64_t slices_of(const Plan& plan) {
   constexpr int64_t kRounds = 4;
   if (!plan.on_chip || plan.family == Family::kGrid || plan.walk != Walk::kRows) return 1;
-  if (count_group_lanes(plan.threads, plan.slab_channels) < kWarpSize) return 1;
+  if (group_lanes_of(plan) < kWarpSize) return 1;
   const int places = count_channel_places(plan.vec, plan.run_length, plan.block_packs, plan.slab_channels);
   const int numbers = places * count_parts(plan.threads, plan.block_packs);
   return std::min<int64_t>(ceil_div(numbers, kRounds * kWarpSize), plan.threads / kWarpSize / plan.slab_channels);
@@ -52,11 +63,13 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   layout.parts = slots;
   layout.counts = layout.parts + kNumSums * parts * places * acc;
   layout.totals = round_up(layout.counts + parts * 4, kPackBytes);
-  const int64_t slices = slices_of(plan), totals = plan.cluster > 1 || slices > 1 ? slices : 0;
-  layout.results = layout.totals + totals * kNumSums * plan.slab_channels * 8;
-  const int outputs = plan.on_chip ? count_outputs(plan.pass == Pass::kBackward) : 0;
-  layout.coefficients = round_up(layout.results + outputs * plan.slab_channels * 8, kPackBytes);
-  layout.bytes = layout.coefficients + coefficient_bytes(plan.dtype, plan.slab_channels);
+  const int64_t slices = slices_of(plan), channels = plan.slab_channels;
+  const bool several = slices * plan.cluster > 1;  // else the block's totals are those of all
+  layout.results = layout.totals + (several ? slices * kNumSums * channels * 8 : 0);
+  layout.inputs = layout.results + (plan.on_chip ? kNumSums * channels * 8 : 0);
+  layout.coefficients = round_up(layout.inputs + (plan.persistent ? 2 : 1) * input_bytes(channels), kPackBytes);
+  const int64_t by_element = rows ? int64_t{plan.vec} * odd_packs(plan.block_packs) : 0;
+  layout.bytes = layout.coefficients + coefficient_bytes(plan.dtype, std::max<int64_t>(plan.slab_channels, by_element));
   return layout;
 }
 

@@ -52,6 +52,14 @@ def check_backward(case: cases.Case, label: str, **options: object) -> simt.Back
     return got
 
 
+def check_statistics(case: cases.Case, label: str, **options: object) -> None:
+    """Evaluation of which nobody wants the output: the finish kernel alone."""
+    arguments = case.arguments | {"training": False}
+    got = simt.forward(case.input, **arguments, want_output=False, **options)
+    assert torch.equal(got.mean, case.running_mean), label
+    torch.testing.assert_close(got.invstd, (case.running_var + 1e-5).rsqrt())
+
+
 def both(case: cases.Case, label: str, **options: object) -> None:
     check_forward(case, label, **options)
     check_backward(case, label, **options)

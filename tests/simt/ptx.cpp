@@ -92,6 +92,7 @@ struct Thread {
 
   template <typename T>
   T get(int place) const {
+    if constexpr (std::is_same_v<T, bool>) return (registers[place] & 1) != 0;  // PTX writes true as -1
     T value;
     std::memcpy(&value, &registers[place], sizeof value);
     return value;

@@ -277,30 +277,37 @@ __device__ inline void leave_moments(const KernelArgs& args, const Acc (&pivot)[
 // Which of the channels of all blocks side by side, args.tile_channels, is the block's channel i. Of the last slab, not
 // all may be there.
 __device__ inline int64_t tile_channel(const KernelArgs& args, const Tile& tile, int i) {
-  return tile.slab * args.slab_channels + i;
+  return int64_t{tile.slab} * args.slab_channels + i;
 }
 
-// Calls f(channel of the block, lane of its group, whether there is such a channel, how often before) in groups of
-// neighbouring lanes. All threads of a warp come along, also those whose group has nothing to do: they may meet in
-// shuffles. Planes have one channel, and a warp for it.
+// Calls f(channel of the block, lane of its group, whether there is such a channel) in groups of neighbouring lanes.
+// All threads of a warp come along, also those whose group has nothing to do: they may meet in shuffles. Planes have
+// one channel, and a warp for it.
 template <bool kRows, typename F>
 __device__ inline void for_each_group(const KernelArgs& args, int channels, F f) {
   const int thread = threadIdx.x;
   if (!kRows) {
-    if (thread < kWarpSize) f(0, thread, true, 0);
+    if (thread < kWarpSize) f(0, thread, true);
     return;
   }
   const int of_warp = (thread & ~(kWarpSize - 1)) >> args.group_shift;
   const int groups = static_cast<int>(blockDim.x) >> args.group_shift, last = channels - 1;
 #pragma unroll 1
-  for (int round = 0; round * groups + of_warp <= last; ++round) {
-    const int channel = round * groups + (thread >> args.group_shift);
-    f(channel <= last ? channel : last, thread & (args.group_lanes - 1), channel <= last, round);
+  for (int first = 0; first + of_warp <= last; first += groups) {
+    const int channel = first + (thread >> args.group_shift);
+    f(channel <= last ? channel : last, thread & (args.group_lanes - 1), channel <= last);
   }
 }
+
+// Calls f(channel of the block), one thread for each, and each time the same.
 template <bool kRows, typename F>
-__device__ inline void for_each_group(const KernelArgs& args, F f) {
-  for_each_group<kRows>(args, args.slab_channels, f);
+__device__ inline void for_each_channel(const KernelArgs& args, F f) {
+  if (!kRows) {
+    if (threadIdx.x == 0) f(0);
+    return;
+  }
+#pragma unroll 1
+  for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) f(i);
 }
 
 // All of so many neighbouring lanes get the sums.
@@ -313,11 +320,16 @@ __device__ inline void group_sum(int lanes, double (&value)[kNumbers]) {
   }
 }
 
-// Parts of planes, and blocks of a cluster, are no more than these. Both halves of the channel's warp add them up, so
+// Parts of planes are no more than these. Both halves of the channel's warp add them up, so
 // that all lanes have the sums one shuffle sooner.
 constexpr int kFewLanes = 16;
 static_assert(kMaxOnChipThreads / kWarpSize <= kFewLanes && kMaxThreads / kWarpSize <= kFewLanes,
               "a lane for each part");
+
+__device__ inline ChannelTotals merged_totals(const KernelArgs& args, const Moments& merged) {
+  const double count = merged.count > 0 ? merged.count : 1;
+  return merged.totals(count == args.num_positions ? args.inverse_positions : 1 / count);
+}
 
 template <bool kRows, bool kMoments>
 __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Moments& moments,
@@ -330,9 +342,7 @@ __device__ inline ChannelTotals group_totals(const KernelArgs& args, const Momen
     sum_lanes<kFewLanes>(all);
   }
   if (!kMoments) return {{all[0], all[1], all[2]}};
-  const Moments merged = {moments.point, all[0], all[1], all[2]};
-  const double count = all[0] > 0 ? all[0] : 1;
-  return merged.totals(count == args.num_positions ? args.inverse_positions : 1 / count);
+  return merged_totals(args, {moments.point, all[0], all[1], all[2]});
 }
 
 // A channel's totals of the block, from its places of all parts. For a group of lanes, after a barrier; or for one of
@@ -355,13 +365,14 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
       sum[2] += v2;
     }
   };
+  auto place_of_column = [&](int column) { return column % kVec * args.block_packs + column / kVec; };
   if constexpr (!kRows) {
     if (kMoments) moments.point = parts[0];
     if (lane % kFewLanes < args.num_parts) add(lane % kFewLanes, 0, 1);
   } else if (one_channel_a_column(args, kVec)) {  // a place in each part
-    const int place = place_of_channel<true, kVec>(args, channel);
+    const int place = place_of_column(channel);
     if (kMoments) moments.point = parts[place];
-#pragma unroll 2
+#pragma unroll 4
     for (int part = lane; part < args.num_parts; part += args.lane_parts) add(part, place, 1);
   } else {
     // Of a run the channel's columns are neighbours, else slab_channels apart.
@@ -377,7 +388,7 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
         return {from < begin ? args.block_packs + pack : pack, columns};
       }
       const int column = begin + j * step;
-      return {column % kVec * args.block_packs + column / kVec, 1};
+      return {place_of_column(column), 1};
     };
     if (kMoments) moments.point = parts[place_of(0).at];
     int part = static_cast<int>(args.by_places.divide(lane)), j = lane - part * count;
@@ -399,7 +410,7 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
 // Block sums to the workspace, where finish.cuh finds them.
 template <bool kRows, bool kMoments, int kVec, typename Acc>
 __device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
-  for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
+  for_each_group<kRows>(args, args.slab_channels, [&](int i, int lane, bool there) {
     const ChannelTotals totals = add_parts<kRows, kMoments, kVec, Acc>(args, i, lane);
     const int64_t channel = tile_channel(args, tile, i), stride = args.tile_channels * args.num_splits;
     if (!there || lane > 0 || channel >= args.tile_channels) return;

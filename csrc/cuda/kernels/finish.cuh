@@ -1,7 +1,6 @@
 // From the totals of a channel to its results and to the coefficients of the apply pass. All of it in float64: it is
-// little work, and what it rounds every element would inherit. A group of lanes does it for each channel: all lanes
-// work out the same, but each loads, and each stores, another vector's number. So it is one trip to memory, and one
-// piece of code.
+// little work, and what it rounds every element would inherit. Each of these functions is for a thread that has all of
+// a channel; who needs a part of what it returns pays for that part.
 #pragma once
 
 #include "../device/math.cuh"
@@ -10,112 +9,155 @@
 
 namespace bnext::cuda {
 
-// The roles of a group's first lanes: which of KernelArgs::input and KernelArgs::output are theirs.
+// Which of KernelArgs::input and KernelArgs::output are what.
 namespace forward {
-enum Input : int { kWeight, kBias, kRunningMean, kRunningVar };
-enum Output : int { kMean, kInvstd, kStatsMean, kStatsVar, kNewMean, kNewVar };
-static_assert(kNewVar < count_outputs(false), "each has a place");
+enum Input : int { kWeight, kBias, kRunningMean, kRunningVar, kNumInputs };
+enum Output : int { kMean, kInvstd, kStatsMean, kStatsVar, kNewMean, kNewVar, kNumOutputs };
 }  // namespace forward
 namespace backward {
-enum Input : int { kWeight, kMean, kInvstd, kGradMean, kGradVar };
-enum Output : int { kDbias, kDweight, kDvar, kDmean };
-static_assert(kDmean < count_outputs(true), "each has a place");
+enum Input : int { kWeight, kMean, kInvstd, kGradMean, kGradVar, kNumInputs };
+enum Output : int { kDbias, kDweight, kDvar, kDmean, kNumOutputs };
 }  // namespace backward
-
-// What the lane's role has to load, or 0; a weight that is not there is 1.
-__device__ inline double load_input(const KernelArgs& args, int64_t channel, int lane) {
-  const bool weight = lane == static_cast<int>(forward::kWeight);
-  return lane < kRoles ? load_channel(args.input[lane], channel, weight ? 1 : 0) : 0;
+static_assert(forward::kNumInputs <= kMostInputs && backward::kNumInputs == kMostInputs, "each has a place");
+static_assert(forward::kNumOutputs == kMostOutputs && backward::kNumOutputs <= kMostOutputs, "each has a place");
+__device__ constexpr int count_inputs(bool backward) {
+  return backward ? static_cast<int>(backward::kNumInputs) : static_cast<int>(forward::kNumInputs);
+}
+__device__ constexpr int count_outputs(bool backward) {
+  return backward ? static_cast<int>(backward::kNumOutputs) : static_cast<int>(forward::kNumOutputs);
 }
 
-// What the lane with a role has, for all lanes of the group. (Where a whole warp finishes a channel, a group can be a
-// part of it, and the first one is the channel's. The others have no vectors' numbers, and nobody uses what they find.)
-__device__ inline double of_role(const KernelArgs& args, double value, int role) {
-  return __shfl_sync(kFullWarp, value, (threadIdx.x & ~static_cast<unsigned>(args.group_lanes - 1)) + role);
+// What vectors have of a channel, by role; 0 where there is none, and 1 for a weight.
+struct Inputs {
+  double value[kMostInputs];
+};
+
+__device__ inline double load_input(const KernelArgs& args, int role, int64_t channel) {
+  return load_channel(args.input[role], channel, role == static_cast<int>(forward::kWeight) ? 1 : 0);
 }
 
-// What the lane's role has to store, of what there is to be stored by role.
-__device__ inline double pick_output(int lane, const double (&output)[kRoles]) {
-  double value = output[0];
+// What vectors have of `channels` channels, to shared memory, [role][channel]: a thread for each number, so that all of
+// it is one trip to memory. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number): whatever
+// else there is to do with it.
+template <typename F, typename G>
+__device__ inline void leave_inputs(const KernelArgs& args, bool backward, int channels, double* to, F channel_of,
+                                    G seen) {
+#pragma unroll 1
+  for (int n = threadIdx.x; n < count_inputs(backward) * channels; n += blockDim.x) {
+    const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * channels;
+    const int64_t channel = channel_of(i);
+    if (channel < 0) continue;
+    to[n] = load_input(args, role, channel);
+    seen(role, i, to[n]);
+  }
+}
+__device__ inline Inputs inputs_of(bool backward, int channels, const double* left, int i) {
+  Inputs inputs = {};
 #pragma unroll
-  for (int role = 1; role < kRoles; ++role) value = lane == role ? output[role] : value;
-  return value;
+  for (int role = 0; role < kMostInputs; ++role) {
+    if (role < count_inputs(backward)) inputs.value[role] = left[role * channels + i];
+  }
+  return inputs;
 }
 
-// The functions that finish a channel call leave(coefficients), what its elements are mapped with, as soon as they know
-// them: others wait for those. They return what the lane's role has to store.
+// What the elements of a channel are mapped with, and what there is to be stored of it, by role; but for the new
+// running statistics, which are work that only those do who store.
+template <typename Acc>
+struct Finished {
+  Coefficients<Acc> coefficients;
+  double output[kMostOutputs];
+};
 
-// y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes
-// from the mean to make it `centre` goes into the shift.
-template <typename Acc, typename F>
-__device__ inline double finish_forward(const KernelArgs& args, const ChannelTotals& totals, double input, int lane,
-                                        F leave) {
-  // Rounding may leave a sum of squares a little below zero; NaN stays.
-  const double mean = totals.value[1], squares = totals.value[2] < 0 ? 0 : totals.value[2];
-  const double var = squares * args.inverse_positions, invstd = reciprocal_root(var + args.eps);
-  const double scale = of_role(args, input, forward::kWeight) * invstd, bias = of_role(args, input, forward::kBias);
-  const Acc centre = static_cast<Acc>(mean);
-  leave(Coefficients<Acc>{Acc(0), static_cast<Acc>(scale), centre, static_cast<Acc>(bias - scale * (mean - centre))});
-  const double old_mean = of_role(args, input, forward::kRunningMean);
-  const double old_var = of_role(args, input, forward::kRunningVar);
-  double output[kRoles] = {mean, invstd, mean, var, old_mean, old_var};
-  if (args.output[forward::kNewMean].data == nullptr) return pick_output(lane, output);
+__device__ inline void add_running_statistics(const KernelArgs& args, const Inputs& inputs,
+                                              double (&output)[kMostOutputs]) {
+  const double old_mean = inputs.value[forward::kRunningMean], old_var = inputs.value[forward::kRunningVar];
+  output[forward::kNewMean] = old_mean;
+  output[forward::kNewVar] = old_var;
   const double momentum = args.cumulative && args.num_batches_tracked != nullptr
                               ? 1.0 / static_cast<double>(load_from_l2(args.num_batches_tracked) + !args.batch_counted)
                               : args.momentum;
-  const double new_mean = momentum * mean + (1 - momentum) * old_mean;
-  const double new_var = momentum * (var * args.unbiased) + (1 - momentum) * old_var;
+  const double new_mean = momentum * output[forward::kStatsMean] + (1 - momentum) * old_mean;
+  const double new_var = momentum * (output[forward::kStatsVar] * args.unbiased) + (1 - momentum) * old_var;
   const double limit = args.running_limit;
   if (limit == 0 || (fabs(new_mean) <= limit && fabs(new_var) <= limit)) {
     output[forward::kNewMean] = new_mean;
     output[forward::kNewVar] = new_var;
   }
-  return pick_output(lane, output);
+}
+
+// Stores every step-th of them, from one on: threads share them between them. A loop, because it is little work but
+// much code.
+template <typename Acc>
+__device__ inline void store_outputs(const KernelArgs& args, bool backward, int64_t channel, const Inputs& inputs,
+                                     Finished<Acc> found, int first, int step) {
+  if (!backward && args.output[forward::kNewMean].data != nullptr) {
+    add_running_statistics(args, inputs, found.output);
+  }
+#pragma unroll 1
+  for (int role = first; role < count_outputs(backward); role += step) {
+    double output = found.output[0];
+#pragma unroll
+    for (int other = 1; other < kMostOutputs; ++other) output = role == other ? found.output[other] : output;
+    store_channel(args.output[role], channel, output);
+  }
+}
+
+// y = scale_x * (x - centre) + shift: centred, so that nothing cancels where the mean is large. What rounding takes
+// from the mean to make it `centre` goes into the shift.
+template <typename Acc>
+__device__ inline Finished<Acc> finish_forward(const KernelArgs& args, const ChannelTotals& totals,
+                                               const Inputs& inputs) {
+  // Rounding may leave a sum of squares a little below zero; NaN stays.
+  const double mean = totals.value[1], squares = totals.value[2] < 0 ? 0 : totals.value[2];
+  const double var = squares * args.inverse_positions, invstd = reciprocal_root(var + args.eps);
+  const double scale = inputs.value[forward::kWeight] * invstd, bias = inputs.value[forward::kBias];
+  const Acc centre = static_cast<Acc>(mean);
+  return {{Acc(0), static_cast<Acc>(scale), centre, static_cast<Acc>(bias - scale * (mean - centre))},
+          {mean, invstd, mean, var}};
 }
 
 // dx = scale_dy * dy + (scale_x * (x - centre) + shift).
-template <typename Acc, typename F>
-__device__ inline double finish_backward(const KernelArgs& args, const ChannelTotals& totals, double input, int lane,
-                                         F leave) {
-  const double invstd = of_role(args, input, backward::kInvstd), mean = of_role(args, input, backward::kMean);
-  const double scale = of_role(args, input, backward::kWeight) * invstd;
+template <typename Acc>
+__device__ inline Finished<Acc> finish_backward(const KernelArgs& args, const ChannelTotals& totals,
+                                                const Inputs& inputs) {
+  const double invstd = inputs.value[backward::kInvstd], mean = inputs.value[backward::kMean];
+  const double scale = inputs.value[backward::kWeight] * invstd;
   const double sum_dy = totals.value[0];
   // The mean was rounded when it was saved. In training it is the batch mean, so sum(x - mean) / m is what rounding
   // took from it; in eval it is a constant.
   const double lost = args.training ? totals.value[2] * args.inverse_positions : 0;
   const double sum_dy_xmu = totals.value[1] - lost * sum_dy;
-  const double grad_var = of_role(args, input, backward::kGradVar);
+  const double grad_var = inputs.value[backward::kGradVar];
   const double scale_invstd = scale * invstd, dweight = sum_dy_xmu * invstd;
   const double dvar = grad_var - 0.5 * scale_invstd * invstd * sum_dy_xmu;
   // The term of the paper with sum(x - mean) is zero: mean is the batch mean, or a constant.
-  const double dmean = of_role(args, input, backward::kGradMean) - scale * sum_dy;
+  const double dmean = inputs.value[backward::kGradMean] - scale * sum_dy;
   // 2 * dvar / m without invstd * invstd * invstd, which is out of range long before this is.
   const double scale_x = (2 * grad_var - scale_invstd * dweight) * args.inverse_positions;
-  leave(Coefficients<Acc>{static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(mean),
-                          static_cast<Acc>(dmean * args.inverse_positions - scale_x * lost)});
-  return pick_output(lane, {sum_dy, dweight, dvar, dmean});
+  return {{static_cast<Acc>(scale), static_cast<Acc>(scale_x), static_cast<Acc>(mean),
+           static_cast<Acc>(dmean * args.inverse_positions - scale_x * lost)},
+          {sum_dy, dweight, dvar, dmean}};
+}
+
+template <typename Acc>
+__device__ inline Finished<Acc> finish_channel(const KernelArgs& args, bool backward, const ChannelTotals& totals,
+                                               const Inputs& inputs) {
+  return backward ? finish_backward<Acc>(args, totals, inputs) : finish_forward<Acc>(args, totals, inputs);
 }
 
 // Eval: everything follows from vectors. In Acc, because float64 is slow on some devices.
-template <typename Acc, typename F>
-__device__ inline double finish_constant(const KernelArgs& args, bool backward, double input, int lane, F leave) {
+template <typename Acc>
+__device__ inline Finished<Acc> finish_constant(const KernelArgs& args, bool backward, const Inputs& inputs) {
   if (backward) {
-    const Acc scale = static_cast<Acc>(of_role(args, input, backward::kWeight)) *
-                      static_cast<Acc>(of_role(args, input, backward::kInvstd));
-    leave(Coefficients<Acc>{scale, Acc(0), static_cast<Acc>(of_role(args, input, backward::kMean)), Acc(0)});
-    return 0;
+    const Acc scale =
+        static_cast<Acc>(inputs.value[backward::kWeight]) * static_cast<Acc>(inputs.value[backward::kInvstd]);
+    return {{scale, Acc(0), static_cast<Acc>(inputs.value[backward::kMean]), Acc(0)}, {}};
   }
-  const Acc mean = static_cast<Acc>(of_role(args, input, forward::kRunningMean));
-  const Acc var = static_cast<Acc>(of_role(args, input, forward::kRunningVar));
+  const Acc mean = static_cast<Acc>(inputs.value[forward::kRunningMean]);
+  const Acc var = static_cast<Acc>(inputs.value[forward::kRunningVar]);
   const Acc invstd = Acc(1) / square_root(var + static_cast<Acc>(args.eps));
-  const Acc scale = static_cast<Acc>(of_role(args, input, forward::kWeight)) * invstd;
-  const Acc bias = static_cast<Acc>(of_role(args, input, forward::kBias));
-  leave(Coefficients<Acc>{Acc(0), scale, mean, bias});
-  return pick_output(lane, {mean, invstd, mean, var});
-}
-
-__device__ inline void store_output(const KernelArgs& args, int64_t channel, int lane, double output) {
-  if (lane < kRoles) store_channel(args.output[lane], channel, output);
+  const Acc scale = static_cast<Acc>(inputs.value[forward::kWeight]) * invstd;
+  return {{Acc(0), scale, mean, static_cast<Acc>(inputs.value[forward::kBias])}, {mean, invstd, mean, var}};
 }
 
 // ---- from partial sums -------------------------------------------------------------------------------------------
@@ -127,8 +169,7 @@ struct PartialSums {
   double point, value[kNumSums];
 };
 
-__device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, int sharer, int sharers) {
-  const bool backward = args.backward;
+__device__ inline PartialSums add_partials(const KernelArgs& args, bool backward, int64_t c, int sharer, int sharers) {
   constexpr int kReads = kPartialsAtOnce;
   const int64_t stride = args.tile_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
@@ -160,24 +201,17 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, int64_t c, in
   return sums;
 }
 
-__device__ inline ChannelTotals partial_totals(const KernelArgs& args, const PartialSums& sums) {
+__device__ inline ChannelTotals partial_totals(const KernelArgs& args, bool backward, const PartialSums& sums) {
   const double *v = sums.value, inverse = args.inverse_positions;
-  return args.backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
+  return backward ? ChannelTotals{{v[0], v[1], v[2]}} : Moments{sums.point, v[0], v[1], v[2]}.totals(inverse);
 }
 
 // A channel's totals from all its partial sums, for lane `lane` of so many neighbouring ones.
-__device__ inline ChannelTotals group_partial_totals(const KernelArgs& args, int64_t channel, int lane, int lanes) {
-  PartialSums sums = add_partials(args, channel, lane, lanes);
+__device__ inline ChannelTotals group_partial_totals(const KernelArgs& args, bool backward, int64_t channel, int lane,
+                                                     int lanes) {
+  PartialSums sums = add_partials(args, backward, channel, lane, lanes);
   group_sum(lanes, sums.value);
-  return partial_totals(args, sums);
-}
-
-// For a group of lanes that has a channel's totals.
-template <typename Acc, typename F>
-__device__ inline double finish_group(const KernelArgs& args, bool backward, const ChannelTotals& totals, double input,
-                                      int lane, F leave) {
-  return backward ? finish_backward<Acc>(args, totals, input, lane, leave)
-                  : finish_forward<Acc>(args, totals, input, lane, leave);
+  return partial_totals(args, backward, sums);
 }
 
 // One block for each channel. Its warps add up what they have in shared memory, and the first one finishes. Without a
@@ -187,14 +221,18 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
   const int64_t c = blockIdx.x;
   const int lane = threadIdx.x % kWarpSize, num_warps = blockDim.x / kWarpSize;
   if (args.coefficients != nullptr) start_next_kernel();  // else the next one is not of this pass
-  const double input = load_input(args, c, lane);
+  double* inputs = shared_at<double>(0);
+  double* scratch = inputs + kMostInputs;
+  const int role = threadIdx.x;
+  if (role < count_inputs(args.backward)) inputs[role] = load_input(args, role, c);
   wait_for_kernels();
   if (args.source == Source::kConstants) {
-    store_output(args, c, lane, finish_constant<Acc>(args, false, input, lane, [](const Coefficients<Acc>&) {}));
+    __syncthreads();
+    const Inputs own = inputs_of(false, 1, inputs, 0);
+    store_outputs(args, false, c, own, finish_constant<Acc>(args, false, own), role, blockDim.x);
     return;
   }
-  PartialSums sums = add_partials(args, c, threadIdx.x, blockDim.x);
-  double* scratch = shared_at<double>(0);
+  PartialSums sums = add_partials(args, args.backward, c, threadIdx.x, blockDim.x);
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) {
     sums.value[k] = warp_sum(sums.value[k]);
@@ -204,13 +242,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
   if (threadIdx.x >= kWarpSize) return;
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) sums.value[k] = warp_sum(lane < num_warps ? scratch[k * num_warps + lane] : 0);
-  const ChannelTotals totals = partial_totals(args, sums);
-  const double output =
-      finish_group<Acc>(args, args.backward, totals, input, lane, [&](const Coefficients<Acc>& found) {
-        auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
-        if (stored != nullptr && lane == 0) stored[c] = found;
-      });
-  store_output(args, c, lane, output);
+  const Inputs own = inputs_of(args.backward, 1, inputs, 0);
+  const auto found = finish_channel<Acc>(args, args.backward, partial_totals(args, args.backward, sums), own);
+  auto* stored = static_cast<Coefficients<Acc>*>(args.coefficients);
+  if (stored != nullptr && lane == 0) stored[c] = found.coefficients;
+  store_outputs(args, args.backward, c, own, found, lane, kWarpSize);
 }
 
 // By one thread of a kernel in which nobody reads it: in one that finishes channels, not where the momentum is

@@ -30,7 +30,7 @@ constexpr int kMostGroups = 6;
 constexpr int kMaxThreads = 256;
 // Streaming: blocks of kMaxThreads that an SM has registers for. So many run at once, and more would be another wave.
 constexpr int kStreamingBlocksPerSm = 2;
-constexpr int64_t kStreamingSharedBytes = 26 << 10;  // of such a block, at most: what it adds up in
+constexpr int64_t kStreamingSharedBytes = 27 << 10;  // of such a block, at most: what it adds up in
 constexpr int64_t kReservedSharedBytes = 1 << 10;    // of each block, by the driver
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
@@ -47,12 +47,13 @@ BNEXT_HOST_DEVICE constexpr int most_kept_batches(int element_bytes, bool rows, 
 // takes up to half as many again, and gains next to nothing.) alone: blocks of a grid, and such as keep packs in
 // registers.
 BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element_bytes, bool rows, bool whole_packs,
-                                                      bool alone, int arch) {
+                                                      bool persistent, bool alone, int arch) {
   const bool halves = element_bytes == 2, doubles = element_bytes == 8;
   if (alone) return kMaxOnChipThreads;
   if (rows && halves) return backward ? kMaxOnChipThreads : 768;
   if (rows && doubles && !backward && arch < 80) return 768;
   if (!whole_packs && backward) return halves && arch < 90 ? kMaxOnChipThreads : 768;
+  if (!rows && halves && backward && persistent && arch < 90) return 768;
   return 1024;
 }
 // Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
@@ -60,10 +61,8 @@ constexpr int kPartialsAtOnce = 4;
 // Of a grid, words at which a team's blocks meet; see teams.cuh.
 constexpr int kWordsOfTeam = 2;
 constexpr int kWarpSize = 32;
-// What a channel's group of lanes has to load and to store at most: a vector for each of its first lanes.
-constexpr int kRoles = 8;
-// Of these vectors, what a pass stores.
-BNEXT_HOST_DEVICE constexpr int count_outputs(bool backward) { return backward ? 4 : 6; }
+// Vectors that a pass has a number from for each channel, and for each channel a number to: by role, see finish.cuh.
+constexpr int kMostInputs = 5, kMostOutputs = 6;
 
 // Where the apply kernel has the numbers of its channels from.
 enum class Source : uint8_t {
@@ -74,11 +73,13 @@ enum class Source : uint8_t {
 
 // Where a block keeps what in its shared memory, as offsets in bytes. On chip, slots for packs come first.
 struct SharedLayout {
-  int64_t parts = 0;    // sums of the block's parts, [kNumSums][num_parts][part_places]; see block_sums.cuh
-  int64_t counts = 0;   // [num_parts], of statistics
-  int64_t totals = 0;   // clusters, and slices: [slices][kNumSums][slab_channels], for other blocks and warps to read
-  int64_t results = 0;  // on chip: what is to be stored of each channel, [count_outputs][slab_channels]
-  int64_t coefficients = 0;  // [slab_channels]
+  int64_t parts = 0;   // sums of the block's parts, [kNumSums][num_parts][part_places]; see block_sums.cuh
+  int64_t counts = 0;  // [num_parts], of statistics
+  // On chip: the block's totals, [slices][kNumSums][slab_channels], for other threads, and blocks of a cluster, to
+  // read; those of all blocks, [kNumSums][slab_channels], and what vectors hold, [kMostInputs][slab_channels], each for
+  // the thread alone that finishes the channel.
+  int64_t totals = 0, results = 0, inputs = 0;
+  int64_t coefficients = 0;  // [slab_channels], or by element and pack
   int64_t bytes = 0;
 };
 
@@ -174,8 +175,7 @@ struct KernelArgs {
   bool two_sided;
   int part_places, channel_places;
   int num_parts, group_lanes, group_shift;
-  int slices;       // groups that add up parts of the same channel, each some of them
-  int total_lanes;  // of a group: a power of two, enough for what slices and the blocks of a cluster leave
+  int slices;  // groups that add up parts of the same channel, each some of them
   // How far a lane goes from a number that it adds up to its next, in parts and in places:
   // slices * group_lanes = lane_parts * channel_places + lane_places.
   int lane_parts, lane_places;
@@ -202,7 +202,7 @@ struct KernelArgs {
   double momentum, eps, running_limit;
 
   // By role: see Input and Output in finish.cuh.
-  ChannelVector input[kRoles], output[kRoles];
+  ChannelVector input[kMostInputs], output[kMostOutputs];
   int64_t* num_batches_tracked;
 };
 
@@ -236,13 +236,19 @@ constexpr int count_channel_places(int vec, int run_length, int block_packs, int
   while (run_length % unit != 0) unit /= 2;
   return (vec - unit + run_length - 1) / vec + 1;
 }
-// As many lanes for a channel as the block has, but within a warp, and no fewer than there are roles.
-constexpr int count_group_lanes(int threads, int slab_channels) {
-  int lanes = kRoles;
-  while (lanes < kWarpSize && 2 * lanes * slab_channels <= threads) lanes *= 2;
+// Lanes that add up a channel's numbers: as many as the block has within a warp, as long as each has so many of them.
+// More lanes would save no time: they take shuffles, of which an SM does one in a clock for all its warps.
+constexpr int kLaneNumbers = 2;
+constexpr int count_group_lanes(int threads, int slab_channels, int64_t numbers) {
+  int lanes = 1;
+  while (lanes < kWarpSize && 2 * lanes * slab_channels <= threads && lanes * kLaneNumbers < numbers) lanes *= 2;
   return lanes;
 }
-// The finish kernel: three numbers for each warp.
-constexpr int64_t finish_shared(int threads) { return kNumSums * (threads / kWarpSize) * 8; }
+// Coefficients of a pack's element, of so many packs side by side: see place_of_channel in walk.cuh.
+BNEXT_HOST_DEVICE constexpr int odd_packs(int block_packs) { return block_packs | 1; }
+// What vectors have of so many channels, in shared memory.
+BNEXT_HOST_DEVICE constexpr int64_t input_bytes(int64_t channels) { return kMostInputs * channels * 8; }
+// The finish kernel: what vectors have of its channel, and three numbers for each warp.
+constexpr int64_t finish_shared(int threads) { return (kMostInputs + kNumSums * (threads / kWarpSize)) * 8; }
 
 }  // namespace bnext::cuda

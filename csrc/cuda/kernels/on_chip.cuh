@@ -125,138 +125,150 @@ class OnChip {
 
 // ---- from sums to coefficients -----------------------------------------------------------------------------------
 
-// What a group's lane has to load for the group's channel.
-__device__ inline double load_on_chip_input(const KernelArgs& args, const Tile& tile, int i, int lane) {
-  const int64_t channel = tile_channel(args, tile, i);
-  return load_input(args, channel < args.num_channels ? channel : 0, lane);
+// Where what vectors have of the block's channels is: a block's turns use two places in turn, because threads may be
+// ahead of those that store the results of the turn before.
+__device__ inline double* place_of_inputs(const KernelArgs& args, const Turn& turn) {
+  return shared_at<double>(args.layout.inputs) + turn.number % 2 * kMostInputs * args.slab_channels;
 }
 
-// The same before anything is added up: the lane gets that of its first round, which for most blocks is all, and keeps
-// it until it is needed. Backward leaves the channels' means for all threads, who see them after a barrier.
+// It comes there before anything is added up. Backward leaves the channels' means for all threads, who see them after a
+// barrier.
 template <bool kRows, bool kBackward, int kVec, typename Acc>
-__device__ inline double load_first_inputs(const KernelArgs& args, const Tile& tile) {
+__device__ inline void leave_turn_inputs(const KernelArgs& args, const Turn& turn) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  double first = 0;
-  for_each_group<kRows>(args, [&](int i, int lane, bool there, int round) {
-    if (!kBackward && round > 0) return;
-    const double input = load_on_chip_input(args, tile, i, lane);
-    if (round == 0) first = input;
-    if (!kBackward || !there || lane != static_cast<int>(backward::kMean)) return;
-    shared[place_of_channel<kRows, kVec>(args, i)].centre = static_cast<Acc>(input);
-  });
-  return first;
+  leave_inputs(
+      args, kBackward, args.slab_channels, place_of_inputs(args, turn),
+      [&](int i) {
+        const int64_t channel = tile_channel(args, turn.tile, i);
+        return channel < args.num_channels ? channel : -1;
+      },
+      [&](int role, int i, double number) {
+        if (!kBackward || role != static_cast<int>(backward::kMean)) return;
+        shared[place_of_channel<kRows, kVec>(args, i)].centre = static_cast<Acc>(number);
+      });
 }
 
-// Leaves the totals of the block's channels for add_totals, slice by slice. Planes have one.
-template <bool kRows, bool kMoments, int kVec, typename Acc>
-__device__ inline void leave_totals(const KernelArgs& args) {
-  const int channels = args.slab_channels;
-  for_each_group<kRows>(args, args.slices * channels, [&](int i, int lane, bool there, int) {
-    const int slice = kRows ? static_cast<int>(args.by_slab.divide(i)) : 0, channel = i - slice * channels;
-    const ChannelTotals totals = add_parts<kRows, kMoments, kVec, Acc>(args, channel, slice * args.group_lanes + lane);
-    double* to = shared_at<double>(args.layout.totals) + slice * kNumSums * channels + channel;
-    if (!there || lane > 0) return;
+// The numbers of a channel among as many of each kind as the block has channels.
+__device__ inline void leave_numbers(const KernelArgs& args, double* to, const ChannelTotals& totals) {
 #pragma unroll
-    for (int k = 0; k < kNumSums; ++k) to[k * channels] = totals.value[k];
+  for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
+}
+
+// Leaves the totals of the block's channels for add_totals, slice by slice; planes have one. totals_of(channel of the
+// block, lane) for a group of lanes, which goes on counting where that of the slice before has stopped.
+template <bool kRows, typename F>
+__device__ inline void leave_totals(const KernelArgs& args, F totals_of) {
+  const int channels = args.slab_channels;
+  for_each_group<kRows>(args, args.slices * channels, [&](int i, int lane, bool there) {
+    const int slice = kRows ? static_cast<int>(args.by_slab.divide(i)) : 0, channel = i - slice * channels;
+    const ChannelTotals totals = totals_of(channel, slice * args.group_lanes + lane);
+    if (!there || lane > 0) return;
+    leave_numbers(args, shared_at<double>(args.layout.totals) + slice * kNumSums * channels + channel, totals);
   });
 }
 
-// A channel's totals from all slices, and all blocks of the cluster, for a group of lanes: each reads those of one or
-// two, and where there are more lanes, some read the same. They are added up in an order that never changes.
-template <bool kRows, bool kMoments>
-__device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, int lane) {
+// A channel's totals from all slices, and all blocks of the cluster, in an order that never changes.
+template <bool kMoments>
+__device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, int blocks) {
   const double* own = shared_at<const double>(args.layout.totals) + channel;
   const int stride = args.slab_channels;
-  auto load = [&](const double* at, int rank) {
-    return args.cluster_size > 1 ? load_cluster(at, static_cast<unsigned>(rank)) : *at;
+  auto load = [&](int slice, int k, int rank) {
+    const double* at = own + (slice * kNumSums + k) * stride;
+    return blocks > 1 ? load_cluster(at, static_cast<unsigned>(rank)) : *at;
   };
+  if (args.slices * blocks == 1) return {{load(0, 0, 0), load(0, 1, 0), load(0, 2, 0)}};
   Moments moments;
   double sum[kNumSums] = {};
-  const double first_mean = kMoments ? load(own + stride, 0) : 0;
+  const double first_mean = kMoments ? load(0, 1, 0) : 0;
   moments.point = is_finite(first_mean) ? first_mean : 0;
-  auto add = [&](int slice, int rank) {
-    double value[kNumSums];
+  for (int slice = 0; slice < args.slices; ++slice) {
+#pragma unroll 4
+    for (int rank = 0; rank < blocks; ++rank) {
+      const double value[kNumSums] = {load(slice, 0, rank), load(slice, 1, rank), load(slice, 2, rank)};
+      if (kMoments) {
+        moments.add(value[0], value[1], 0, value[2]);
+      } else {
 #pragma unroll
-    for (int k = 0; k < kNumSums; ++k) value[k] = load(own + (slice * kNumSums + k) * stride, rank);
-    if (kMoments) {
-      moments.add(value[0], value[1], 0, value[2]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kNumSums; ++k) sum[k] += value[k];
+        for (int k = 0; k < kNumSums; ++k) sum[k] += value[k];
+      }
     }
-  };
-  const int blocks = args.cluster_size;
-  if constexpr (!kRows) {
-    if (lane % kFewLanes < blocks) add(0, lane % kFewLanes);
-  } else {
-    const int shift = popcount(static_cast<unsigned>(blocks - 1));  // a power of two
-    const int lanes = args.total_lanes;
-    for (int i = lane & (lanes - 1); i < args.slices * blocks; i += lanes) add(i >> shift, i & (blocks - 1));
   }
-  return group_totals<kRows, kMoments>(args, moments, sum, args.total_lanes);
+  return kMoments ? merged_totals(args, moments) : ChannelTotals{{sum[0], sum[1], sum[2]}};
 }
 
-// Coefficients of all the block's channels, to shared memory; totals_of(channel of the block, channel of the tensors,
-// lane) for a group of lanes. The first block of the team leaves the results for store_results: others do not wait for
-// the stores.
-template <bool kRows, bool kBackward, int kVec, typename Acc, typename F>
-__device__ inline void finish_groups(const KernelArgs& args, const Tile& tile, double first_input, F totals_of) {
+// Coefficients of all the block's channels, to shared memory; and the totals, for store_results.
+template <bool kRows, bool kBackward, int kVec, typename Acc>
+__device__ inline void finish_channels(const KernelArgs& args, const Turn& turn, int blocks) {
+  const double* inputs = place_of_inputs(args, turn);
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  double* results = shared_at<double>(args.layout.results);
-  for_each_group<kRows>(args, [&](int i, int lane, bool there, int round) {
-    const double input = round == 0 ? first_input : load_on_chip_input(args, tile, i, lane);
-    const int64_t channel = tile_channel(args, tile, i);
-    there = there && channel < args.num_channels;
-    const ChannelTotals totals = totals_of(i, there ? channel : 0, lane);
-    const double output =
-        finish_group<Acc>(args, kBackward, totals, input, lane, [&](const Coefficients<Acc>& coefficients) {
-          if (there && lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = coefficients;
-        });
-    const bool stores = there && lane < count_outputs(kBackward) && tile.split == 0;
-    if (stores) results[lane * args.slab_channels + i] = output;
+  for_each_channel<kRows>(args, [&](int i) {
+    if (tile_channel(args, turn.tile, i) >= args.num_channels) return;
+    const ChannelTotals totals = add_totals<!kBackward>(args, i, blocks);
+    leave_numbers(args, shared_at<double>(args.layout.results) + i, totals);
+    const auto found =
+        finish_channel<Acc>(args, kBackward, totals, inputs_of(kBackward, args.slab_channels, inputs, i));
+    shared[place_of_channel<kRows, kVec>(args, i)] = found.coefficients;
   });
 }
 
-// After a barrier.
-template <bool kBackward>
-__device__ inline void store_results(const KernelArgs& args, const Tile& tile) {
-  if (tile.split > 0) return;
-  const double* results = shared_at<const double>(args.layout.results);
-#pragma unroll 1
-  for (int n = threadIdx.x; n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
-    const int role = static_cast<int>(args.by_slab.divide(n));
-    const int64_t channel = tile_channel(args, tile, n - role * args.slab_channels);
-    if (channel < args.num_channels) store_channel(args.output[role], channel, results[n]);
-  }
+// Where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of many
+// channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
+template <bool kRows, Blocks kBlocks>
+__device__ inline bool shares_out(const KernelArgs& args) {
+  return kRows && kBlocks == Blocks::kGrid && args.shares_out;
 }
 
-// The same where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of
-// many channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
 template <bool kBackward, int kVec, typename Acc>
 __device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
   auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   const int blocks = static_cast<int>(args.num_splits);
 #pragma unroll 1
-  for (int i = static_cast<int>(turn.tile.split) + warp * blocks; i < args.slab_channels; i += num_warps * blocks) {
+  for (int i = turn.tile.split + warp * blocks; i < args.slab_channels; i += num_warps * blocks) {
     const int64_t channel = tile_channel(args, turn.tile, i);
     const bool there = channel < args.num_channels;  // the same for all lanes
-    double output = 0;
+    const ChannelTotals totals = group_partial_totals(args, kBackward, there ? channel : 0, lane, kWarpSize);
+    if (lane > 0) continue;
     if (there) {
-      const double input = load_input(args, channel, lane);
-      const ChannelTotals totals = group_partial_totals(args, channel, lane, kWarpSize);
-      output = finish_group<Acc>(args, kBackward, totals, input, lane, [&](const Coefficients<Acc>& found) {
-        if (lane == 0) left[channel] = found;
-      });
+      leave_numbers(args, shared_at<double>(args.layout.results) + i, totals);
+      const Inputs inputs = inputs_of(kBackward, args.slab_channels, place_of_inputs(args, turn), i);
+      left[channel] = finish_channel<Acc>(args, kBackward, totals, inputs).coefficients;
     }
-    if (lane == 0) meetings.leave_coefficients(args, turn, i);
-    if (there) store_output(args, channel, lane, output);
+    meetings.leave_coefficients(args, turn, i);
   }
   meetings.await_coefficients(args, turn);
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) {
     const int64_t channel = tile_channel(args, turn.tile, i);
     if (channel < args.num_channels) shared[place_of_channel<true, kVec>(args, i)] = load_from_l2(left + channel);
+  }
+}
+
+// The turn that a block has just done: the one before, where it has gone on to the next one.
+template <Blocks kBlocks>
+__device__ inline Turn done(const KernelArgs& args, const Turn& turn) {
+  return kBlocks == Blocks::kOneTile ? turn : turn.before(args);
+}
+
+// When all else is done, what there is to be stored of the turn's channels, a thread for each number, the block's last
+// ones first, because the first ones have finished the channels: by the first block of the team, or by those that have
+// taken a share.
+template <bool kRows, bool kBackward, Blocks kBlocks, typename Acc>
+__device__ inline void store_results(const KernelArgs& args, const Turn& turn) {
+  const auto split = static_cast<unsigned>(turn.tile.split);
+  const bool shared_out = shares_out<kRows, kBlocks>(args);
+  if (!shared_out && split > 0) return;
+  const double* inputs = place_of_inputs(args, turn);
+#pragma unroll 1
+  for (int n = blockDim.x - 1 - threadIdx.x; n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
+    const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * args.slab_channels;
+    const int64_t channel = tile_channel(args, turn.tile, i);
+    if (channel >= args.num_channels || (shared_out && args.by_tile.remainder(i) != split)) continue;
+    const double* left = shared_at<const double>(args.layout.results) + i;
+    const ChannelTotals totals = {{left[0], left[args.slab_channels], left[2 * args.slab_channels]}};
+    const Inputs of_channel = inputs_of(kBackward, args.slab_channels, inputs, i);
+    const auto found = finish_channel<Acc>(args, kBackward, totals, of_channel);
+    store_outputs(args, kBackward, channel, of_channel, found, role, kMostOutputs);
   }
 }
 
@@ -268,38 +280,38 @@ __device__ inline void await_readers(const KernelArgs& args) {
 // From what the block's parts have left to the coefficients of this thread's lanes.
 template <bool kRows, bool kBackward, Blocks kBlocks, int kVec, typename Acc>
 __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kBlocks>& meetings,
-                                      double first_input, Coefficients<Acc> (&coefficients)[kVec]) {
+                                      Coefficients<Acc> (&coefficients)[kVec]) {
   const Tile& tile = turn.tile;
   __syncthreads();
+  const bool shared_out = shares_out<kRows, kBlocks>(args);
   if constexpr (kBlocks == Blocks::kGrid) {
     store_partials<kRows, !kBackward, kVec, Acc>(args, tile);
     meetings.exchange_sums(args, turn);
-    if (kRows && args.shares_out) {
+    if (shared_out) {
       finish_share<kBackward, kVec, Acc>(args, turn, meetings);
     } else {
-      finish_groups<kRows, kBackward, kVec, Acc>(args, tile, first_input, [&](int, int64_t channel, int lane) {
-        return group_partial_totals(args, channel, lane, args.group_lanes);
+      leave_totals<kRows>(args, [&](int i, int lane) {
+        const int64_t channel = tile_channel(args, tile, i);
+        return group_partial_totals(args, kBackward, channel < args.num_channels ? channel : 0, lane, args.group_lanes);
       });
     }
   } else {
     if (kBlocks != Blocks::kOneTile && turn.number > 0) await_readers(args);
-    const bool sliced = kRows && args.slices > 1, two_stages = args.cluster_size > 1 || sliced;
-    if (two_stages) leave_totals<kRows, !kBackward, kVec, Acc>(args);
-    if (args.cluster_size > 1) {
+    leave_totals<kRows>(args, [&](int i, int lane) { return add_parts<kRows, !kBackward, kVec, Acc>(args, i, lane); });
+  }
+  if (!shared_out) {
+    const int blocks = kBlocks == Blocks::kGrid ? 1 : args.cluster_size;  // that see each other's totals
+    if (blocks > 1) {
       cluster_arrive();
       cluster_wait();
-    } else if (sliced) {
+    } else if (kRows) {  // of planes, the thread that has left the totals finishes the channel
       __syncthreads();
     }
-    finish_groups<kRows, kBackward, kVec, Acc>(args, tile, first_input, [&](int i, int64_t, int lane) {
-      return two_stages ? add_totals<kRows, !kBackward>(args, i, lane)
-                        : add_parts<kRows, !kBackward, kVec, Acc>(args, i, lane);
-    });
+    finish_channels<kRows, kBackward, kVec, Acc>(args, turn, blocks);
     // This thread reads no other block's memory any more: what it has read has been used.
-    if (args.cluster_size > 1) cluster_arrive();
+    if (blocks > 1) cluster_arrive();
   }
   __syncthreads();
-  if (kBlocks != Blocks::kGrid || !kRows || !args.shares_out) store_results<kBackward>(args, tile);
   const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
   int place[kVec];
   find_places<kRows>(args, place);
@@ -314,7 +326,8 @@ constexpr bool kAlone = kBlocks == Blocks::kKeeping || kBlocks == Blocks::kGrid;
 
 // Launch bounds: a block of as many threads as an SM has registers for, or two of half as many.
 template <typename T, bool kRows, bool kWhole, Blocks kBlocks, bool kBackward>
-constexpr int kThreads = count_on_chip_threads(kBackward, sizeof(T), kRows, kWhole, kAlone<kBlocks>, kDeviceArch);
+constexpr int kThreads = count_on_chip_threads(kBackward, sizeof(T), kRows, kWhole, kBlocks != Blocks::kOneTile,
+                                               kAlone<kBlocks>, kDeviceArch);
 constexpr int bounded_threads(int threads) { return threads % kMaxOnChipThreads == 0 ? kMaxOnChipThreads : threads; }
 
 template <typename T, bool kRows, bool kWhole, Blocks kBlocks, int kTensors>
@@ -336,11 +349,10 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
 
 #pragma unroll 1
   do {
-    double first_input = 0;
     Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
     int count = 0, batches = 0;
     data.load(
-        turn.tile, [&] { first_input = load_first_inputs<kRows, false, kVec, Acc>(args, turn.tile); },
+        turn.tile, [&] { leave_turn_inputs<kRows, false, kVec, Acc>(args, turn); },
         [&](const typename Data::Batch& batch) {
           if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
           add_moments(batch.pack[0], batch.items, pivot, s1, s2);
@@ -349,7 +361,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, false, kBlocks>(args, turn, meetings, first_input, coefficients);
+    finish_on_chip<kRows, false, kBlocks>(args, turn, meetings, coefficients);
 
     const Tile tile = turn.tile;
     more = kBlocks != Blocks::kOneTile && turn.next(args);
@@ -359,6 +371,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         store_item(map_pack(coefficients, batch.pack[0][u]), batch.items[u], 0);
       }
     });
+    store_results<kRows, false, kBlocks, Acc>(args, done<kBlocks>(args, turn));
   } while (more);
   if (kBlocks != Blocks::kGrid) await_readers(args);
 }
@@ -378,14 +391,13 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
 
 #pragma unroll 1
   do {
-    double first_input = 0;
     Acc mean[kVec] = {}, sum[kNumSums][kElements] = {};
     data.load(
         turn.tile,
         [&] {
           // The coefficients of the last turn may still be read.
           if (kBlocks != Blocks::kOneTile && turn.number > 0) __syncthreads();
-          first_input = load_first_inputs<kRows, true, kVec, Acc>(args, turn.tile);
+          leave_turn_inputs<kRows, true, kVec, Acc>(args, turn);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
           int place[kVec];
@@ -398,7 +410,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         });
     leave_sums<kRows>(args, sum);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, true, kBlocks>(args, turn, meetings, first_input, coefficients);
+    finish_on_chip<kRows, true, kBlocks>(args, turn, meetings, coefficients);
 
     const Tile tile = turn.tile;
     more = kBlocks != Blocks::kOneTile && turn.next(args);
@@ -408,6 +420,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         store_item(map_pack(coefficients, batch.pack[0][u], batch.pack[1][u]), batch.items[u], 0);
       }
     });
+    store_results<kRows, true, kBlocks, Acc>(args, done<kBlocks>(args, turn));
   } while (more);
   if (kBlocks != Blocks::kGrid) await_readers(args);
 }

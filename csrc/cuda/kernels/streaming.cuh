@@ -17,13 +17,12 @@ namespace bnext::cuda {
 template <int kVec, bool kWhole>
 constexpr int kOfOneTensor = kWhole && kVec > 1 ? kUnrollOne : kUnroll;
 
-// The channel of the tensors that is the block's channel i, if there is one.
-__device__ inline bool find_channel(const KernelArgs& args, const Tile& tile, int i, int64_t& channel) {
-  channel = tile_channel(args, tile, i);
-  const bool there = channel < args.tile_channels;
-  if (!there) channel = 0;
-  if (args.tile_channels > args.num_channels) channel = args.by_channels.remainder(static_cast<unsigned>(channel));
-  return there;
+// The channel of the tensors that is the block's channel i, or -1.
+__device__ inline int64_t find_channel(const KernelArgs& args, const Tile& tile, int i) {
+  const int64_t channel = tile_channel(args, tile, i);
+  if (channel >= args.tile_channels) return -1;
+  if (args.tile_channels == args.num_channels) return channel;
+  return args.by_channels.remainder(static_cast<unsigned>(channel));
 }
 
 // Of the columns of a folded row that are the same channel, this one answers for it.
@@ -31,19 +30,51 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
   return tile_channel(args, tile, i) < args.num_channels;
 }
 
-// What the block's channels are mapped with where it follows from vectors alone, to shared memory, for all threads
-// after a barrier. `write`: the results as well, once for each channel.
+// What vectors have of the block's channels, for all threads after a barrier.
+__device__ inline void leave_tile_inputs(const KernelArgs& args, const Tile& tile, bool backward) {
+  leave_inputs(
+      args, backward, args.slab_channels, shared_at<double>(args.layout.inputs),
+      [&](int i) { return find_channel(args, tile, i); }, [](int, int, double) {});
+}
+
+// By each lane of a group, or by one thread alone: the coefficients of the block's channel i to shared memory, and what
+// there is to be stored of it, if this block is to do it, once for each channel.
+template <bool kRows, int kVec, typename Acc>
+__device__ inline void leave_finished(const KernelArgs& args, const Tile& tile, bool backward, bool write, int i,
+                                      const Inputs& inputs, const Finished<Acc>& found, int lane, int lanes) {
+  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
+  if (lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = found.coefficients;
+  if (!write || !is_first_column(args, tile, i)) return;
+  store_outputs(args, backward, find_channel(args, tile, i), inputs, found, lane, lanes);
+}
+
+// What the block's channels are mapped with where it follows from vectors alone, for all threads after a barrier.
 template <bool kRows, int kVec, typename Acc>
 __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile, bool backward, bool write) {
-  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
-    int64_t channel;
-    there = find_channel(args, tile, i, channel) && there;
-    const double input = load_input(args, channel, lane);
-    const double output = finish_constant<Acc>(args, backward, input, lane, [&](const Coefficients<Acc>& coefficients) {
-      if (there && lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = coefficients;
-    });
-    if (there && write && is_first_column(args, tile, i)) store_output(args, channel, lane, output);
+  leave_tile_inputs(args, tile, backward);
+  __syncthreads();
+  for_each_channel<kRows>(args, [&](int i) {
+    if (find_channel(args, tile, i) < 0) return;
+    const Inputs inputs = inputs_of(backward, args.slab_channels, shared_at<double>(args.layout.inputs), i);
+    leave_finished<kRows, kVec>(args, tile, backward, write, i, inputs, finish_constant<Acc>(args, backward, inputs), 0,
+                                1);
+  });
+}
+
+// The same where it follows from the partial sums that the kernel before has left.
+template <bool kRows, int kVec, typename Acc>
+__device__ inline void leave_from_partials(const KernelArgs& args, const Tile& tile, bool backward, bool write) {
+  leave_tile_inputs(args, tile, backward);
+  wait_for_kernels();
+  __syncthreads();
+  for_each_group<kRows>(args, args.slab_channels, [&](int i, int lane, bool there) {
+    const int64_t channel = find_channel(args, tile, i);
+    const ChannelTotals totals =
+        group_partial_totals(args, backward, channel < 0 ? 0 : channel, lane, args.group_lanes);
+    if (!there || channel < 0) return;
+    const Inputs inputs = inputs_of(backward, args.slab_channels, shared_at<double>(args.layout.inputs), i);
+    const auto found = finish_channel<Acc>(args, backward, totals, inputs);
+    leave_finished<kRows, kVec>(args, tile, backward, write, i, inputs, found, lane, args.group_lanes);
   });
 }
 
@@ -142,23 +173,12 @@ __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)
 // What this thread's elements are mapped with, from wherever the plan says.
 template <bool kRows, int kTensors, int kVec, typename Acc>
 __device__ inline void load_coefficients(const KernelArgs& args, const Tile& tile, Coefficients<Acc> (&found)[kVec]) {
-  auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  if (args.source == Source::kConstants) leave_constants<kRows, kVec, Acc>(args, tile, args.backward, tile.split == 0);
-  if (args.source == Source::kPartials) {
-    for_each_group<kRows>(args, [&](int i, int lane, bool there, int) {
-      int64_t channel;
-      there = find_channel(args, tile, i, channel) && there;
-      const bool writes = there && tile.split == 0 && is_first_column(args, tile, i);
-      const double input = load_input(args, channel, lane);
-      wait_for_kernels();
-      const ChannelTotals totals = group_partial_totals(args, channel, lane, args.group_lanes);
-      const double output =
-          finish_group<Acc>(args, args.backward, totals, input, lane, [&](const Coefficients<Acc>& coefficients) {
-            if (there && lane == 0) shared[place_of_channel<kRows, kVec>(args, i)] = coefficients;
-          });
-      if (writes) store_output(args, channel, lane, output);
-    });
-  }
+  const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
+  const bool writes = tile.split == 0;
+  // Of two tensors it is training's backward pass.
+  if (kTensors == 1 && args.source == Source::kConstants)
+    leave_constants<kRows, kVec, Acc>(args, tile, args.backward, writes);
+  if (args.source == Source::kPartials) leave_from_partials<kRows, kVec, Acc>(args, tile, args.backward, writes);
   wait_for_kernels();
   if (args.source != Source::kFinished) __syncthreads();
   const bool finished = args.source == Source::kFinished;
@@ -169,9 +189,8 @@ __device__ inline void load_coefficients(const KernelArgs& args, const Tile& til
     if (!kRows && v > 0) {
       found[v] = found[0];
     } else if (finished) {
-      int64_t channel;
-      find_channel(args, tile, at[v], channel);
-      found[v] = load_from_l2(static_cast<const Coefficients<Acc>*>(args.coefficients) + channel);
+      const int64_t channel = find_channel(args, tile, at[v]);
+      found[v] = load_from_l2(static_cast<const Coefficients<Acc>*>(args.coefficients) + (channel < 0 ? 0 : channel));
     } else {
       found[v] = shared[at[v]];
     }

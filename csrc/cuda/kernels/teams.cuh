@@ -20,15 +20,21 @@ struct Turn {
   int team, number = 0;
 
   __device__ explicit Turn(const KernelArgs& args) {
-    const unsigned of_block = args.by_tile.divide(blockIdx.x);
-    tile = {of_block, blockIdx.x - of_block * args.by_tile.divisor};
-    team = static_cast<int>(of_block);
+    team = static_cast<int>(args.by_tile.divide(blockIdx.x));
+    tile = {team, static_cast<int>(args.by_tile.remainder(blockIdx.x))};
   }
   // False after the last one.
   __device__ bool next(const KernelArgs& args) {
     tile.slab += args.num_teams;
     ++number;
     return tile.slab < args.num_slabs;
+  }
+  // After next().
+  __device__ Turn before(const KernelArgs& args) const {
+    Turn result = *this;
+    result.tile.slab -= args.num_teams;
+    --result.number;
+    return result;
   }
   // The upper bit after this turn, of a word at which the team meets in each: see meeting.cuh.
   __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }

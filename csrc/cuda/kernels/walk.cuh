@@ -11,15 +11,16 @@ namespace bnext::cuda {
 
 // The part of the work that a block has: a channel or a slab of packs, and a range of items.
 struct Tile {
-  int64_t slab;  // of planes, one channel
-  int64_t split;
+  int slab;  // of planes, one channel
+  int split;
 };
 
 // Apply kernels go backwards: what the reduce pass read last is still in L2.
 template <bool kRows>
 __device__ inline Tile make_tile(const KernelArgs& args, bool backwards) {
   const unsigned block = backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  const unsigned outer = args.by_tile.divide(block), inner = block - outer * args.by_tile.divisor;
+  const int outer = static_cast<int>(args.by_tile.divide(block));
+  const int inner = static_cast<int>(block - static_cast<unsigned>(outer) * args.by_tile.divisor);
   // Blocks that run together read neighbouring memory: slabs of the same rows, or parts of the same planes.
   return kRows ? Tile{inner, outer} : Tile{outer, inner};
 }
@@ -58,7 +59,7 @@ class Cursor {
     bool idle = false;
     if (kRows) {
       const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * args.block_packs;
-      offset_c = tile.slab * args.block_packs + pack;
+      offset_c = int64_t{tile.slab} * args.block_packs + pack;
       start = row;
       idle = row >= args.block_rows || offset_c * kVec >= args.wide_channels;
     }
@@ -178,11 +179,12 @@ __device__ inline void find_slab_channels(const KernelArgs& args, int (&channel)
 
 // Where rows have a channel in each column, what a block leaves of them for all threads lies by element of a pack, and
 // then by pack: the lanes of a warp look for neighbouring packs, and would all want the same banks of shared memory if
-// channels lay one after the other.
+// channels lay one after the other. From element to element it is an odd number of places: so threads that leave
+// neighbouring channels find different banks, too.
 template <bool kRows, int kVec>
 __device__ inline int place_of_channel(const KernelArgs& args, int channel) {
   if (!kRows || !one_channel_a_column(args, kVec)) return channel;
-  return channel % kVec * args.block_packs + channel / kVec;
+  return channel % kVec * odd_packs(args.block_packs) + channel / kVec;
 }
 // Of this thread's elements.
 template <bool kRows, int kVec>
@@ -190,7 +192,7 @@ __device__ inline void find_places(const KernelArgs& args, int (&place)[kVec]) {
   if (!kRows || !one_channel_a_column(args, kVec)) return find_slab_channels<kRows>(args, place);
   const int pack = static_cast<int>(args.by_packs.remainder(threadIdx.x));
 #pragma unroll
-  for (int v = 0; v < kVec; ++v) place[v] = v * args.block_packs + pack;
+  for (int v = 0; v < kVec; ++v) place[v] = v * odd_packs(args.block_packs) + pack;
 }
 
 // View k of a batch of items. An aligned pack is read whole also where only some of its elements are in the item: they
