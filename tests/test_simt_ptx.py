@@ -10,6 +10,7 @@ from pathlib import Path
 
 import cases
 import pytest
+from simt import counts
 from simt import library as simt
 from simt.checks import check_backward, check_forward, check_statistics
 from test_simt_on_chip import EVERY_WAY, GRID, PERSISTENT, PERSISTENT_CLUSTER, RESIDENT
@@ -196,6 +197,22 @@ def test_lanes_find_their_numbers_in_different_banks(
             cycles, least = simt.bank_use()
         assert least > 0
         assert cycles - least <= 16 * call.threads_run / 32, call.plan.decode()
+
+
+def test_operations_are_counted(ptx: Callable[[int], simt.Ptx]) -> None:
+    """All that threads execute, by name; and what tests/simt/counts.py makes of it."""
+    case = cases.make_case((4, 8, 16, 16))
+    with ptx(90):
+        call = check_forward(case, "", machine=simt.Machine(family="resident", batches=32)).call
+        operations = simt.operations_run()
+    assert sum(operations.values()) == call.instructions
+    assert operations["shfl.sync.bfly.b32"] % 32 == 0 < operations["shfl.sync.bfly.b32"]
+    found = counts.count("nchw", "resident", 0, (16, 2, 32, 32), "float32", True, ptx(90))
+    assert found is not None
+    assert (
+        found.longest > found.rest > found.of_pack > 3 * 4
+    )  # additions for each element of a pack
+    assert found.shuffles >= 15  # three sums of a warp
 
 
 def test_cycles_of_banks() -> None:

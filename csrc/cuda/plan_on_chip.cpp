@@ -137,7 +137,9 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
   plan.microseconds = predict_time(plan, r, device);
-  if (plan.num_blocks > kMaxBlocks || plan.num_slabs > kMaxBlocks) {
+  // Where a team goes on, the kernel's number of a slab goes beyond the last one by as many as there are teams.
+  const int64_t most_slabs = plan.num_slabs + (plan.persistent ? plan.num_teams : 0);
+  if (plan.num_blocks > kMaxBlocks || most_slabs > kMaxBlocks) {
     plan.error = "it needs more than 2^31 - 1 blocks";
   } else if (plan.cluster > 1 && active_clusters(device, plan.cluster) == 0) {
     plan.error = "the device runs no clusters of " + std::to_string(plan.cluster) + " such blocks";

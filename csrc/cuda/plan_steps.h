@@ -68,8 +68,9 @@ inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   layout.results = layout.totals + (several ? slices * kNumSums * channels * 8 : 0);
   layout.inputs = layout.results + (plan.on_chip ? kNumSums * channels * 8 : 0);
   layout.coefficients = round_up(layout.inputs + (plan.persistent ? 2 : 1) * input_bytes(channels), kPackBytes);
-  const int64_t by_element = rows ? int64_t{plan.vec} * odd_packs(plan.block_packs) : 0;
-  layout.bytes = layout.coefficients + coefficient_bytes(plan.dtype, std::max<int64_t>(plan.slab_channels, by_element));
+  const bool by_element = rows && one_channel_a_column(plan.slab_channels, plan.block_packs, plan.vec);
+  const int64_t coefficients = by_element ? int64_t{plan.vec} * odd_packs(plan.block_packs) : channels;
+  layout.bytes = layout.coefficients + coefficient_bytes(plan.dtype, coefficients);
   return layout;
 }
 

@@ -169,6 +169,12 @@ void simt_forget_ptx(int64_t number) { simt::forget_ptx(static_cast<int>(number)
 
 void simt_use_ptx(int64_t number) { simt::use_ptx(static_cast<int>(number)); }
 
+const char* simt_operations_run() {
+  static std::string text;
+  text = simt::ptx_operations_run();
+  return text.c_str();
+}
+
 const char* simt_kernels_run() {
   static std::string names;
   names = simt::ptx_kernels_run();

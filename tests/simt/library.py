@@ -190,7 +190,7 @@ def library() -> ctypes.CDLL:
     lib.simt_num_barriers.restype = ctypes.c_int64
     lib.simt_barrier.restype = ctypes.c_char_p
     lib.simt_barrier.argtypes = (ctypes.c_int64,)
-    lib.simt_kernels_run.restype = ctypes.c_char_p
+    lib.simt_kernels_run.restype = lib.simt_operations_run.restype = ctypes.c_char_p
     lib.simt_arch.restype = ctypes.c_int64
     lib.simt_load_ptx.restype = ctypes.c_int64
     lib.simt_load_ptx.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64)
@@ -231,6 +231,12 @@ class Ptx:
 def kernels_run() -> list[str]:
     """Within Ptx: its kernels that have run since it was entered, by name."""
     return library().simt_kernels_run().decode().split()
+
+
+def operations_run() -> dict[str, int]:
+    """Within Ptx: how often threads have executed each instruction since it was entered."""
+    lines = library().simt_operations_run().decode().splitlines()
+    return {name: int(count) for name, count in (line.rsplit(" ", 1) for line in lines)}
 
 
 class BankUse(NamedTuple):

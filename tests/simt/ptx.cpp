@@ -56,7 +56,8 @@ struct Instruction {
   Space space = Space::kAny;
   bool from_l2 = false;
   int64_t offset = 0;
-  int target = 0;  // of branches
+  int target = 0;     // of branches
+  int operation = 0;  // its name is operations[operation]
 };
 
 constexpr int kEnd = -1;                 // where to go on from the last instruction
@@ -74,6 +75,20 @@ struct Module {
   std::map<std::string, Kernel> kernels;
   std::map<const void*, const Kernel*> by_function;  // those that have run since it is in use
 };
+
+// What instructions are called, and how often threads have executed each since a file is in use.
+struct Operation {
+  std::string name;
+  int64_t count;
+};
+std::vector<Operation> operations;
+
+int find_operation(const std::string& name) {
+  static std::map<std::string, int> numbers;
+  const auto [found, is_new] = numbers.emplace(name, static_cast<int>(operations.size()));
+  if (is_new) operations.push_back({name, 0});
+  return found->second;
+}
 
 std::map<int, Module> modules;
 int last_module = 0;
@@ -661,6 +676,7 @@ class Reader {
     const auto found = table_.find(name);
     if (found == table_.end()) throw std::runtime_error("does not know the instruction '" + name + "'");
     i.execute = found->second;
+    i.operation = find_operation(name);
     if (i.execute == &branch) {
       branches_.emplace_back(kernel_.code.size(), operands.at(0));
       return;
@@ -810,7 +826,9 @@ int load_ptx(const std::string& path) {
 void forget_ptx(int number) { modules.erase(number); }
 void use_ptx(int number) {
   module = number == 0 ? nullptr : &modules.at(number);
-  if (module != nullptr) module->by_function.clear();
+  if (module == nullptr) return;
+  module->by_function.clear();
+  for (Operation& operation : operations) operation.count = 0;
 }
 
 bool has_ptx() { return module != nullptr; }
@@ -858,6 +876,14 @@ std::string ptx_kernels_run() {
   return names;
 }
 
+std::string ptx_operations_run() {
+  std::string text;
+  for (const Operation& operation : operations) {
+    if (operation.count > 0) text += operation.name + " " + std::to_string(operation.count) + "\n";
+  }
+  return text;
+}
+
 void run_ptx(const void* function, const void* args, size_t bytes) {
   const Kernel& kernel = find_kernel(function);
   if (bytes != kernel.param_bytes) fail("the kernel's arguments have another size");
@@ -871,6 +897,7 @@ void run_ptx(const void* function, const void* args, size_t bytes) {
   for (; t.next != kEnd; ++steps) {
     if (steps > kMostSteps) fail("runs for ever");
     const Instruction& i = kernel.code[t.next++];
+    ++operations[i.operation].count;
     if (i.predicate < 0 || t.get<bool>(i.predicate) != i.negated) i.execute(t, i);
   }
   count_instructions(steps);

@@ -28,6 +28,8 @@ bool has_ptx();
 int ptx_arch();
 // Kernels that have run since then, by name, each with a space behind it.
 std::string ptx_kernels_run();
+// How often their threads have executed each instruction: lines of its name and a number.
+std::string ptx_operations_run();
 // From now on, or no longer, notes what warps do with shared memory, and forgets what there was. Its 32 banks hold 4
 // bytes each: of what the lanes of a warp ask for at once (of 8 and 16 bytes in two and four turns), the bank that has
 // most different words takes a cycle for each.

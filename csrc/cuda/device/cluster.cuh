@@ -15,7 +15,7 @@ __device__ inline void cluster_arrive(BNEXT_CALLER) {
 #elif __CUDA_ARCH__ >= 900
 #if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
   // A release of what the thread wrote to shared memory only: that of all memory waits for every store to reach L2.
-  // What it has read of other blocks' has arrived: it has been added up, across lanes.
+  // What it has read of other blocks' has arrived: it has stored what follows from that.
   asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #else

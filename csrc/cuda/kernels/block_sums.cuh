@@ -320,8 +320,8 @@ __device__ inline void group_sum(int lanes, double (&value)[kNumbers]) {
   }
 }
 
-// Parts of planes are no more than these. Both halves of the channel's warp add them up, so
-// that all lanes have the sums one shuffle sooner.
+// Parts of planes are no more than these. Both halves of the channel's warp add them up, so that all lanes have the
+// sums one shuffle sooner.
 constexpr int kFewLanes = 16;
 static_assert(kMaxOnChipThreads / kWarpSize <= kFewLanes && kMaxThreads / kWarpSize <= kFewLanes,
               "a lane for each part");

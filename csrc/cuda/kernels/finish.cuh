@@ -1,6 +1,6 @@
 // From the totals of a channel to its results and to the coefficients of the apply pass. All of it in float64: it is
-// little work, and what it rounds every element would inherit. Each of these functions is for a thread that has all of
-// a channel; who needs a part of what it returns pays for that part.
+// little work, and what it rounds every element would inherit. Each of these functions is for a thread that knows all
+// of a channel.
 #pragma once
 
 #include "../device/math.cuh"
@@ -36,12 +36,12 @@ __device__ inline double load_input(const KernelArgs& args, int role, int64_t ch
   return load_channel(args.input[role], channel, role == static_cast<int>(forward::kWeight) ? 1 : 0);
 }
 
-// What vectors have of `channels` channels, to shared memory, [role][channel]: a thread for each number, so that all of
-// it is one trip to memory. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number): whatever
-// else there is to do with it.
+// What vectors have of the block's channels, to shared memory, [role][channel]: a thread for each number, so that all
+// of it is one trip to memory. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number):
+// whatever else there is to do with it.
 template <typename F, typename G>
-__device__ inline void leave_inputs(const KernelArgs& args, bool backward, int channels, double* to, F channel_of,
-                                    G seen) {
+__device__ inline void leave_inputs(const KernelArgs& args, bool backward, double* to, F channel_of, G seen) {
+  const int channels = args.slab_channels;
 #pragma unroll 1
   for (int n = threadIdx.x; n < count_inputs(backward) * channels; n += blockDim.x) {
     const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * channels;
@@ -95,6 +95,7 @@ __device__ inline void store_outputs(const KernelArgs& args, bool backward, int6
   }
 #pragma unroll 1
   for (int role = first; role < count_outputs(backward); role += step) {
+    if (args.output[role].data == nullptr) continue;
     double output = found.output[0];
 #pragma unroll
     for (int other = 1; other < kMostOutputs; ++other) output = role == other ? found.output[other] : output;

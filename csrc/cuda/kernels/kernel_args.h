@@ -30,7 +30,7 @@ constexpr int kMostGroups = 6;
 constexpr int kMaxThreads = 256;
 // Streaming: blocks of kMaxThreads that an SM has registers for. So many run at once, and more would be another wave.
 constexpr int kStreamingBlocksPerSm = 2;
-constexpr int64_t kStreamingSharedBytes = 27 << 10;  // of such a block, at most: what it adds up in
+constexpr int64_t kStreamingSharedBytes = 28 << 10;  // of such a block, at most: what it adds up in
 constexpr int64_t kReservedSharedBytes = 1 << 10;    // of each block, by the driver
 // On chip, where a block may have an SM for itself.
 constexpr int kMaxOnChipThreads = 512;
@@ -75,10 +75,10 @@ enum class Source : uint8_t {
 struct SharedLayout {
   int64_t parts = 0;   // sums of the block's parts, [kNumSums][num_parts][part_places]; see block_sums.cuh
   int64_t counts = 0;  // [num_parts], of statistics
-  // On chip: the block's totals, [slices][kNumSums][slab_channels], for other threads, and blocks of a cluster, to
-  // read; those of all blocks, [kNumSums][slab_channels], and what vectors hold, [kMostInputs][slab_channels], each for
-  // the thread alone that finishes the channel.
-  int64_t totals = 0, results = 0, inputs = 0;
+  // On chip: the block's totals of each channel, [slices][kNumSums][slab_channels], for other threads, and blocks of a
+  // cluster, to read; and those of all blocks, [kNumSums][slab_channels], in the same place where there are no others.
+  int64_t totals = 0, results = 0;
+  int64_t inputs = 0;        // what vectors have, [kMostInputs][slab_channels], twice where blocks are persistent
   int64_t coefficients = 0;  // [slab_channels], or by element and pack
   int64_t bytes = 0;
 };
@@ -236,15 +236,19 @@ constexpr int count_channel_places(int vec, int run_length, int block_packs, int
   while (run_length % unit != 0) unit /= 2;
   return (vec - unit + run_length - 1) / vec + 1;
 }
-// Lanes that add up a channel's numbers: as many as the block has within a warp, as long as each has so many of them.
-// More lanes would save no time: they take shuffles, of which an SM does one in a clock for all its warps.
+// Lanes that add up a channel's numbers: as many as the block has within a warp, until none has more than so many of
+// them. More lanes would save no time: they take shuffles, of which an SM does one in a clock for all its warps.
 constexpr int kLaneNumbers = 2;
 constexpr int count_group_lanes(int threads, int slab_channels, int64_t numbers) {
   int lanes = 1;
   while (lanes < kWarpSize && 2 * lanes * slab_channels <= threads && lanes * kLaneNumbers < numbers) lanes *= 2;
   return lanes;
 }
-// Coefficients of a pack's element, of so many packs side by side: see place_of_channel in walk.cuh.
+// Whether rows have a channel of the block's in each column.
+BNEXT_HOST_DEVICE constexpr bool one_channel_a_column(int slab_channels, int block_packs, int vec) {
+  return slab_channels == block_packs * vec;
+}
+// Where they do, coefficients of a pack's element, of so many packs side by side: see place_of_channel in walk.cuh.
 BNEXT_HOST_DEVICE constexpr int odd_packs(int block_packs) { return block_packs | 1; }
 // What vectors have of so many channels, in shared memory.
 BNEXT_HOST_DEVICE constexpr int64_t input_bytes(int64_t channels) { return kMostInputs * channels * 8; }

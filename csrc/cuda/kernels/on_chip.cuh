@@ -137,7 +137,7 @@ template <bool kRows, bool kBackward, int kVec, typename Acc>
 __device__ inline void leave_turn_inputs(const KernelArgs& args, const Turn& turn) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   leave_inputs(
-      args, kBackward, args.slab_channels, place_of_inputs(args, turn),
+      args, kBackward, place_of_inputs(args, turn),
       [&](int i) {
         const int64_t channel = tile_channel(args, turn.tile, i);
         return channel < args.num_channels ? channel : -1;
@@ -250,8 +250,8 @@ __device__ inline Turn done(const KernelArgs& args, const Turn& turn) {
   return kBlocks == Blocks::kOneTile ? turn : turn.before(args);
 }
 
-// When all else is done, what there is to be stored of the turn's channels, a thread for each number, the block's last
-// ones first, because the first ones have finished the channels: by the first block of the team, or by those that have
+// When all else is done, what there is to be stored of the turn's channels, a thread for each number, from the last one
+// on, because the first ones have had the channels to finish: by the first block of the team, or by those that have
 // taken a share.
 template <bool kRows, bool kBackward, Blocks kBlocks, typename Acc>
 __device__ inline void store_results(const KernelArgs& args, const Turn& turn) {
@@ -263,7 +263,8 @@ __device__ inline void store_results(const KernelArgs& args, const Turn& turn) {
   for (int n = blockDim.x - 1 - threadIdx.x; n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
     const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * args.slab_channels;
     const int64_t channel = tile_channel(args, turn.tile, i);
-    if (channel >= args.num_channels || (shared_out && args.by_tile.remainder(i) != split)) continue;
+    if (channel >= args.num_channels || args.output[role].data == nullptr) continue;
+    if (shared_out && args.by_tile.remainder(i) != split) continue;
     const double* left = shared_at<const double>(args.layout.results) + i;
     const ChannelTotals totals = {{left[0], left[args.slab_channels], left[2 * args.slab_channels]}};
     const Inputs of_channel = inputs_of(kBackward, args.slab_channels, inputs, i);

@@ -33,8 +33,8 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
 // What vectors have of the block's channels, for all threads after a barrier.
 __device__ inline void leave_tile_inputs(const KernelArgs& args, const Tile& tile, bool backward) {
   leave_inputs(
-      args, backward, args.slab_channels, shared_at<double>(args.layout.inputs),
-      [&](int i) { return find_channel(args, tile, i); }, [](int, int, double) {});
+      args, backward, shared_at<double>(args.layout.inputs), [&](int i) { return find_channel(args, tile, i); },
+      [](int, int, double) {});
 }
 
 // By each lane of a group, or by one thread alone: the coefficients of the block's channel i to shared memory, and what

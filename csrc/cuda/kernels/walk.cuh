@@ -151,9 +151,8 @@ __device__ inline int num_steps(const KernelArgs& args, const Tile& tile) {
   return static_cast<int>(args.by_step.divide(static_cast<unsigned>(items) + args.by_step.divisor - 1));
 }
 
-// Whether rows have a channel of the block's in each column.
 __device__ inline bool one_channel_a_column(const KernelArgs& args, int vec) {
-  return args.slab_channels == args.block_packs * vec;
+  return one_channel_a_column(args.slab_channels, args.block_packs, vec);
 }
 
 // Of this thread's elements, their channels among those of the block. Rows have as many columns as their packs have
