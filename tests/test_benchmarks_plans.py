@@ -74,7 +74,8 @@ def test_the_environment_is_left_as_it_was(environment: Callable[[str, str], Non
 
 def test_names_tell_settings() -> None:
     settings = {"FAMILY": "cluster", "TEAM": "2", "THREADS": "512"}
-    variant = providers.Variant(plans.name_of(settings), settings)
+    variant = plans.Forced(settings)
+    assert variant.why_not(CASES[0]) is None
     assert variant.name == "bnext-FAMILY=cluster,TEAM=2,THREADS=512"
     assert plans.settings_of(variant.name) == settings
     assert not shapes.is_peer(variant.name)
