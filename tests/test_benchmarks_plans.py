@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import fit, plans, providers, results, shapes  # noqa: E402
+from benchmarks import fit, plans, providers, results, runner, shapes  # noqa: E402
 
 SHAPES = (shapes.Shape(32, 256, 56, 56), shapes.Shape(32, 512, 7, 7), shapes.Shape(8, 64, 112, 112))
 
@@ -122,6 +122,53 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         fit.main([str(path), "--only", "lunch_us"])
     assert "no constant lunch_us; there are " in capsys.readouterr().err
+
+
+def test_what_the_command_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of every case the chosen plan and its candidates, on a device that says what it is."""
+    planned, device = _C.cuda_plans, _C.cuda_device
+
+    class Clock:
+        def __init__(self, providers: object, seconds: float, *, names_kernels: bool) -> None:
+            assert seconds == 0.5 and not names_kernels
+
+        providers: list[providers.Bnext]
+
+        def run_case(self, case: shapes.Case) -> list[results.Row]:
+            rows = [results.new_row(case, "clone")]
+            for number, provider in enumerate(self.providers):
+                assert provider.why_not(case) is None
+                rows.append(results.new_row(case, provider.name))
+                rows[-1].ms, rows[-1].plan = 0.02 - 0.001 * number, provider.plan(case)
+            return rows
+
+    for module in (providers, plans):
+        monkeypatch.setattr(
+            module._C, "cuda_plans", lambda x, _, *a, **b: planned(x, "h200", *a, **b)
+        )
+        monkeypatch.setattr(module._C, "cuda_device", lambda _: device("h200"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    named = ("name", "torch", "bnext", "commit", "cuda", "cudnn", "driver_version", "date")
+    facts = {"device": "cuda", "threads": 1, "cache_mib": 60.0, "copy_gbps": 1.0}
+    facts |= dict.fromkeys(named, "x")
+    monkeypatch.setattr(results, "environment", lambda _: facts)
+    monkeypatch.setattr(runner, "Benchmark", Clock)
+    path = tmp_path / "plans.json"
+    options = ["--shape", "32,64,14,14", "--dtype", "float32", "--most", "5", "--seconds", "0.5"]
+    assert command.main(["plans", *options, "--output", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 passes: the chosen plan takes" in printed and "plans: " in printed
+    rows = results.load(path)[1]
+    found = plans.by_case(rows)
+    assert len(found) == 4 and all(6 <= len(timed) <= 8 for timed in found.values())
+    assert len(fit.measured(rows)) == 4 * 5
+    assert command.main(["summary", str(path)]) == 0
+    assert "4 passes: the chosen plan takes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.main(["plans", *options, "--direction", "step"])
+    assert "a plan is of one pass" in capsys.readouterr().err
 
 
 def test_a_fit_finds_the_constants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -372,8 +372,11 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
   } else if (one_channel_a_column(args, kVec)) {  // a place in each part
     const int place = place_of_column(channel);
     if (kMoments) moments.point = parts[place];
+    // Not lane_parts, which is the same here: compilers divide by the step, ahead of the branch, where that may be
+    // zero.
+    const int step = args.slices * args.group_lanes;
 #pragma unroll 4
-    for (int part = lane; part < args.num_parts; part += args.lane_parts) add(part, place, 1);
+    for (int part = lane; part < args.num_parts; part += step) add(part, place, 1);
   } else {
     // Of a run the channel's columns are neighbours, else slab_channels apart.
     const int begin = channel * args.run_length, end = begin + args.run_length;
