@@ -12,7 +12,6 @@ held back, to show what the fit is worth where it has not been.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,10 +55,10 @@ def predict(found: Sequence[Measured], device: str, costs: Costs) -> list[float]
     return times
 
 
-def error(found: Sequence[Measured], predicted: Sequence[float]) -> float:
-    """Root mean square of the logarithm of measured over predicted time."""
-    off = [math.log(m.microseconds / p) for m, p in zip(found, predicted, strict=True)]
-    return math.sqrt(sum(x * x for x in off) / len(off))
+def error(found: Sequence[Measured], device: str, costs: Costs) -> float:
+    """How far the model is off with these constants."""
+    times = (m.microseconds for m in found)
+    return plans.error(zip(times, predict(found, device, costs), strict=True))
 
 
 def descend(
@@ -112,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{a.file} holds no plans: it should be of python -m benchmarks plans")
     print(f"{len(found)} plans of {len(cases)} passes, {len(held)} of which are held back")
     best = descend(
-        lambda costs: error(parts["fitted"], predict(parts["fitted"], a.device, costs)),
+        lambda costs: error(parts["fitted"], a.device, costs),
         start,
         names,
     )
@@ -122,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     for name, part in parts.items():
         if part:
-            before, after = (error(part, predict(part, a.device, c)) for c in (start, best))
+            before, after = (error(part, a.device, costs) for costs in (start, best))
             print(f"{name}: error {before:.3f} before, {after:.3f} after")
     return 0
 

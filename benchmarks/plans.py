@@ -13,7 +13,7 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -103,6 +103,12 @@ def predicted_ms(row: dict[str, Any]) -> float | None:
     return float(found[1]) / 1e3 if found else None
 
 
+def error(pairs: Iterable[tuple[float, float]]) -> float:
+    """Of pairs of a measured and a predicted time: root mean square of the ratio's logarithm."""
+    off = [math.log(measured / predicted) for measured, predicted in pairs]
+    return math.sqrt(sum(x * x for x in off) / len(off))
+
+
 def by_case(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """The timed rows of each case that has other plans beside the chosen one."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
@@ -151,13 +157,13 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
         f"\n{len(found)} passes: the chosen plan takes {geomean(r for r, _ in found):.3f} "
     )
     lines[-1] += "times as long as the fastest, in the geometric mean"
-    pairs = [(row["ms"], predicted_ms(row)) for row in rows if row["ms"] and not row["note"]]
-    off = [math.log(ms / predicted) for ms, predicted in pairs if predicted]
-    if off:
-        error = math.sqrt(sum(x * x for x in off) / len(off))
+    timed = [row for row in rows if row["ms"] and not row["note"]]
+    pairs = [(row["ms"], predicted) for row in timed if (predicted := predicted_ms(row))]
+    if pairs:
+        mean = geomean(ms / predicted for ms, predicted in pairs)
         lines.append(
-            f"{len(off)} plans: {math.exp(sum(off) / len(off)):.2f} times the predicted time in "
-            f"the mean; error {error:.0%} (root mean square of the logarithm)"
+            f"{len(pairs)} plans: {mean:.2f} times the predicted time in the mean; "
+            f"error {error(pairs):.0%} (root mean square of the logarithm)"
         )
     return "\n".join(lines)
 

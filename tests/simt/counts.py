@@ -3,9 +3,9 @@ each pack of 16 bytes, and what a thread executes beside its packs.
 
 python tests/simt/counts.py [--arch 90] [--ptx FILE]
 
-Needs nvcc, or a file that it has left: `make cuda-check` says where that runs. Each line is a pass
-of two batch sizes, from whose difference the count for a pack follows. `shuffles` are of a thread;
-a multiprocessor does one of a warp in a clock, and of all other instructions about four.
+Needs nvcc, or the PTX that it has made of csrc/cuda/launch.cu. Each line is a pass of two batch
+sizes, from whose difference the count for a pack follows. `shuffles` are of a thread; a
+multiprocessor does one of a warp in a clock, and of most other instructions four.
 """
 
 from __future__ import annotations
