@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import plans, results
-from benchmarks.providers import Settings, forced
-from benchmarks.shapes import meta_input
+from benchmarks.providers import Settings, forced, plans_of
+from benchmarks.shapes import Case, Shape
 from bnext._extension import _C
 
 Costs = dict[str, float]
@@ -47,11 +47,11 @@ def measured(rows: Sequence[dict[str, Any]]) -> list[Measured]:
 def predict(found: Sequence[Measured], device: str, costs: Costs) -> list[float]:
     """Microseconds of each by the model with these constants."""
     times = []
-    for case, settings, _ in found:
-        *shape, dtype, layout, direction = case
+    for (*shape, dtype, layout, direction), settings, _ in found:
+        case = Case("", Shape(*shape), dtype, layout, direction)
         with forced(settings):
-            reports = _C.cuda_plans(meta_input(shape, dtype, layout), device, "", True, costs)
-        times += [plan["microseconds"] for plan in reports if plan["pass"] == direction]
+            (plan,) = plans_of(case, device, costs=costs)
+        times.append(plan["microseconds"])
     return times
 
 
