@@ -209,10 +209,11 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
         assert device.cooperative, text
         assert per_sm * q.threads <= 512, text
         assert per_sm * (q.shared_bytes + KB) <= device.shared_bytes_per_sm, text
-        partials = ceil_div(24 * channels * q.num_splits, 16) * 16
-        coefficients = 4 * channels * q.acc_bytes if q.shares_out else 0
+        # Words of 16 bytes with 12 bytes in each: sums from every block, and coefficients.
+        coefficients = ceil_div(4 * q.acc_bytes, 12) if q.shares_out else 0
         assert not (q.shares_out and q.walk == 0), text
-        assert q.workspace_bytes == partials + coefficients + 8 * q.num_teams, text
+        words = ceil_div(24, 12) * q.num_splits + coefficients
+        assert q.workspace_bytes == 16 * 2 * q.num_teams * q.slab_channels * words, text
     else:
         # All persistent blocks run at once, and there are no fewer than can.
         assert q.persistent or q.num_teams == slabs, text

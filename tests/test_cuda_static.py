@@ -32,6 +32,9 @@ LOCAL = re.compile(r"(LDL|STL)\b")
 # Where a copy to shared memory has a policy for L2, ptxas of CUDA 13.0 cannot add a uniform
 # register to its address, and does so all the same: an H200 stops at that. See async.cuh.
 ILLEGAL = re.compile(r"LDGSTS\S* \[R\d+\+UR\d+[^;]*")
+# Kernels of a grid, and what moves less than 16 bytes of what other blocks look at.
+GRID = re.compile(r"on_chip_\w+BlocksE3E")
+TORN = re.compile(r"(LDG|STG)\.E\.(?!128\b)\S*STRONG\.GPU")
 
 
 @pytest.fixture(params=ARCHS, ids=lambda arch: f"sm_{arch}")
@@ -115,6 +118,21 @@ def narrow_kernels(functions: dict[str, Counter[str]], arch: int) -> list[str]:
     return bad
 
 
+def torn_letters(functions: dict[str, Counter[str]]) -> list[str]:
+    """Kernels of a grid with loads or stores of letters that are not of a whole word: ptxas makes
+    loads of 4 bytes of one whose other bytes nobody uses. Forward also loads the number of batches
+    from L2, 8 bytes."""
+    bad = []
+    for name, instructions in functions.items():
+        if not GRID.search(name):
+            continue
+        torn = Counter({i: n for i, n in instructions.items() if TORN.match(i)})
+        if "forward" in name:
+            torn.subtract(["LDG.E.64.STRONG.GPU"])
+        bad += [f"{name}: {n} x {instruction}" for instruction, n in torn.items() if n != 0]
+    return bad
+
+
 def fail_with(lines: list[str], arch: int) -> None:
     if lines:
         pytest.fail("\n".join([f"sm_{arch}:", *lines]), pytrace=False)
@@ -159,7 +177,8 @@ def test_machine_code(arch: int, compiled: Compiled) -> None:
     local = {name: sorted(i for i in f if LOCAL.match(i)) for name, f in functions.items()}
     lines = [f"{name}: {', '.join(found)}" for name, found in local.items() if found]
     lines += [f"illegal: {instruction}" for instruction in illegal_instructions(text)]
-    fail_with(lines + narrow_kernels(functions, arch), arch)
+    assert sum(1 for name in functions if GRID.search(name)) == 24
+    fail_with(lines + narrow_kernels(functions, arch) + torn_letters(functions), arch)
 
 
 SPILLING = """
@@ -197,6 +216,18 @@ def test_illegal_instructions_are_seen() -> None:
     lines = [refused, *(f"LDGSTS.E.BYPASS.128 {operands} " for operands in ran)]
     text = "".join(f"        /*0d30*/              @!P0 {line};\n" for line in lines)
     assert illegal_instructions(text) == [refused]
+
+
+def test_torn_letters_are_seen() -> None:
+    """As ptxas loaded a letter of which two parts were not used."""
+    whole = Counter({"LDG.E.128.STRONG.GPU": 3, "STG.E.128.STRONG.GPU": 2, "LDG.E": 4})
+    narrow = Counter({"LDG.E.STRONG.GPU": 2, "LDG.E.64.STRONG.GPU": 1})
+    names = [f"_Z1on_chip_{p}ward_kernelIfLi4ELNS0_6BlocksE3EEE" for p in ("for", "back")]
+    forward, backward = names
+    fine = {forward: whole + Counter({"LDG.E.64.STRONG.GPU": 1}), backward: whole}
+    assert torn_letters(fine) == []
+    assert len(torn_letters({forward: whole + narrow, backward: whole + narrow})) == 3
+    assert torn_letters({backward.replace("E3E", "E2E"): narrow}) == []
 
 
 @pytest.mark.parametrize(

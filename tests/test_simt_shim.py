@@ -40,7 +40,7 @@ def test_the_shim_notices(which: int) -> None:
 
 
 CALLS = r"__syncthreads|cluster_arrive|cluster_wait|wait_async|wait_for_kernels"
-CALLS += r"|grid_arrive|grid_wait|arrive_at|await"
+CALLS += r"|grid_arrive|grid_wait|read_letters"
 BARRIER = re.compile(rf"\s*(?:if \(.*\) )?({CALLS})\(.*\);")
 WIDE = simt.Machine(threads=128, num_sms=40)
 RESIDENT = simt.Machine(threads=128, family="resident", batches=32)

@@ -73,12 +73,11 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.num_positions = static_cast<double>(g.num_positions());
   args.inverse_positions = 1 / args.num_positions;
   args.unbiased = args.num_positions / (args.num_positions - 1);
-  const bool grid = plan.family == Family::kGrid;
-  if (plan.reduce || grid) args.partials = static_cast<double*>(workspace);
-  if (grid) args.meeting_words = reinterpret_cast<unsigned*>(static_cast<char*>(workspace) + plan.words_offset);
-  if ((plan.finish && plan.apply) || plan.shares_out) {
-    args.coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
-  }
+  if (plan.family == Family::kGrid) args.sum_letters = workspace;
+  if (plan.reduce) args.partials = static_cast<double*>(workspace);
+  void* coefficients = static_cast<char*>(workspace) + plan.coefficient_offset;
+  if (plan.shares_out) args.coefficient_letters = coefficients;
+  if (plan.finish && plan.apply) args.coefficients = coefficients;
   return args;
 }
 

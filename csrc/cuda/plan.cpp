@@ -326,16 +326,15 @@ bool operator==(const Plan& a, const Plan& b) {
     const auto& [family, walk, dtype, pass, whole_packs, vec, fold, threads, size, num_items, chunk, num_splits,
                  wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length, num_blocks, reduce,
                  finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes, coefficient_offset,
-                 workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent, shares_out, words_offset,
-                 num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held, layout,
-                 tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
+                 workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent, shares_out, num_steps,
+                 held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held, layout, tensors_read,
+                 tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
     return std::tie(family, walk, dtype, pass, whole_packs, vec, fold, threads, size[0], size[1], size[2], num_items,
                     chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length,
                     num_blocks, reduce, finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes,
                     coefficient_offset, workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent,
-                    shares_out, words_offset, num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late,
-                    late_us, held, layout, tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds,
-                    error);
+                    shares_out, num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held,
+                    layout, tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds, error);
   };
   return fields(a) == fields(b);
 }

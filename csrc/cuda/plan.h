@@ -24,7 +24,9 @@ struct Costs {
   // first store. Runs of channels and rows take `halves` times as long with halves.
   double reduction_us = 3.7, runs_reduction_us = 2.7, rows_reduction_us = 4.1, halves = 1.9;
   double cluster_us = 1.1, large_cluster_us = 2.7;  // more of a reduction: a cluster's barrier, remote reads
-  double meeting_us = 2.5;  // of a grid's team: a fence, an arrival, a look at it, and the slowest block
+  // Of a grid's team: news to L2, a trip from there, and the slowest block. (When it was measured, data, a fence, an
+  // arrival, a look at it, and then the data again: one and a half trips more.)
+  double meeting_us = 2.5;
   double trip_us = 0.7;     // to L2
   // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
   // Guesses.
@@ -149,7 +151,6 @@ struct Plan {
   int64_t num_teams = 1;              // of num_splits blocks each
   bool persistent = false;            // there are fewer teams than slabs: each has one slab after the other
   bool shares_out = false;            // as in KernelArgs
-  int64_t words_offset = 0;           // of the words at which teams meet, in the workspace
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int kept_batches = 0, batches_ahead = 0;
   int64_t late_from = 0, num_late = 0;  // blocks that begin late_us after the others

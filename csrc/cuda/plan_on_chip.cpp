@@ -121,11 +121,11 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   }
   plan.num_blocks = plan.num_teams * team.blocks;
   if (grid) {
-    plan.coefficient_offset = round_up(partial_bytes(r.geometry.num_channels, team.blocks), kPackBytes);
-    plan.words_offset = plan.coefficient_offset;
     share_out(device, limits, plan);
-    if (plan.shares_out) plan.words_offset += coefficient_bytes(plan.dtype, r.geometry.num_channels);
-    plan.workspace_bytes = plan.words_offset + kWordsOfTeam * plan.num_teams * static_cast<int64_t>(sizeof(unsigned));
+    const int64_t channels = plan.num_teams * kTurnsOfLetters * plan.slab_channels;  // that have letters
+    plan.coefficient_offset = channels * team.blocks * letter_bytes(kNumSums * sizeof(double));
+    plan.workspace_bytes = plan.coefficient_offset;
+    if (plan.shares_out) plan.workspace_bytes += channels * letter_bytes(coefficient_bytes(plan.dtype, 1));
   }
   // What comes first in each block, behind what registers keep, has to go again.
   const int64_t batch_items = int64_t{kOnChipBatch} * (plan.walk == Walk::kRows ? plan.block_rows : plan.threads);

@@ -59,11 +59,17 @@ ChannelVector channel_vector(const Vector& v) { return {v.data, v.stride, static
 
 TensorLayout layout(const Tensor& t) { return {t.data, {t.stride[0], t.stride[1], t.stride[2], t.stride[3]}}; }
 
-// Workspace as an allocator would give it: aligned, full of old data (NaN here), and with something behind it.
+// Workspace as an allocator would give it: aligned, full of old data, and with something behind it. The data are NaN,
+// or where there may be letters the stamps of a block's first turns.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : bytes_(bytes), data_(new (std::align_val_t{256}) unsigned char[bytes + kGuard]) {
+  Workspace(int64_t bytes, bool letters)
+      : bytes_(bytes), data_(new (std::align_val_t{256}) unsigned char[bytes + kGuard]) {
     std::memset(data_, 0xff, bytes + kGuard);
+    for (uint32_t i = 0; letters && i < bytes / sizeof i; ++i) {
+      const uint32_t stamp = i / 4 * 2654435761 >> 31 ? 1 : 2;  // the same in all parts of a word
+      std::memcpy(data_ + i * sizeof i, &stamp, sizeof stamp);
+    }
   }
   ~Workspace() { operator delete[](data_, std::align_val_t{256}); }
   void* data() { return data_; }
@@ -117,7 +123,7 @@ void run(Call& call, const Problem& problem) {
     simt::allow_any(v->data, ((call.size[1] - 1) * v->stride + 1) * dtype_bytes(static_cast<DType>(v->dtype)));
   }
   if (call.num_batches_tracked != nullptr) simt::allow_any(call.num_batches_tracked, sizeof(int64_t));
-  Workspace workspace(plan.workspace_bytes);
+  Workspace workspace(plan.workspace_bytes, plan.family == cuda::Family::kGrid);
   simt::allow_any(workspace.data(), plan.workspace_bytes, true);
   const cudaError_t error = cuda::launch(problem, plan, workspace.data(), nullptr);
   const char* message = workspace.overrun() ? "a kernel wrote beyond the workspace" : simt::error().c_str();

@@ -86,32 +86,33 @@ void store_after_waiting(Memory memory) {
 }
 
 unsigned word = 0;
+const unsigned one = 1;
 float number = 0;
 
 void waits_for_ever(Memory) {
-  if (threadIdx.x == 0 && blockIdx.x > 0) simt::await(&word, 9, 9, __FILE__, __LINE__);
+  if (threadIdx.x == 0 && blockIdx.x > 0) simt::await(&word, 9, __FILE__, __LINE__);
   __syncthreads();
-  if (threadIdx.x == 0) simt::arrive_at(&word, 1, __FILE__, __LINE__);
+  if (threadIdx.x == 0) simt::post(&word, &one, sizeof word);
 }
 
 void read_after(void (*leave)()) {
   if (threadIdx.x != 0) return;
   if (blockIdx.x == 0) return leave();
-  simt::await(&word, 1, 1, __FILE__, __LINE__);
+  simt::await(&word, 1, __FILE__, __LINE__);
   if (number != 1) simt::check_store(nullptr, 4);
 }
 
-void arrives_before_leaving(Memory) {
+void posts_too_early(Memory) {
   read_after([] {
-    simt::arrive_at(&word, 1, __FILE__, __LINE__);
+    simt::post(&word, &one, sizeof word);
     number = 1;
   });
 }
 
-void leaves_before_arriving(Memory) {
+void posts_at_last(Memory) {
   read_after([] {
     number = 1;
-    simt::arrive_at(&word, 1, __FILE__, __LINE__);
+    simt::post(&word, &one, sizeof word);
   });
 }
 
@@ -150,8 +151,8 @@ extern "C" void simt_fault(int64_t which, int64_t seed, char* error, int64_t err
                           {store_after_waiting, 1, 1, true},
                           {store_without_waiting, 1, 1},
                           {waits_for_ever, 3, 1, false, true},
-                          {arrives_before_leaving, 2, 1, false, true},
-                          {leaves_before_arriving, 2, 1, false, true},
+                          {posts_too_early, 2, 1, false, true},
+                          {posts_at_last, 2, 1, false, true},
                           {ended_block, 2, 1, false, true}};
   const Fault& fault = faults[which];
   word = 0;

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -100,9 +101,9 @@ struct Thread {
   std::vector<uint64_t> registers;
   int next = 0;
   int64_t clock = 0, first_clock = -1, last_clock = -1;  // of an SM, and when this thread has looked at it
-  const uint32_t* seen_at = nullptr;                     // the word that another block may change, when it looked last
-  uint32_t seen = 0;
-  bool unfenced = false;         // it has stored to shared memory since the last fence
+  std::map<const uint32_t*, uint32_t> seen = {};         // words that others may change, when it looked last
+  std::map<int, std::array<uint64_t, 2>> wide = {};      // registers of 16 bytes
+  bool unfenced = false;                                 // it has stored to shared memory since the last fence
   std::vector<int> rounds = {};  // while banks are watched: how often it has been at each instruction
 
   template <typename T>
@@ -199,12 +200,16 @@ void store(Thread& t, const Instruction& i) {
 }
 
 // Who looks at a word and sees again what was there waits for another block.
+void await_another(Thread& t, const Instruction& i, const uint32_t* word) {
+  const auto [seen, is_new] = t.seen.emplace(word, *word);
+  if (!is_new && *word == seen->second) await_change(word, seen->second, t.file(), i.line);
+  seen->second = *word;
+}
+
 void load_acquire(Thread& t, const Instruction& i) {
   const auto* word = reinterpret_cast<const uint32_t*>(readable(t, i, sizeof(uint32_t)));
-  if (word == t.seen_at && *word == t.seen) await_change(word, t.seen, t.file(), i.line);
-  t.seen_at = word;
-  t.seen = *word;
-  t.set(i.to[0], t.seen);
+  await_another(t, i, word);
+  t.set(i.to[0], *word);
 }
 
 void add_release(Thread& t, const Instruction& i) {
@@ -212,6 +217,30 @@ void add_release(Thread& t, const Instruction& i) {
   const uint32_t before = *word;
   if (!i.to.empty()) t.set(i.to[0], before);
   arrive_at(const_cast<uint32_t*>(word), t.get<uint32_t>(i.from[1]), t.file(), i.line);
+}
+
+// Words of 16 bytes that are stored and loaded as a whole, with a stamp at their end. They have registers of their own.
+constexpr int kWideBytes = 16;
+
+void load_wide(Thread& t, const Instruction& i) {
+  const unsigned char* from = readable(t, i, kWideBytes);
+  const auto* stamp = reinterpret_cast<const uint32_t*>(from + kWideBytes - sizeof(uint32_t));
+  await_another(t, i, stamp);
+  std::memcpy(&t.wide[i.to[0]], from, kWideBytes);
+}
+
+void store_wide(Thread& t, const Instruction& i) {
+  const uint64_t address = t.registers[i.from[0]] + static_cast<uint64_t>(i.offset);
+  post_anywhere(reinterpret_cast<void*>(address), &t.wide[i.from[1]], kWideBytes);
+}
+
+// {lower, upper} = wide, or the other way round.
+void move_wide(Thread& t, const Instruction& i) {
+  if (i.to.size() == 2) {
+    for (size_t k = 0; k < 2; ++k) t.registers[i.to[k]] = t.wide[i.from[0]][k];
+  } else {
+    t.wide[i.to[0]] = {t.registers[i.from[0]], t.registers[i.from[1]]};
+  }
 }
 
 void add_anywhere(Thread& t, const Instruction& i) {
@@ -235,6 +264,15 @@ void begin_copy(Thread& t, const Instruction& i) {
 }
 
 // ---- arithmetic --------------------------------------------------------------------------------------------------
+
+// The second with so many bits of the first, from one of its own on.
+template <typename T>
+void insert_bits(Thread& t, const Instruction& i) {
+  const auto first = t.get<uint32_t>(i.from[2]), count = t.get<uint32_t>(i.from[3]);
+  if (count == 0 || first + count > 8 * sizeof(T)) fail("bits beyond a register");
+  const T mask = static_cast<T>(~T{0} >> (8 * sizeof(T) - count)) << first;
+  t.set(i.to[0], static_cast<T>((t.get<T>(i.from[0]) << first & mask) | (t.get<T>(i.from[1]) & ~mask)));
+}
 
 template <typename To, typename From, To (*kFunction)(From)>
 void unary(Thread& t, const Instruction& i) {
@@ -558,8 +596,11 @@ Table make_table() {
   table["cvt.rn.f16x2.f32"] = &narrow_pair<&to_half>;
   table["cvt.rn.bf16x2.f32"] = &narrow_pair<&to_bfloat>;
 
-  table["ld.acquire.gpu.u32"] = table["ld.acquire.gpu.global.u32"] = &load_acquire;
-  table["atom.add.release.gpu.u32"] = table["red.release.gpu.global.add.u32"] = &add_release;
+  table["ld.acquire.gpu.u32"] = &load_acquire;
+  table["atom.add.release.gpu.u32"] = &add_release;
+  table["ld.relaxed.gpu.global.b128"] = &load_wide;
+  table["st.relaxed.gpu.global.b128"] = &store_wide;
+  table["mov.b128"] = &move_wide;
   table["red.global.add.u64"] = &add_anywhere;
   table["cp.async.cg.shared.global.L2::cache_hint"] = &begin_copy;
   table["cp.async.commit_group"] = &commit;
@@ -582,6 +623,8 @@ Table make_table() {
   table["griddepcontrol.launch_dependents"] = &nothing;
 
   table["bra"] = table["bra.uni"] = &branch;
+  table["bfi.b32"] = &insert_bits<uint32_t>;
+  table["bfi.b64"] = &insert_bits<uint64_t>;
   table["ret"] = &end;
   table["trap"] = &trap;
   table["nanosleep.u32"] = &sleep;

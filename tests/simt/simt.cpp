@@ -44,8 +44,8 @@ struct Fiber {
   int passed = 0, waited = 0;  // cluster barriers
   int barriers = 0;            // of the block, passed
   Site arrived_at;
-  const unsigned* word = nullptr;  // that it waits for, to be `bits` under `mask`, or to be something else
-  unsigned bits = 0, mask = 0;
+  const unsigned* word = nullptr;  // that it waits for, to be `bits`, or to be something else
+  unsigned bits = 0;
   bool something_else = false;
   bool depends = false;  // it has waited for the kernels before
   std::vector<Pending> pending;
@@ -279,16 +279,15 @@ void release_stores() {
   }
 }
 
-bool word_has_come(const Fiber& fiber) { return ((*fiber.word & fiber.mask) == fiber.bits) != fiber.something_else; }
+bool word_has_come(const Fiber& fiber) { return (*fiber.word == fiber.bits) != fiber.something_else; }
 
-// Until a word of global memory is `bits` under `mask`, or is not.
-void await_word(const unsigned* word, unsigned bits, unsigned mask, bool something_else, const char* file, int line) {
+// Until a word of global memory is `bits`, or is not.
+void await_word(const unsigned* word, unsigned bits, bool something_else, const char* file, int line) {
   Fiber& fiber = current();
   set_state(m.fiber, State::kAtWord);
   m.at_word.push_back(m.fiber);
   fiber.word = word;
   fiber.bits = bits;
-  fiber.mask = mask;
   fiber.something_else = something_else;
   fiber.file = file;
   fiber.line = line;
@@ -432,8 +431,14 @@ void arrive_at(unsigned* word, unsigned amount, const char* file, int line) {
   yield();
 }
 
-void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line) {
-  if (!skipped(file, line)) await_word(word, bits, mask, false, file, line);
+// The same. It may arrive at any time: at once is when most can go wrong.
+void post(void* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+  yield();
+}
+
+void await(const unsigned* word, unsigned bits, const char* file, int line) {
+  if (!skipped(file, line)) await_word(word, bits, false, file, line);
 }
 
 void wait_for_kernels(const char* file, int line) {
@@ -543,6 +548,14 @@ void store_anywhere(void* to, const void* value, size_t bytes) {
   current().pending.push_back({static_cast<unsigned char*>(to), {first, first + bytes}, current().barriers});
 }
 
+void post_anywhere(void* to, const void* value, size_t bytes) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(to);
+  if (find(m.left, begin, begin + bytes) == nullptr) fail("a letter outside the workspace");
+  check_dependency();
+  check_aligned("a store", begin, bytes);
+  post(to, value, bytes);
+}
+
 unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int other, const void* value) {
   const unsigned block = other < 0 ? rank() : static_cast<unsigned>(other);
   if (block >= m.cluster || (m.cooperative && other >= 0)) fail("a load from a block that is not in the cluster");
@@ -568,7 +581,7 @@ unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int othe
 }
 
 void await_change(const unsigned* word, unsigned seen, const char* file, int line) {
-  await_word(word, seen, ~0u, true, file, line);
+  await_word(word, seen, true, file, line);
 }
 
 void count_instructions(int64_t count) {

@@ -56,9 +56,9 @@ void cluster_wait(const char* file, int line);
 // What lies at `own`'s place in the shared memory of another block of the cluster.
 const void* cluster_memory(const void* own, size_t bytes, unsigned rank);
 
-// Adds to a word in global memory; waits until its bits under a mask are those of `bits`.
-void arrive_at(unsigned* word, unsigned amount, const char* file, int line);
-void await(const unsigned* word, unsigned bits, unsigned mask, const char* file, int line);
+// Stores what other blocks may look at, and see as a whole; waits until there is such a word in global memory.
+void post(void* to, const void* from, size_t bytes);
+void await(const unsigned* word, unsigned bits, const char* file, int line);
 
 // The kernels before have ended: what they have left may be looked at, and what they read may be overwritten.
 void wait_for_kernels(const char* file, int line);
@@ -109,9 +109,12 @@ void launch(void (*kernel)(Args), unsigned grid, unsigned block, unsigned cluste
 // when some thread releases them, or when the block has ended.
 const void* load_anywhere(const void* from, size_t bytes, bool from_l2);
 void store_anywhere(void* to, const void* value, size_t bytes);
+void post_anywhere(void* to, const void* value, size_t bytes);
 // What lies so many bytes into the shared memory of this block, or of one of the cluster.
 unsigned char* touch_shared(uint64_t offset, size_t bytes, bool stores, int rank = -1, const void* value = nullptr);
 
+// Adds to a word in global memory, with which all stores so far arrive.
+void arrive_at(unsigned* word, unsigned amount, const char* file, int line);
 // Until the word is no longer what was seen there.
 void await_change(const unsigned* word, unsigned seen, const char* file, int line);
 

@@ -302,12 +302,12 @@ __device__ inline void for_each_group(const KernelArgs& args, int channels, F f)
 // Calls f(channel of the block), one thread for each, and each time the same.
 template <bool kRows, typename F>
 __device__ inline void for_each_channel(const KernelArgs& args, F f) {
-  if (!kRows) {
-    if (threadIdx.x == 0) f(0);
-    return;
-  }
+  if constexpr (kRows) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) f(i);
+    for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) f(i);
+  } else {
+    if (threadIdx.x == 0) f(0);
+  }
 }
 
 // All of so many neighbouring lanes get the sums.
@@ -410,15 +410,13 @@ __device__ inline ChannelTotals add_parts(const KernelArgs& args, int channel, i
   return group_totals<kRows, kMoments>(args, moments, sum, args.group_lanes);
 }
 
-// Block sums to the workspace, where finish.cuh finds them.
-template <bool kRows, bool kMoments, int kVec, typename Acc>
-__device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
+// Calls leave(channel of the block, which of all channels that is, the block's totals of it), one thread for each.
+template <bool kRows, bool kMoments, int kVec, typename Acc, typename F>
+__device__ inline void leave_block_totals(const KernelArgs& args, const Tile& tile, F leave) {
   for_each_group<kRows>(args, args.slab_channels, [&](int i, int lane, bool there) {
     const ChannelTotals totals = add_parts<kRows, kMoments, kVec, Acc>(args, i, lane);
-    const int64_t channel = tile_channel(args, tile, i), stride = args.tile_channels * args.num_splits;
-    if (!there || lane > 0 || channel >= args.tile_channels) return;
-    double* to = args.partials + channel * args.num_splits + tile.split;
-    for (int k = 0; k < kNumSums; ++k) to[k * stride] = totals.value[k];
+    const int64_t channel = tile_channel(args, tile, i);
+    if (there && lane == 0 && channel < args.tile_channels) leave(i, channel, totals);
   });
 }
 

@@ -168,15 +168,24 @@ __device__ inline Finished<Acc> finish_constant(const KernelArgs& args, bool bac
 // Statistics are around the mean of the first block, which all have to know.
 struct PartialSums {
   double point, value[kNumSums];
+
+  // A block's totals, or zeros.
+  __device__ void add(bool backward, double v0, double v1, double v2) {
+    const double distance = v1 - point;
+    value[0] += v0;
+    value[1] += backward ? v1 : v0 * distance;
+    value[2] += backward ? v2 : v2 + v0 * distance * distance;
+  }
 };
+// Around this block's mean, if it is one.
+__device__ inline PartialSums begin_partials(double mean) { return {is_finite(mean) ? mean : 0, {0, 0, 0}}; }
 
 __device__ inline PartialSums add_partials(const KernelArgs& args, bool backward, int64_t c, int sharer, int sharers) {
   constexpr int kReads = kPartialsAtOnce;
   const int64_t stride = args.tile_channels * args.num_splits;
   const double* of_channel = args.partials + c * args.num_splits;
   const int splits = static_cast<int>(args.num_splits);
-  const double first_mean = backward ? 0 : load_from_l2(of_channel + stride);
-  PartialSums sums = {is_finite(first_mean) ? first_mean : 0, {0, 0, 0}};
+  PartialSums sums = begin_partials(backward ? 0 : load_from_l2(of_channel + stride));
   for (int64_t column = c; column < args.tile_channels; column += args.num_channels) {
 #pragma unroll 1
     for (int first = sharer; first < splits; first += kReads * sharers) {
@@ -190,12 +199,7 @@ __device__ inline PartialSums add_partials(const KernelArgs& args, bool backward
         }
       }
 #pragma unroll
-      for (int i = 0; i < kReads; ++i) {
-        const double count = part[0][i], distance = part[1][i] - sums.point;
-        sums.value[0] += backward ? part[0][i] : count;
-        sums.value[1] += backward ? part[1][i] : count * distance;
-        sums.value[2] += backward ? part[2][i] : part[2][i] + count * distance * distance;
-      }
+      for (int i = 0; i < kReads; ++i) sums.add(backward, part[0][i], part[1][i], part[2][i]);
     }
     of_channel += args.num_channels * args.num_splits;
   }

@@ -56,10 +56,16 @@ BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element
   if (!rows && halves && backward && persistent && arch < 90) return 768;
   return 1024;
 }
-// Of each partial sum, how many blocks' a thread asks for at once: each is a trip to L2.
+// Of each partial sum, how many blocks' a thread of streaming asks for at once: each is a trip to L2.
 constexpr int kPartialsAtOnce = 4;
-// Of a grid, words at which a team's blocks meet; see teams.cuh.
-constexpr int kWordsOfTeam = 2;
+// Letters, by which blocks of a grid tell each other what they have found: words of 16 bytes, each with so many parts
+// of 4 bytes and a stamp. Two turns have letters of their own. See letter.cuh and teams.cuh.
+constexpr int kPartsOfWord = 3, kTurnsOfLetters = 2;
+constexpr int kLettersAtOnce = 2;  // that a thread asks for: more would be spilled where packs stay in registers
+constexpr int64_t letter_bytes(int64_t value_bytes) {
+  constexpr int64_t kOfWord = 4 * kPartsOfWord;
+  return (value_bytes + kOfWord - 1) / kOfWord * 16;
+}
 constexpr int kWarpSize = 32;
 // Vectors that a pass has a number from for each channel, and for each channel a number to: by role, see finish.cuh.
 constexpr int kMostInputs = 5, kMostOutputs = 6;
@@ -192,9 +198,10 @@ struct KernelArgs {
   int late_clocks;               // of the SM
   int kept_batches;              // that a thread keeps in registers
 
-  unsigned* meeting_words;  // of a grid: [kWordsOfTeam][num_teams]
-  double* partials;         // [kNumSums][tile_channels][num_splits]
-  void* coefficients;       // [num_channels] of Coefficients<Acc>
+  double* partials;    // of streaming: [kNumSums][tile_channels][num_splits]
+  void* coefficients;  // the same: [num_channels] of Coefficients<Acc>
+  // Of a grid: letters of sums and, where it shares out channels, of coefficients. See teams.cuh.
+  void *sum_letters, *coefficient_letters;
   Source source;
   bool backward, training, cumulative;
   bool batch_counted;                                 // where cumulative: num_batches_tracked has this batch already

@@ -211,36 +211,65 @@ __device__ inline void finish_channels(const KernelArgs& args, const Turn& turn,
   });
 }
 
+// The totals of a channel of a grid's slab from the letters of all blocks, a few at once, for lane `lane` of so many
+// neighbouring ones; all lanes of the warp come along. Statistics are around the mean of the first block, which the
+// first lane has.
+template <bool kBackward, typename Acc>
+__device__ inline ChannelTotals read_totals(const KernelArgs& args, const Turn& turn, int channel, int lane,
+                                            int lanes) {
+  constexpr int kReads = kLettersAtOnce;
+  const int splits = static_cast<int>(args.num_splits);
+  const Letter<ChannelTotals>* letters = TeamLetters<Acc>::sums(args, turn, channel);
+  PartialSums sums = begin_partials(0);
+#pragma unroll 1
+  for (int first = 0; first < splits; first += kReads * lanes) {
+    auto letter = [&](int i) {
+      const int split = first + lane + i * lanes;
+      return split < splits ? letters + split : nullptr;
+    };
+    ChannelTotals found[kReads];
+    read_letters(found, turn.stamp(), letter);
+    if (!kBackward && first == 0) {
+      const int first_lane = static_cast<int>(threadIdx.x) % kWarpSize - lane;
+      sums = begin_partials(__shfl_sync(kFullWarp, found[0].value[1], first_lane));
+    }
+#pragma unroll
+    for (const ChannelTotals& of_block : found) {
+      sums.add(kBackward, of_block.value[0], of_block.value[1], of_block.value[2]);
+    }
+  }
+  group_sum(lanes, sums.value);
+  return partial_totals(args, kBackward, sums);
+}
+
 // Where a grid shares out the slab's channels among the warps of all blocks: if many blocks add up the sums of many
-// channels, that can be more to read than the slab. Then all blocks take the coefficients from the workspace.
+// channels, that can be more to read than the slab. Then all blocks get letters with the coefficients.
 template <bool kRows, Blocks kBlocks>
 __device__ inline bool shares_out(const KernelArgs& args) {
   return kRows && kBlocks == Blocks::kGrid && args.shares_out;
 }
 
 template <bool kBackward, int kVec, typename Acc>
-__device__ inline void finish_share(const KernelArgs& args, const Turn& turn, const Meetings& meetings) {
-  auto* left = static_cast<Coefficients<Acc>*>(args.coefficients);
+__device__ inline void finish_share(const KernelArgs& args, const Turn& turn) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, num_warps = blockDim.x / kWarpSize;
   const int blocks = static_cast<int>(args.num_splits);
 #pragma unroll 1
   for (int i = turn.tile.split + warp * blocks; i < args.slab_channels; i += num_warps * blocks) {
-    const int64_t channel = tile_channel(args, turn.tile, i);
-    const bool there = channel < args.num_channels;  // the same for all lanes
-    const ChannelTotals totals = group_partial_totals(args, kBackward, there ? channel : 0, lane, kWarpSize);
+    if (tile_channel(args, turn.tile, i) >= args.num_channels) break;
+    const ChannelTotals totals = read_totals<kBackward, Acc>(args, turn, i, lane, kWarpSize);
     if (lane > 0) continue;
-    if (there) {
-      leave_numbers(args, shared_at<double>(args.layout.results) + i, totals);
-      const Inputs inputs = inputs_of(kBackward, args.slab_channels, place_of_inputs(args, turn), i);
-      left[channel] = finish_channel<Acc>(args, kBackward, totals, inputs).coefficients;
-    }
-    meetings.leave_coefficients(args, turn, i);
+    leave_numbers(args, shared_at<double>(args.layout.results) + i, totals);
+    const Inputs inputs = inputs_of(kBackward, args.slab_channels, place_of_inputs(args, turn), i);
+    const auto found = finish_channel<Acc>(args, kBackward, totals, inputs);
+    post(TeamLetters<Acc>::finished(args, turn, i), found.coefficients, turn.stamp());
   }
-  meetings.await_coefficients(args, turn);
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   for (int i = threadIdx.x; i < args.slab_channels; i += blockDim.x) {
-    const int64_t channel = tile_channel(args, turn.tile, i);
-    if (channel < args.num_channels) shared[place_of_channel<true, kVec>(args, i)] = load_from_l2(left + channel);
+    if (tile_channel(args, turn.tile, i) >= args.num_channels) break;
+    auto letter = [&](int) { return TeamLetters<Acc>::finished(args, turn, i); };
+    Coefficients<Acc> found[1];
+    read_letters(found, turn.stamp(), letter);
+    shared[place_of_channel<true, kVec>(args, i)] = found[0];
   }
 }
 
@@ -280,20 +309,22 @@ __device__ inline void await_readers(const KernelArgs& args) {
 
 // From what the block's parts have left to the coefficients of this thread's lanes.
 template <bool kRows, bool kBackward, Blocks kBlocks, int kVec, typename Acc>
-__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const TeamMeetings<kBlocks>& meetings,
+__device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const Letters<kBlocks, Acc>& letters,
                                       Coefficients<Acc> (&coefficients)[kVec]) {
   const Tile& tile = turn.tile;
   __syncthreads();
   const bool shared_out = shares_out<kRows, kBlocks>(args);
   if constexpr (kBlocks == Blocks::kGrid) {
-    store_partials<kRows, !kBackward, kVec, Acc>(args, tile);
-    meetings.exchange_sums(args, turn);
+    leave_block_totals<kRows, !kBackward, kVec, Acc>(args, tile, [&](int i, int64_t, const ChannelTotals& totals) {
+      post(letters.sums(args, turn, i) + tile.split, totals, turn.stamp());
+    });
+    letters.await_others(turn);
     if (shared_out) {
-      finish_share<kBackward, kVec, Acc>(args, turn, meetings);
+      finish_share<kBackward, kVec, Acc>(args, turn);
     } else {
       leave_totals<kRows>(args, [&](int i, int lane) {
-        const int64_t channel = tile_channel(args, tile, i);
-        return group_partial_totals(args, kBackward, channel < args.num_channels ? channel : 0, lane, args.group_lanes);
+        const bool there = tile_channel(args, tile, i) < args.num_channels;  // else nobody writes of it
+        return read_totals<kBackward, Acc>(args, turn, there ? i : 0, lane, args.group_lanes);
       });
     }
   } else {
@@ -343,8 +374,11 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
   constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
   count_batch(args, false);
-  const TeamMeetings<kBlocks> meetings(args, turn);
-  begin_late(args);
+  Letters<kBlocks, Acc> letters;
+  if (begins_late(args)) {
+    letters.begin(args, turn);  // for which nobody should have to wait
+    wait_clocks(args.late_clocks);
+  }
   Data data(args, turn.tile);
   bool more = false;
 
@@ -353,7 +387,11 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
     Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
     int count = 0, batches = 0;
     data.load(
-        turn.tile, [&] { leave_turn_inputs<kRows, false, kVec, Acc>(args, turn); },
+        turn.tile,
+        [&] {
+          letters.begin(args, turn);
+          leave_turn_inputs<kRows, false, kVec, Acc>(args, turn);
+        },
         [&](const typename Data::Batch& batch) {
           if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
           add_moments(batch.pack[0], batch.items, pivot, s1, s2);
@@ -362,7 +400,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, false, kBlocks>(args, turn, meetings, coefficients);
+    finish_on_chip<kRows, false, kBlocks>(args, turn, letters, coefficients);
 
     const Tile tile = turn.tile;
     more = kBlocks != Blocks::kOneTile && turn.next(args);
@@ -385,8 +423,11 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
   using Data = OnChip<T, kVec, kRows, kWhole, 2, kMostKept<T, kRows, kWhole, kBlocks, 2>>;
   constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
-  const TeamMeetings<kBlocks> meetings(args, turn);
-  begin_late(args);
+  Letters<kBlocks, Acc> letters;
+  if (begins_late(args)) {
+    letters.begin(args, turn);  // for which nobody should have to wait
+    wait_clocks(args.late_clocks);
+  }
   Data data(args, turn.tile);
   bool more = false;
 
@@ -396,6 +437,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
     data.load(
         turn.tile,
         [&] {
+          letters.begin(args, turn);
           // The coefficients of the last turn may still be read.
           if (kBlocks != Blocks::kOneTile && turn.number > 0) __syncthreads();
           leave_turn_inputs<kRows, true, kVec, Acc>(args, turn);
@@ -411,7 +453,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         });
     leave_sums<kRows>(args, sum);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, true, kBlocks>(args, turn, meetings, coefficients);
+    finish_on_chip<kRows, true, kBlocks>(args, turn, letters, coefficients);
 
     const Tile tile = turn.tile;
     more = kBlocks != Blocks::kOneTile && turn.next(args);

@@ -80,6 +80,16 @@ __device__ inline void leave_from_partials(const KernelArgs& args, const Tile& t
 
 // ---- reduce ------------------------------------------------------------------------------------------------------
 
+// The block's sums to the workspace, where finish.cuh finds them.
+template <bool kRows, bool kMoments, int kVec, typename Acc>
+__device__ inline void store_partials(const KernelArgs& args, const Tile& tile) {
+  leave_block_totals<kRows, kMoments, kVec, Acc>(args, tile, [&](int, int64_t channel, const ChannelTotals& totals) {
+    const int64_t stride = args.tile_channels * args.num_splits;
+    double* to = args.partials + channel * args.num_splits + tile.split;
+    for (int k = 0; k < kNumSums; ++k) to[k * stride] = totals.value[k];
+  });
+}
+
 // Statistics of x. Sums are of x - pivot, and every part is moved to the common mean when parts are merged.
 template <typename T, int kVec, bool kRows, bool kWhole>
 __global__ void __launch_bounds__(kMaxThreads, kStreamingBlocksPerSm)

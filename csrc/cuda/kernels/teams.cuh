@@ -1,17 +1,18 @@
-// Teams of blocks that share a channel or a slab: which tiles are a block's, which begin late, and where a grid's teams
-// meet.
+// Teams of blocks that share a channel or a slab: which tiles are a block's, which begin late, and how those of a grid
+// tell each other what they have found.
 #pragma once
 
 #include <type_traits>
 
 #include "../device/delay.cuh"
+#include "../device/letter.cuh"
 #include "../device/meeting.cuh"
-#include "walk.cuh"
+#include "block_sums.cuh"
 
 namespace bnext::cuda {
 
 // Blocks with one tile; persistent ones, with one tile after the other; persistent ones that are alone on an SM, whose
-// threads keep packs in registers; and those of a grid: the same, and their teams meet.
+// threads keep packs in registers; and those of a grid: the same, and their teams write letters.
 enum class Blocks { kOneTile, kPersistent, kKeeping, kGrid };
 
 // What a block has to do now: its part of the slab that its team has now.
@@ -36,64 +37,70 @@ struct Turn {
     --result.number;
     return result;
   }
-  // The upper bit after this turn, of a word at which the team meets in each: see meeting.cuh.
-  __device__ unsigned next_bit() const { return (static_cast<unsigned>(number) + 1) & 1; }
+  // Of letters: none is 0.
+  __device__ uint32_t stamp() const { return static_cast<uint32_t>(number) + 1; }
 };
 
 // Half of the blocks that run at once begin late, and are out of step with the others ever after: one half moves data
 // while the other one adds up.
-__device__ inline void begin_late(const KernelArgs& args) {
-  if (blockIdx.x - args.late_from < args.num_late) wait_clocks(args.late_clocks);
-}
+__device__ inline bool begins_late(const KernelArgs& args) { return blockIdx.x - args.late_from < args.num_late; }
 
-// Where the teams of a grid meet.
-class Meetings {
+// The letters of a grid: from each block of a team to all of them, its sums of each channel of the slab; and from one
+// of them to all, a channel's coefficients, where channels are shared out. Two turns have letters of their own. So a
+// letter is overwritten by a block that has had all letters of the turn between, from blocks that were done with those
+// before.
+template <typename Acc>
+class TeamLetters {
  public:
-  // Clears the team's words. Nobody looks at them before grid_wait.
-  __device__ Meetings(const KernelArgs& args, const Turn& turn) {
-    if (threadIdx.x == 0 && turn.tile.split == 0) {
-      for (int kind : {kSums, kCoefficients}) *word(args, kind, turn.team) = 0;
+  using Sums = Letter<ChannelTotals>;
+  using Finished = Letter<Coefficients<Acc>>;
+
+  // All threads come here, and once is enough: clears the letters that the block will write.
+  __device__ void begin(const KernelArgs& args, const Turn& turn) {
+    if (begun_) return;
+    begun_ = true;
+    for (int n = threadIdx.x; n < kTurnsOfLetters * args.slab_channels; n += blockDim.x) {
+      const int of_turn = n < args.slab_channels ? 0 : 1, i = n - of_turn * args.slab_channels;
+      clear_letter(sums(args, turn.team, of_turn, i) + turn.tile.split);
+      if (args.shares_out && turn.tile.split == 0) clear_letter(finished(args, turn.team, of_turn, i));
     }
     grid_arrive(cleared_);
   }
-
-  // Until all blocks of the team have left their sums of this turn.
-  __device__ void exchange_sums(const KernelArgs& args, const Turn& turn) const {
+  // Before it looks for letters: until all blocks have begun.
+  __device__ void await_others(const Turn& turn) const {
     if (turn.number == 0) grid_wait(cleared_);
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      unsigned* sums = word(args, kSums, turn.team);
-      arrive_at(sums, static_cast<int>(args.num_splits), turn.tile.split == 0);
-      await(sums, turn.next_bit());
-    }
-    __syncthreads();
   }
 
-  // The thread has left the coefficients of the block's channel i.
-  __device__ void leave_coefficients(const KernelArgs& args, const Turn& turn, int i) const {
-    arrive_at(word(args, kCoefficients, turn.team), args.slab_channels, i == 0);
+  // Of the slab's channel i, the first block's; those of the team's other blocks follow.
+  __device__ static Sums* sums(const KernelArgs& args, const Turn& turn, int i) {
+    return sums(args, turn.team, turn.number % kTurnsOfLetters, i);
   }
-  // Until all are there.
-  __device__ void await_coefficients(const KernelArgs& args, const Turn& turn) const {
-    if (threadIdx.x == 0) await(word(args, kCoefficients, turn.team), turn.next_bit());
-    __syncthreads();
+  __device__ static Finished* finished(const KernelArgs& args, const Turn& turn, int i) {
+    return finished(args, turn.team, turn.number % kTurnsOfLetters, i);
   }
 
  private:
-  enum Kind : int { kSums, kCoefficients };
-
-  __device__ static unsigned* word(const KernelArgs& args, int kind, int team) {
-    return args.meeting_words + kind * args.num_teams + team;
+  static_assert(kTurnsOfLetters == 2, "of_turn is 0 or 1");
+  static_assert(sizeof(Sums) == letter_bytes(sizeof(ChannelTotals)));
+  __device__ static int64_t letter(const KernelArgs& args, int team, int of_turn, int i) {
+    return int64_t{team * kTurnsOfLetters + of_turn} * args.slab_channels + i;
+  }
+  __device__ static Sums* sums(const KernelArgs& args, int team, int of_turn, int i) {
+    return static_cast<Sums*>(args.sum_letters) + letter(args, team, of_turn, i) * args.num_splits;
+  }
+  __device__ static Finished* finished(const KernelArgs& args, int team, int of_turn, int i) {
+    return static_cast<Finished*>(args.coefficient_letters) + letter(args, team, of_turn, i);
   }
 
+  bool begun_ = false;
   GridToken cleared_;
 };
 
-// Other families have none.
-struct NoMeetings {
-  __device__ NoMeetings(const KernelArgs&, const Turn&) {}
+// Other families write none.
+struct NoLetters {
+  __device__ void begin(const KernelArgs&, const Turn&) {}
 };
-template <Blocks kBlocks>
-using TeamMeetings = std::conditional_t<kBlocks == Blocks::kGrid, Meetings, NoMeetings>;
+template <Blocks kBlocks, typename Acc>
+using Letters = std::conditional_t<kBlocks == Blocks::kGrid, TeamLetters<Acc>, NoLetters>;
 
 }  // namespace bnext::cuda
