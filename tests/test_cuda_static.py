@@ -32,6 +32,7 @@ LOCAL = re.compile(r"(LDL|STL)\b")
 # Where a copy to shared memory has a policy for L2, ptxas of CUDA 13.0 cannot add a uniform
 # register to its address, and does so all the same: an H200 stops at that. See async.cuh.
 ILLEGAL = re.compile(r"LDGSTS\S* \[R\d+\+UR\d+[^;]*")
+WHOLE_ON_CHIP = re.compile(r"on_chip_\w+Li\dELb[01]ELb1ELNS0_6BlocksE")
 # Kernels of a grid, and what moves less than 16 bytes of what other blocks look at.
 GRID = re.compile(r"on_chip_\w+BlocksE3E")
 TORN = re.compile(r"(LDG|STG)\.E\.(?!128\b)\S*STRONG\.GPU")
@@ -118,6 +119,30 @@ def narrow_kernels(functions: dict[str, Counter[str]], arch: int) -> list[str]:
     return bad
 
 
+def early_reads(text: str) -> list[str]:
+    """Kernels on chip that wait for what vectors have of their channels, the first that they load,
+    before they copy their first packs. (Of whole packs: others load misaligned ones as well.)"""
+    bad = []
+    for body in re.split(r"\n\s*Function : ", text)[1:]:
+        name = body.split(maxsplit=1)[0]
+        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", body)
+        copies = [i for i, instruction in enumerate(code) if "LDGSTS" in instruction]
+        if not WHOLE_ON_CHIP.search(name) or not copies:
+            continue
+        asked: set[str] = set()
+        for instruction in code[: copies[0]]:
+            load = re.search(r"LDG\.E(?:\.U16)? (R\d+), (.*)", instruction)
+            used = re.findall(r"\bR\d+\b", load[2] if load else instruction)
+            if asked.intersection(used):
+                bad.append(f"{name}: waits before its first copy: {instruction}")
+                break
+            if load:
+                asked.add(load[1])
+        if not asked:
+            bad.append(f"{name}: asks for its vectors behind its first copy")
+    return bad
+
+
 def torn_letters(functions: dict[str, Counter[str]]) -> list[str]:
     """Kernels of a grid with loads or stores of letters that are not of a whole word: ptxas makes
     loads of 4 bytes of one whose other bytes nobody uses. Forward also loads the number of batches
@@ -178,7 +203,10 @@ def test_machine_code(arch: int, compiled: Compiled) -> None:
     lines = [f"{name}: {', '.join(found)}" for name, found in local.items() if found]
     lines += [f"illegal: {instruction}" for instruction in illegal_instructions(text)]
     assert sum(1 for name in functions if GRID.search(name)) == 24
-    fail_with(lines + narrow_kernels(functions, arch) + torn_letters(functions), arch)
+    fail_with(
+        [*lines, *narrow_kernels(functions, arch), *torn_letters(functions), *early_reads(text)],
+        arch,
+    )
 
 
 SPILLING = """
@@ -216,6 +244,20 @@ def test_illegal_instructions_are_seen() -> None:
     lines = [refused, *(f"LDGSTS.E.BYPASS.128 {operands} " for operands in ran)]
     text = "".join(f"        /*0d30*/              @!P0 {line};\n" for line in lines)
     assert illegal_instructions(text) == [refused]
+
+
+def test_early_reads_are_seen() -> None:
+    """As ptxas made it of a branch for each size, and as it is."""
+    load, copy = "LDG.E R14, desc[UR10][R14.64]", "LDGSTS.E.BYPASS.128 [R25], desc[UR14][R16.64]"
+    waits = [load, "IMAD.MOV.U32 R54, RZ, RZ, R14", copy]
+    goes_on = [load, "LDG.E.U16 R14, desc[UR10][R18.64]", copy, "IMAD.MOV.U32 R54, RZ, RZ, R14"]
+    texts = []
+    for code in (waits, goes_on, [copy, load]):
+        lines = "".join(f"        /*{16 * i:04x}*/       @!P1 {c} ;\n" for i, c in enumerate(code))
+        texts.append(
+            f"\n  Function : _Z1on_chip_backward_kernelIfLi4ELb0ELb1ELNS0_6BlocksE0\n{lines}"
+        )
+    assert [len(early_reads(text)) for text in texts] == [1, 0, 1]
 
 
 def test_torn_letters_are_seen() -> None:

@@ -30,7 +30,7 @@ SOMETIMES = (FAULTS.index("a load from a block that has ended"), len(FAULTS) - 3
 
 @pytest.mark.parametrize("which", range(len(FAULTS)))
 def test_the_shim_notices(which: int) -> None:
-    errors = [simt.fault(which, seed) for seed in range(12)]
+    errors = [simt.fault(which, seed) for seed in range(48)]
     if which in SOMETIMES:
         errors = [error for error in errors if error]
         assert errors

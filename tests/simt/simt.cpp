@@ -55,6 +55,12 @@ struct Fiber {
   unsigned num_shuffles = 0;
 };
 
+// A word on its way to where other blocks look at it.
+struct Posted {
+  unsigned char* to;
+  std::vector<unsigned char> value;
+};
+
 struct Range {
   uintptr_t begin, end;
   std::vector<bool> stored;  // for outputs: one flag per byte
@@ -82,6 +88,7 @@ struct Machine {
   std::vector<uint64_t> ready;
   std::vector<unsigned> at_barrier, done;  // of each block, so many fibers
   std::vector<unsigned> at_word;           // fibers
+  std::vector<Posted> posted;              // and not there yet
   unsigned num_ready = 0, num_done = 0, num_arrived = 0;
   jmp_buf scheduler;
   // cluster: blocks that run at the same time, also in a cooperative launch.
@@ -279,7 +286,24 @@ void release_stores() {
   }
 }
 
-bool word_has_come(const Fiber& fiber) { return (*fiber.word == fiber.bits) != fiber.something_else; }
+bool has_come(unsigned i) {
+  const Fiber& fiber = m.fibers[i];
+  return m.states[i] == State::kAtWord && (*fiber.word == fiber.bits) != fiber.something_else;
+}
+
+// Of the words on their way, one in so many arrives: in any order, but for those to one place.
+void deliver(unsigned delay) {
+  std::vector<Posted> kept;
+  for (Posted& word : m.posted) {
+    auto is_before = [&](const Posted& other) { return other.to == word.to; };
+    if (m.random() % delay > 0 || std::any_of(kept.begin(), kept.end(), is_before)) {
+      kept.push_back(std::move(word));
+    } else {
+      std::memcpy(word.to, word.value.data(), word.value.size());
+    }
+  }
+  m.posted = std::move(kept);
+}
 
 // Until a word of global memory is `bits`, or is not.
 void await_word(const unsigned* word, unsigned bits, bool something_else, const char* file, int line) {
@@ -314,9 +338,15 @@ void run_cluster(unsigned first_block) {
   m.done.assign(m.cluster, 0);
   m.at_word.clear();
   draw_order(std::max(preferred_together(), 1u));
+  m.posted.clear();
+  const unsigned delay = 1u << 2 * (m.random() % 4);  // of words that are posted
   for (;;) {
+    deliver(delay);
+    if (m.num_ready == 0 && std::none_of(m.at_word.begin(), m.at_word.end(), [](unsigned i) { return has_come(i); })) {
+      deliver(1);
+    }
     for (unsigned i : m.at_word) {
-      if (m.states[i] == State::kAtWord && word_has_come(m.fibers[i])) set_state(i, State::kReady);
+      if (has_come(i)) set_state(i, State::kReady);
     }
     m.at_word.erase(
         std::remove_if(m.at_word.begin(), m.at_word.end(), [](unsigned i) { return m.states[i] != State::kAtWord; }),
@@ -431,9 +461,10 @@ void arrive_at(unsigned* word, unsigned amount, const char* file, int line) {
   yield();
 }
 
-// The same. It may arrive at any time: at once is when most can go wrong.
+// On its way from now on. Others may run at once.
 void post(void* to, const void* from, size_t bytes) {
-  std::memcpy(to, from, bytes);
+  const auto* first = static_cast<const unsigned char*>(from);
+  m.posted.push_back({static_cast<unsigned char*>(to), {first, first + bytes}});
   yield();
 }
 

@@ -90,19 +90,49 @@ __device__ inline bool is_finite(Acc value) {
   return value - value == Acc(0);
 }
 
-// Number c of a vector, or `otherwise` where there is none.
-__device__ inline double load_channel(const ChannelVector& v, int64_t c, double otherwise) {
+template <typename To, typename From>
+__device__ inline To bits_as(From from) {
+  constexpr size_t kBytes = sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To);
+  To to = {};
+  memcpy(&to, &from, kBytes);
+  return to;
+}
+
+// Bits of a number, of which some may be on their way still.
+struct Asked {
+  uint32_t lower, upper;
+};
+
+// Number c of a vector, as it is there; nothing where c is less than 0, or there is no vector. A thread may go on until
+// it reads it: that is another function, because to convert it is to wait for it. (To copy it, too, and that is what
+// compilers do behind branches on its size: tests/test_cuda_static.py sees to it that nobody waits.)
+__device__ inline void ask_channel(Asked& bits, const ChannelVector& v, int64_t c) {
+  const unsigned size = v.dtype == DType::kFloat64 ? 8 : v.dtype == DType::kFloat32 ? 4 : 2;
+  const unsigned bytes = v.data == nullptr || c < 0 ? 0 : size;
+  const auto* from = static_cast<const unsigned char*>(v.data) + c * v.stride * size;
+#ifdef BNEXT_SIMT
+  if (bytes > 0) memcpy(&bits, from, bytes);
+#else
+  asm volatile(
+      "{\n\t.reg .pred half, word, both;\n\tsetp.eq.u32 half, %3, 2;\n\tsetp.ge.u32 word, %3, 4;\n\t"
+      "setp.eq.u32 both, %3, 8;\n\t@half ld.global.u16 %0, [%2];\n\t@word ld.global.u32 %0, [%2];\n\t"
+      "@both ld.global.u32 %1, [%2+4];\n\t}"
+      : "+r"(bits.lower), "+r"(bits.upper)
+      : "l"(__cvta_generic_to_global(from)), "r"(bytes));
+#endif
+}
+// What it is, or `otherwise` where there is no vector.
+__device__ inline double read_channel(const ChannelVector& v, Asked bits, double otherwise) {
   if (v.data == nullptr) return otherwise;
-  const int64_t i = c * v.stride;
   switch (v.dtype) {
     case DType::kFloat64:
-      return static_cast<const double*>(v.data)[i];
+      return bits_as<double>(bits);
     case DType::kFloat32:
-      return static_cast<const float*>(v.data)[i];
+      return bits_as<float>(bits.lower);
     case DType::kBFloat16:
-      return widen(static_cast<const BFloat16*>(v.data)[i]);
+      return widen(bits_as<BFloat16>(bits.lower));
     case DType::kFloat16:
-      return widen(static_cast<const Float16*>(v.data)[i]);
+      return widen(bits_as<Float16>(bits.lower));
   }
   return otherwise;
 }

@@ -32,22 +32,33 @@ struct Inputs {
   double value[kMostInputs];
 };
 
-__device__ inline double load_input(const KernelArgs& args, int role, int64_t channel) {
-  return load_channel(args.input[role], channel, role == static_cast<int>(forward::kWeight) ? 1 : 0);
+__device__ inline double read_input(const KernelArgs& args, int role, Asked bits) {
+  return read_channel(args.input[role], bits, role == static_cast<int>(forward::kWeight) ? 1 : 0);
 }
 
 // What vectors have of the block's channels, to shared memory, [role][channel]: a thread for each number, so that all
-// of it is one trip to memory. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number):
-// whatever else there is to do with it.
+// of it is one trip to memory. A thread asks for its first number, as early as it likes, and leaves it, and what others
+// it may have. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number): whatever else there is
+// to do with it.
+template <typename F>
+__device__ inline Asked ask_for_input(const KernelArgs& args, bool backward, F channel_of, int n) {
+  Asked bits = {};
+  if (n < count_inputs(backward) * args.slab_channels) {
+    const int role = static_cast<int>(args.by_slab.divide(n));
+    ask_channel(bits, args.input[role], channel_of(n - role * args.slab_channels));
+  }
+  return bits;
+}
 template <typename F, typename G>
-__device__ inline void leave_inputs(const KernelArgs& args, bool backward, double* to, F channel_of, G seen) {
+__device__ inline void leave_inputs(const KernelArgs& args, bool backward, Asked first, double* to, F channel_of,
+                                    G seen) {
   const int channels = args.slab_channels;
 #pragma unroll 1
   for (int n = threadIdx.x; n < count_inputs(backward) * channels; n += blockDim.x) {
     const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * channels;
-    const int64_t channel = channel_of(i);
-    if (channel < 0) continue;
-    to[n] = load_input(args, role, channel);
+    const bool is_first = n < static_cast<int>(blockDim.x);
+    if (channel_of(i) < 0) continue;
+    to[n] = read_input(args, role, is_first ? first : ask_for_input(args, backward, channel_of, n));
     seen(role, i, to[n]);
   }
 }
@@ -229,7 +240,11 @@ __global__ void __launch_bounds__(kMaxThreads, 4) finish_kernel(const __grid_con
   double* inputs = shared_at<double>(0);
   double* scratch = inputs + kMostInputs;
   const int role = threadIdx.x;
-  if (role < count_inputs(args.backward)) inputs[role] = load_input(args, role, c);
+  if (role < count_inputs(args.backward)) {
+    Asked bits = {};
+    ask_channel(bits, args.input[role], c);
+    inputs[role] = read_input(args, role, bits);
+  }
   wait_for_kernels();
   if (args.source == Source::kConstants) {
     __syncthreads();

@@ -50,6 +50,7 @@ BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element
                                                       bool persistent, bool alone, int arch) {
   const bool halves = element_bytes == 2, doubles = element_bytes == 8;
   if (alone) return kMaxOnChipThreads;
+  if (doubles && persistent) return backward && !whole_packs ? kMaxOnChipThreads : 768;
   if (rows && halves) return backward ? kMaxOnChipThreads : 768;
   if (rows && doubles && !backward && arch < 80) return 768;
   if (!whole_packs && backward) return halves && arch < 90 ? kMaxOnChipThreads : 768;

@@ -131,21 +131,30 @@ __device__ inline double* place_of_inputs(const KernelArgs& args, const Turn& tu
   return shared_at<double>(args.layout.inputs) + turn.number % 2 * kMostInputs * args.slab_channels;
 }
 
+// Which one of the tensors' channels that is, or less than 0.
+__device__ inline auto turn_channels(const KernelArgs& args, const Turn& turn) {
+  return [&args, &turn](int i) {
+    const int64_t channel = tile_channel(args, turn.tile, i);
+    return channel < args.num_channels ? channel : -1;
+  };
+}
+
+// This thread's number, for leave_turn_inputs.
+template <bool kBackward>
+__device__ inline Asked ask_for_turn_input(const KernelArgs& args, const Turn& turn) {
+  return ask_for_input(args, kBackward, turn_channels(args, turn), threadIdx.x);
+}
+
 // It comes there before anything is added up. Backward leaves the channels' means for all threads, who see them after a
 // barrier.
 template <bool kRows, bool kBackward, int kVec, typename Acc>
-__device__ inline void leave_turn_inputs(const KernelArgs& args, const Turn& turn) {
+__device__ inline void leave_turn_inputs(const KernelArgs& args, const Turn& turn, Asked asked_for) {
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
-  leave_inputs(
-      args, kBackward, place_of_inputs(args, turn),
-      [&](int i) {
-        const int64_t channel = tile_channel(args, turn.tile, i);
-        return channel < args.num_channels ? channel : -1;
-      },
-      [&](int role, int i, double number) {
-        if (!kBackward || role != static_cast<int>(backward::kMean)) return;
-        shared[place_of_channel<kRows, kVec>(args, i)].centre = static_cast<Acc>(number);
-      });
+  leave_inputs(args, kBackward, asked_for, place_of_inputs(args, turn), turn_channels(args, turn),
+               [&](int role, int i, double number) {
+                 if (!kBackward || role != static_cast<int>(backward::kMean)) return;
+                 shared[place_of_channel<kRows, kVec>(args, i)].centre = static_cast<Acc>(number);
+               });
 }
 
 // The numbers of a channel among as many of each kind as the block has channels.
@@ -386,11 +395,12 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
   do {
     Acc pivot[kVec] = {}, s1[kElements] = {}, s2[kElements] = {};
     int count = 0, batches = 0;
+    const Asked input = ask_for_turn_input<false>(args, turn);  // it comes with the first packs
     data.load(
         turn.tile,
         [&] {
           letters.begin(args, turn);
-          leave_turn_inputs<kRows, false, kVec, Acc>(args, turn);
+          leave_turn_inputs<kRows, false, kVec, Acc>(args, turn, input);
         },
         [&](const typename Data::Batch& batch) {
           if (batches == 0) find_pivots<kRows>(args, batch.pack[0], batch.items, pivot);
@@ -434,13 +444,14 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
 #pragma unroll 1
   do {
     Acc mean[kVec] = {}, sum[kNumSums][kElements] = {};
+    const Asked input = ask_for_turn_input<true>(args, turn);
     data.load(
         turn.tile,
         [&] {
           letters.begin(args, turn);
           // The coefficients of the last turn may still be read.
           if (kBlocks != Blocks::kOneTile && turn.number > 0) __syncthreads();
-          leave_turn_inputs<kRows, true, kVec, Acc>(args, turn);
+          leave_turn_inputs<kRows, true, kVec, Acc>(args, turn, input);
           __syncthreads();
           const auto* shared = shared_at<const Coefficients<Acc>>(args.layout.coefficients);
           int place[kVec];

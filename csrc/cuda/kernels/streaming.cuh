@@ -32,9 +32,9 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
 
 // What vectors have of the block's channels, for all threads after a barrier.
 __device__ inline void leave_tile_inputs(const KernelArgs& args, const Tile& tile, bool backward) {
-  leave_inputs(
-      args, backward, shared_at<double>(args.layout.inputs), [&](int i) { return find_channel(args, tile, i); },
-      [](int, int, double) {});
+  auto channel_of = [&](int i) { return find_channel(args, tile, i); };
+  leave_inputs(args, backward, ask_for_input(args, backward, channel_of, threadIdx.x),
+               shared_at<double>(args.layout.inputs), channel_of, [](int, int, double) {});
 }
 
 // By each lane of a group, or by one thread alone: the coefficients of the block's channel i to shared memory, and what
