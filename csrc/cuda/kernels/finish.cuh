@@ -36,12 +36,15 @@ __device__ inline double read_input(const KernelArgs& args, int role, Asked bits
   return read_channel(args.input[role], bits, role == static_cast<int>(forward::kWeight) ? 1 : 0);
 }
 
+// A thread's number from the last one on: for work that should not come to the first ones, who finish channels.
+__device__ inline int count_from_last() { return static_cast<int>(blockDim.x - 1 - threadIdx.x); }
+
 // What vectors have of the block's channels, to shared memory, [role][channel]: a thread for each number, so that all
 // of it is one trip to memory. A thread asks for its first number, as early as it likes, and leaves it, and what others
 // it may have. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number): whatever else there is
 // to do with it.
 template <typename F>
-__device__ inline Asked ask_for_input(const KernelArgs& args, bool backward, F channel_of, int n) {
+__device__ inline Asked ask_for_input(const KernelArgs& args, bool backward, F channel_of, int n = count_from_last()) {
   Asked bits = {};
   if (n < count_inputs(backward) * args.slab_channels) {
     const int role = static_cast<int>(args.by_slab.divide(n));
@@ -54,7 +57,7 @@ __device__ inline void leave_inputs(const KernelArgs& args, bool backward, Asked
                                     G seen) {
   const int channels = args.slab_channels;
 #pragma unroll 1
-  for (int n = threadIdx.x; n < count_inputs(backward) * channels; n += blockDim.x) {
+  for (int n = count_from_last(); n < count_inputs(backward) * channels; n += blockDim.x) {
     const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * channels;
     const bool is_first = n < static_cast<int>(blockDim.x);
     if (channel_of(i) < 0) continue;

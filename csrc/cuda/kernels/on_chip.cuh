@@ -142,7 +142,7 @@ __device__ inline auto turn_channels(const KernelArgs& args, const Turn& turn) {
 // This thread's number, for leave_turn_inputs.
 template <bool kBackward>
 __device__ inline Asked ask_for_turn_input(const KernelArgs& args, const Turn& turn) {
-  return ask_for_input(args, kBackward, turn_channels(args, turn), threadIdx.x);
+  return ask_for_input(args, kBackward, turn_channels(args, turn));
 }
 
 // It comes there before anything is added up. Backward leaves the channels' means for all threads, who see them after a
@@ -157,10 +157,18 @@ __device__ inline void leave_turn_inputs(const KernelArgs& args, const Turn& tur
                });
 }
 
+template <bool kBackward>
+__device__ inline Inputs turn_inputs(const KernelArgs& args, const Turn& turn, int i) {
+  return inputs_of(kBackward, args.slab_channels, place_of_inputs(args, turn), i);
+}
+
 // The numbers of a channel among as many of each kind as the block has channels.
 __device__ inline void leave_numbers(const KernelArgs& args, double* to, const ChannelTotals& totals) {
 #pragma unroll
   for (int k = 0; k < kNumSums; ++k) to[k * args.slab_channels] = totals.value[k];
+}
+__device__ inline ChannelTotals find_numbers(const KernelArgs& args, const double* from) {
+  return {{from[0], from[args.slab_channels], from[2 * args.slab_channels]}};
 }
 
 // Leaves the totals of the block's channels for add_totals, slice by slice; planes have one. totals_of(channel of the
@@ -185,7 +193,7 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
     const double* at = own + (slice * kNumSums + k) * stride;
     return blocks > 1 ? load_cluster(at, static_cast<unsigned>(rank)) : *at;
   };
-  if (args.slices * blocks == 1) return {{load(0, 0, 0), load(0, 1, 0), load(0, 2, 0)}};
+  if (args.slices * blocks == 1) return find_numbers(args, own);
   Moments moments;
   double sum[kNumSums] = {};
   const double first_mean = kMoments ? load(0, 1, 0) : 0;
@@ -208,14 +216,12 @@ __device__ inline ChannelTotals add_totals(const KernelArgs& args, int channel, 
 // Coefficients of all the block's channels, to shared memory; and the totals, for store_results.
 template <bool kRows, bool kBackward, int kVec, typename Acc>
 __device__ inline void finish_channels(const KernelArgs& args, const Turn& turn, int blocks) {
-  const double* inputs = place_of_inputs(args, turn);
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
   for_each_channel<kRows>(args, [&](int i) {
     if (tile_channel(args, turn.tile, i) >= args.num_channels) return;
     const ChannelTotals totals = add_totals<!kBackward>(args, i, blocks);
     leave_numbers(args, shared_at<double>(args.layout.results) + i, totals);
-    const auto found =
-        finish_channel<Acc>(args, kBackward, totals, inputs_of(kBackward, args.slab_channels, inputs, i));
+    const auto found = finish_channel<Acc>(args, kBackward, totals, turn_inputs<kBackward>(args, turn, i));
     shared[place_of_channel<kRows, kVec>(args, i)] = found.coefficients;
   });
 }
@@ -268,8 +274,7 @@ __device__ inline void finish_share(const KernelArgs& args, const Turn& turn) {
     const ChannelTotals totals = read_totals<kBackward, Acc>(args, turn, i, lane, kWarpSize);
     if (lane > 0) continue;
     leave_numbers(args, shared_at<double>(args.layout.results) + i, totals);
-    const Inputs inputs = inputs_of(kBackward, args.slab_channels, place_of_inputs(args, turn), i);
-    const auto found = finish_channel<Acc>(args, kBackward, totals, inputs);
+    const auto found = finish_channel<Acc>(args, kBackward, totals, turn_inputs<kBackward>(args, turn, i));
     post(TeamLetters<Acc>::finished(args, turn, i), found.coefficients, turn.stamp());
   }
   auto* shared = shared_at<Coefficients<Acc>>(args.layout.coefficients);
@@ -288,26 +293,23 @@ __device__ inline Turn done(const KernelArgs& args, const Turn& turn) {
   return kBlocks == Blocks::kOneTile ? turn : turn.before(args);
 }
 
-// When all else is done, what there is to be stored of the turn's channels, a thread for each number, from the last one
-// on, because the first ones have had the channels to finish: by the first block of the team, or by those that have
-// taken a share.
+// When all else is done, what there is to be stored of the turn's channels, a thread for each number: by the first
+// block of the team, or by those that have taken a share.
 template <bool kRows, bool kBackward, Blocks kBlocks, typename Acc>
 __device__ inline void store_results(const KernelArgs& args, const Turn& turn) {
   const auto split = static_cast<unsigned>(turn.tile.split);
   const bool shared_out = shares_out<kRows, kBlocks>(args);
   if (!shared_out && split > 0) return;
-  const double* inputs = place_of_inputs(args, turn);
 #pragma unroll 1
-  for (int n = blockDim.x - 1 - threadIdx.x; n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
+  for (int n = count_from_last(); n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
     const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * args.slab_channels;
     const int64_t channel = tile_channel(args, turn.tile, i);
     if (channel >= args.num_channels || args.output[role].data == nullptr) continue;
     if (shared_out && args.by_tile.remainder(i) != split) continue;
-    const double* left = shared_at<const double>(args.layout.results) + i;
-    const ChannelTotals totals = {{left[0], left[args.slab_channels], left[2 * args.slab_channels]}};
-    const Inputs of_channel = inputs_of(kBackward, args.slab_channels, inputs, i);
-    const auto found = finish_channel<Acc>(args, kBackward, totals, of_channel);
-    store_outputs(args, kBackward, channel, of_channel, found, role, kMostOutputs);
+    const ChannelTotals totals = find_numbers(args, shared_at<const double>(args.layout.results) + i);
+    const Inputs inputs = turn_inputs<kBackward>(args, turn, i);
+    const auto found = finish_channel<Acc>(args, kBackward, totals, inputs);
+    store_outputs(args, kBackward, channel, inputs, found, role, kMostOutputs);
   }
 }
 

@@ -33,8 +33,12 @@ __device__ inline bool is_first_column(const KernelArgs& args, const Tile& tile,
 // What vectors have of the block's channels, for all threads after a barrier.
 __device__ inline void leave_tile_inputs(const KernelArgs& args, const Tile& tile, bool backward) {
   auto channel_of = [&](int i) { return find_channel(args, tile, i); };
-  leave_inputs(args, backward, ask_for_input(args, backward, channel_of, threadIdx.x),
-               shared_at<double>(args.layout.inputs), channel_of, [](int, int, double) {});
+  leave_inputs(args, backward, ask_for_input(args, backward, channel_of), shared_at<double>(args.layout.inputs),
+               channel_of, [](int, int, double) {});
+}
+
+__device__ inline Inputs tile_inputs(const KernelArgs& args, bool backward, int i) {
+  return inputs_of(backward, args.slab_channels, shared_at<double>(args.layout.inputs), i);
 }
 
 // By each lane of a group, or by one thread alone: the coefficients of the block's channel i to shared memory, and what
@@ -55,7 +59,7 @@ __device__ inline void leave_constants(const KernelArgs& args, const Tile& tile,
   __syncthreads();
   for_each_channel<kRows>(args, [&](int i) {
     if (find_channel(args, tile, i) < 0) return;
-    const Inputs inputs = inputs_of(backward, args.slab_channels, shared_at<double>(args.layout.inputs), i);
+    const Inputs inputs = tile_inputs(args, backward, i);
     leave_finished<kRows, kVec>(args, tile, backward, write, i, inputs, finish_constant<Acc>(args, backward, inputs), 0,
                                 1);
   });
@@ -72,7 +76,7 @@ __device__ inline void leave_from_partials(const KernelArgs& args, const Tile& t
     const ChannelTotals totals =
         group_partial_totals(args, backward, channel < 0 ? 0 : channel, lane, args.group_lanes);
     if (!there || channel < 0) return;
-    const Inputs inputs = inputs_of(backward, args.slab_channels, shared_at<double>(args.layout.inputs), i);
+    const Inputs inputs = tile_inputs(args, backward, i);
     const auto found = finish_channel<Acc>(args, backward, totals, inputs);
     leave_finished<kRows, kVec>(args, tile, backward, write, i, inputs, found, lane, args.group_lanes);
   });
