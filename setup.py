@@ -24,7 +24,7 @@ FLAGS = {
     "cxx": ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *OPENMP],
     "nvcc": ["-O3", "-Xcompiler=-fvisibility=hidden"],
 }
-OLDEST_CUDA = (12, 4)  # as csrc/cuda/device/meeting.cuh says
+OLDEST_CUDA = (12, 4)  # as csrc/cuda/device/grid.cuh says
 DEFAULT_ARCHS = "8.0;9.0+PTX"  # for a build machine that has no GPU to ask
 PLANS = "csrc/cuda/plan*.cpp"  # plain C++, in every build: plans can be shown without a GPU
 TOOLKIT_FILES = ("bin/nvcc", "include/cuda_runtime.h")

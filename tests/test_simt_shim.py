@@ -108,6 +108,7 @@ def test_each_barrier_is_needed() -> None:
         kind = "on chip" if barrier.startswith(("on_chip", "teams")) else "streaming"
         assert needed(kind, barrier), f"nothing shows that the barrier at {barrier} is missing"
     # Half a barrier is an error by itself. Both halves at once, in the order of their writing:
-    halves = [[b for b in written if written[b] == h] for h in ("cluster_arrive", "cluster_wait")]
-    for pair in zip(*halves, strict=True):
-        assert needed("on chip", *pair), f"nothing shows that the barrier at {pair} is missing"
+    for both in (("cluster_arrive", "cluster_wait"), ("grid_arrive", "grid_wait")):
+        halves = [[b for b in written if written[b] == half] for half in both]
+        for pair in zip(*halves, strict=True):
+            assert needed("on chip", *pair), f"nothing shows that the barrier at {pair} is missing"

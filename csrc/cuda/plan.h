@@ -24,11 +24,11 @@ struct Costs {
   // first store. Runs of channels and rows take `halves` times as long with halves.
   double reduction_us = 3.7, runs_reduction_us = 2.7, rows_reduction_us = 4.1, halves = 1.9;
   double cluster_us = 1.1, large_cluster_us = 2.7;  // more of a reduction: a cluster's barrier, remote reads
-  // Of a grid's team: letters' way to L2, a trip from there, and the slowest block. (In kernels that were timed, a fence
-  // and one and a half trips more.)
+  // Of a grid's team: letters' way to L2, a trip from there, and the slowest block. (In kernels that were timed, a
+  // fence and one and a half trips more.)
   double meeting_us = 2.5;
   double trip_us = 0.7;  // to L2
-  // Three partial sums for an SM: 24 bytes from L2, and some float64, of which most architectures do 2 in a clock.
+  // A letter of sums for an SM: 32 bytes from L2, and some float64, of which most architectures do 2 in a clock.
   // Guesses.
   double partial_us = 0.0006, slow_partial_us = 0.002;
   // Streaming: from the last load of the reduce kernel to the apply kernel's first stores, beside their launches and R.

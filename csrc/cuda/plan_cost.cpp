@@ -177,22 +177,21 @@ double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {
   return together;
 }
 
-// See finish_on_chip: one or two meetings, in which a first trip to L2 is included, others one after the other, and what
-// all blocks together read and add up.
+// See finish_on_chip: one or two meetings, in which a first trip to L2 is included, others one after the other, and
+// what all blocks together read and add up.
 double meeting_time(const Plan& plan, const DeviceInfo& device) {
   const Costs& costs = device.costs;
   const int64_t splits = plan.num_splits, channels = plan.slab_channels, reads = kLettersAtOnce;
   if (plan.shares_out) {
     const int64_t shares = ceil_div(channels, splits * (plan.threads / kWarpSize));
-    return 2 * costs.meeting_us +
-           costs.trip_us * static_cast<double>(shares * ceil_div(splits, reads * kWarpSize) - 1);
+    return 2 * costs.meeting_us + costs.trip_us * static_cast<double>(shares * ceil_div(splits, reads * kWarpSize) - 1);
   }
   const int64_t lanes = group_lanes_of(plan);
   const int64_t trips = ceil_div(channels * lanes, plan.threads) * ceil_div(splits, reads * lanes);
-  const double partials = static_cast<double>(channels * splits * ceil_div(plan.num_blocks, device.num_sms));
+  const double letters = static_cast<double>(channels * splits * ceil_div(plan.num_blocks, device.num_sms));
   const bool fast = device.arch == 80 || device.arch == 90 || device.arch == 100;
   return costs.meeting_us + costs.trip_us * static_cast<double>(trips - 1) +
-         partials * (fast ? costs.partial_us : costs.slow_partial_us);
+         letters * (fast ? costs.partial_us : costs.slow_partial_us);
 }
 
 double compared_time(const Plan& plan) {

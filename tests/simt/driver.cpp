@@ -67,7 +67,7 @@ class Workspace {
       : bytes_(bytes), data_(new (std::align_val_t{256}) unsigned char[bytes + kGuard]) {
     std::memset(data_, 0xff, bytes + kGuard);
     for (uint32_t i = 0; letters && i < bytes / sizeof i; ++i) {
-      const uint32_t stamp = i / 4 * 2654435761 >> 31 ? 1 : 2;  // the same in all parts of a word
+      const uint32_t stamp = i / 4 * 2654435761u >> 31 ? 1 : 2;  // the same in all parts of a word
       std::memcpy(data_ + i * sizeof i, &stamp, sizeof stamp);
     }
   }

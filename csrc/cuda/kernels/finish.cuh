@@ -42,7 +42,7 @@ __device__ inline int count_from_last() { return static_cast<int>(blockDim.x - 1
 // What vectors have of the block's channels, to shared memory, [role][channel]: a thread for each number, so that all
 // of it is one trip to memory. A thread asks for its first number, as early as it likes, and leaves it, and what others
 // it may have. channel_of(i): which one of the tensors', or less than 0; seen(role, i, number): whatever else there is
-// to do with it.
+// to do with it. (Where a number goes is found out twice: kept, it would be two registers, which are spilled.)
 template <typename F>
 __device__ inline Asked ask_for_input(const KernelArgs& args, bool backward, F channel_of, int n = count_from_last()) {
   Asked bits = {};
@@ -177,9 +177,7 @@ __device__ inline Finished<Acc> finish_constant(const KernelArgs& args, bool bac
 
 // ---- from partial sums -------------------------------------------------------------------------------------------
 
-// This thread's share of the partial sums of channel c: of its splits every `sharers`-th. A folded row has several
-// columns of channel c, num_channels apart, and all of them are added up. A few reads at once: each is a trip to L2.
-// Statistics are around the mean of the first block, which all have to know.
+// Sums over blocks. Statistics are around the mean of the first one, which all have to know.
 struct PartialSums {
   double point, value[kNumSums];
 
@@ -191,9 +189,11 @@ struct PartialSums {
     value[2] += backward ? v2 : v2 + v0 * distance * distance;
   }
 };
-// Around this block's mean, if it is one.
+// From a first block's mean, if it is a number.
 __device__ inline PartialSums begin_partials(double mean) { return {is_finite(mean) ? mean : 0, {0, 0, 0}}; }
 
+// This thread's share of the partial sums of channel c: of its splits every `sharers`-th. A folded row has several
+// columns of channel c, num_channels apart, and all of them are added up. A few reads at once: each is a trip to L2.
 __device__ inline PartialSums add_partials(const KernelArgs& args, bool backward, int64_t c, int sharer, int sharers) {
   constexpr int kReads = kPartialsAtOnce;
   const int64_t stride = args.tile_channels * args.num_splits;

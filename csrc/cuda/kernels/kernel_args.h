@@ -50,6 +50,7 @@ BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element
                                                       bool persistent, bool alone, int arch) {
   const bool halves = element_bytes == 2, doubles = element_bytes == 8;
   if (alone) return kMaxOnChipThreads;
+  // Of persistent kernels of float64, one or another is spilled on one or another architecture.
   if (doubles && persistent) return backward && !whole_packs ? kMaxOnChipThreads : 768;
   if (rows && halves) return backward ? kMaxOnChipThreads : 768;
   if (rows && doubles && !backward && arch < 80) return 768;

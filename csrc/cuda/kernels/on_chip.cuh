@@ -297,15 +297,14 @@ __device__ inline Turn done(const KernelArgs& args, const Turn& turn) {
 // block of the team, or by those that have taken a share.
 template <bool kRows, bool kBackward, Blocks kBlocks, typename Acc>
 __device__ inline void store_results(const KernelArgs& args, const Turn& turn) {
-  const auto split = static_cast<unsigned>(turn.tile.split);
   const bool shared_out = shares_out<kRows, kBlocks>(args);
-  if (!shared_out && split > 0) return;
+  if (!shared_out && turn.tile.split > 0) return;
 #pragma unroll 1
   for (int n = count_from_last(); n < count_outputs(kBackward) * args.slab_channels; n += blockDim.x) {
     const int role = static_cast<int>(args.by_slab.divide(n)), i = n - role * args.slab_channels;
     const int64_t channel = tile_channel(args, turn.tile, i);
     if (channel >= args.num_channels || args.output[role].data == nullptr) continue;
-    if (shared_out && args.by_tile.remainder(i) != split) continue;
+    if (shared_out && !TeamLetters<Acc>::has_share(args, turn, i)) continue;
     const ChannelTotals totals = find_numbers(args, shared_at<const double>(args.layout.results) + i);
     const Inputs inputs = turn_inputs<kBackward>(args, turn, i);
     const auto found = finish_channel<Acc>(args, kBackward, totals, inputs);
@@ -386,10 +385,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
   Turn turn(args);
   count_batch(args, false);
   Letters<kBlocks, Acc> letters;
-  if (begins_late(args)) {
-    letters.begin(args, turn);  // for which nobody should have to wait
-    wait_clocks(args.late_clocks);
-  }
+  begin_late(args, turn, letters);
   Data data(args, turn.tile);
   bool more = false;
 
@@ -436,10 +432,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
   constexpr int kElements = kSumElements<kRows, kVec>;
   Turn turn(args);
   Letters<kBlocks, Acc> letters;
-  if (begins_late(args)) {
-    letters.begin(args, turn);  // for which nobody should have to wait
-    wait_clocks(args.late_clocks);
-  }
+  begin_late(args, turn, letters);
   Data data(args, turn.tile);
   bool more = false;
 

@@ -5,8 +5,8 @@
 #include <type_traits>
 
 #include "../device/delay.cuh"
+#include "../device/grid.cuh"
 #include "../device/letter.cuh"
-#include "../device/meeting.cuh"
 #include "block_sums.cuh"
 
 namespace bnext::cuda {
@@ -41,34 +41,35 @@ struct Turn {
   __device__ uint32_t stamp() const { return static_cast<uint32_t>(number) + 1; }
 };
 
-// Half of the blocks that run at once begin late, and are out of step with the others ever after: one half moves data
-// while the other one adds up.
-__device__ inline bool begins_late(const KernelArgs& args) { return blockIdx.x - args.late_from < args.num_late; }
-
 // The letters of a grid: from each block of a team to all of them, its sums of each channel of the slab; and from one
-// of them to all, a channel's coefficients, where channels are shared out. Two turns have letters of their own. So a
-// letter is overwritten by a block that has had all letters of the turn between, from blocks that were done with those
-// before.
+// of them to all, a channel's coefficients, where channels are shared out, block i % num_splits for channel i. Two
+// turns have letters of their own. So a letter is overwritten by a block that has had those of the turn between, from
+// blocks that were done with those before: sums from all; or coefficients, from all who read sums.
 template <typename Acc>
 class TeamLetters {
  public:
   using Sums = Letter<ChannelTotals>;
   using Finished = Letter<Coefficients<Acc>>;
 
-  // All threads come here, and once is enough: clears the letters that the block will write.
+  // All threads come here, and once is enough: clears the letters that the block will write, and arrives.
   __device__ void begin(const KernelArgs& args, const Turn& turn) {
     if (begun_) return;
     begun_ = true;
     for (int n = threadIdx.x; n < kTurnsOfLetters * args.slab_channels; n += blockDim.x) {
       const int of_turn = n < args.slab_channels ? 0 : 1, i = n - of_turn * args.slab_channels;
       clear_letter(sums(args, turn.team, of_turn, i) + turn.tile.split);
-      if (args.shares_out && turn.tile.split == 0) clear_letter(finished(args, turn.team, of_turn, i));
+      if (args.shares_out && has_share(args, turn, i)) clear_letter(finished(args, turn.team, of_turn, i));
     }
     grid_arrive(cleared_);
   }
   // Before it looks for letters: until all blocks have begun.
   __device__ void await_others(const Turn& turn) const {
     if (turn.number == 0) grid_wait(cleared_);
+  }
+
+  // Where channels are shared out.
+  __device__ static bool has_share(const KernelArgs& args, const Turn& turn, int i) {
+    return args.by_tile.remainder(i) == static_cast<unsigned>(turn.tile.split);
   }
 
   // Of the slab's channel i, the first block's; those of the team's other blocks follow.
@@ -81,7 +82,7 @@ class TeamLetters {
 
  private:
   static_assert(kTurnsOfLetters == 2, "of_turn is 0 or 1");
-  static_assert(sizeof(Sums) == letter_bytes(sizeof(ChannelTotals)));
+  static_assert(sizeof(ChannelTotals) == kNumSums * sizeof(double), "as plans have it");
   __device__ static int64_t letter(const KernelArgs& args, int team, int of_turn, int i) {
     return int64_t{team * kTurnsOfLetters + of_turn} * args.slab_channels + i;
   }
@@ -102,5 +103,14 @@ struct NoLetters {
 };
 template <Blocks kBlocks, typename Acc>
 using Letters = std::conditional_t<kBlocks == Blocks::kGrid, TeamLetters<Acc>, NoLetters>;
+
+// Half of the blocks that run at once begin late, and are out of step with the others ever after: one half moves data
+// while the other one adds up. Nobody should have to wait for their letters to begin.
+template <typename SomeLetters>
+__device__ inline void begin_late(const KernelArgs& args, const Turn& turn, SomeLetters& letters) {
+  if (blockIdx.x - args.late_from >= args.num_late) return;
+  letters.begin(args, turn);
+  wait_clocks(args.late_clocks);
+}
 
 }  // namespace bnext::cuda
