@@ -70,18 +70,24 @@ def illegal_instructions(text: str) -> list[str]:
     return sorted(set(ILLEGAL.findall(text)))
 
 
-def parse_sass(text: str) -> dict[str, Counter[str]]:
-    """How often each instruction occurs in each function, modifiers included: LDG.E.EF.128."""
-    found: dict[str, Counter[str]] = {}
+def read_sass(text: str) -> dict[str, list[str]]:
+    """The instructions of each function, in order, without predicates."""
+    found: dict[str, list[str]] = {}
     for line in text.splitlines():
         function = re.match(r"\s*Function : (\w+)", line)
         if function:
-            instructions = found.setdefault(function[1], Counter())
+            instructions = found.setdefault(function[1], [])
             continue
-        code = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", line)
+        code = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*[^;]*)", line)
         if code:
-            instructions[code[1]] += 1
+            instructions.append(code[1])
     return found
+
+
+def parse_sass(text: str) -> dict[str, Counter[str]]:
+    """How often each instruction occurs in each function, modifiers included: LDG.E.EF.128."""
+    functions = read_sass(text).items()
+    return {name: Counter(re.match(r"[\w.]+", i)[0] for i in code) for name, code in functions}
 
 
 def disassemble(cubin: Path) -> str:
@@ -123,9 +129,7 @@ def early_reads(text: str) -> list[str]:
     """Kernels on chip that wait for what vectors have of their channels, the first that they load,
     before they copy their first packs. (Of whole packs: others load misaligned ones as well.)"""
     bad = []
-    for body in re.split(r"\n\s*Function : ", text)[1:]:
-        name = body.split(maxsplit=1)[0]
-        code = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", body)
+    for name, code in read_sass(text).items():
         copies = [i for i, instruction in enumerate(code) if "LDGSTS" in instruction]
         if not WHOLE_ON_CHIP.search(name) or not copies:
             continue
