@@ -86,7 +86,8 @@ def _beside(plan: dict[str, Any], chosen: dict[str, Any] | None) -> str:
         return " (chosen)"
     counts = plan["microseconds_compared"]
     if plan["microseconds"] < chosen["microseconds"] and counts > chosen["microseconds_compared"]:
-        return f" (counts as {counts:.3g} us: it and other streams wait for each other)"
+        counts_as = f"{counts:.3g}" if counts < 999.5 else f"{counts:.0f}"
+        return f" (counts as {counts_as} us: it and other streams wait for each other)"
     return ""
 
 

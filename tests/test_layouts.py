@@ -148,6 +148,22 @@ def test_every_misalignment(dtypes: str, offset: int, device: str) -> None:
         check_gradients(shifted, f"offset {offset}")
 
 
+@pytest.mark.parametrize("dtypes", cases.DTYPES)
+def test_evaluation_of_planes_and_rows(dtypes: str) -> None:
+    """Bit for bit the same on a CPU: each element gets the numbers of its own channel, also where
+    a vector goes from one plane to the next, and where blocks end. In NCHW, planes of less than a
+    line of the cache, of whole vectors, and others; 37 channels of 331 elements fill two blocks."""
+    for positions in (15, 16, 17, 31, 32, 33, 49, 63, 64, 65, 100, 331):
+        case = cases.make_case((2, 37, 1, positions), dtypes, mode="eval")
+        rows = case.input.contiguous(memory_format=torch.channels_last)
+        want = bnext.batchnorm2d(rows, **case.arguments)
+        for offset in (0, 1, 7):
+            planes = cases._shifted(case.input, offset)
+            got = bnext.batchnorm2d(planes, **case.arguments)
+            assert got.is_contiguous(), f"{positions} positions"
+            assert torch.equal(got, want), f"{positions} positions, {offset} elements on"
+
+
 @pytest.mark.parametrize(
     ("channels", "of", "is_row"),
     [(1, 4, False), (3, 3, True), (3, 4, False), (3, 32, True), (4, 8, True)],

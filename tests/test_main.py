@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -284,6 +285,13 @@ def test_other_costs() -> None:
     assert slower == pytest.approx(usual + 2)  # two kernels
     with pytest.raises(RuntimeError, match="the model of plans has no cost lunch_us"):
         _C.cuda_plans(x, "h200", "", True, {"lunch_us": 1.0})
+
+
+def test_explain_writes_large_numbers_out() -> None:
+    x = torch.empty(512, 64, 112, 112, device="meta")
+    text = bnext.explain(x, "h200", family="streaming")
+    assert re.search(r"predicted \d{4} us", text)
+    assert "e+" not in text
 
 
 def test_explain_looks_at_strides_and_alignment() -> None:

@@ -245,7 +245,7 @@ void forward(const ForwardProblem& problem) {
 void backward(const BackwardProblem& problem) {
   const Geometry g = choose_walk(problem.geometry, {&problem.x, &problem.dy, &problem.dx});
   const KernelTable& table = kernel_table(current_isa(), g);
-  const double m = static_cast<double>(g.num_positions());
+  const double inverse_m = 1 / static_cast<double>(g.num_positions());
   const bool has_dx = problem.dx.data != nullptr;
   const bool needs_sum_dy_xmu =
       (has_dx && problem.training) || problem.dweight.data != nullptr || problem.dvar.data != nullptr;
@@ -289,7 +289,7 @@ void backward(const BackwardProblem& problem) {
     const double dmean = load_channel(problem.grad_mean, c, 0) - scale_dy * sum_dy;
     store_channel(problem.dvar, c, dvar);
     store_channel(problem.dmean, c, dmean);
-    if (problem.training) coefficients.set(c, {mean, scale_x / m, dmean / m, scale_dy});
+    if (problem.training) coefficients.set(c, {mean, scale_x * inverse_m, dmean * inverse_m, scale_dy});
   };
 
   if (problem.training) {

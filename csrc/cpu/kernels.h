@@ -14,9 +14,9 @@ const char* isa_name(Isa isa);
 // one.
 Isa current_isa();
 
-// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; at most so many, of planes that are
-// summed and of rows.
-constexpr int64_t kMaxBlockChannels = 32, kMaxRowChannels = 1024;
+// Channels [channel_begin, channel_end) at positions [begin, end) of a Geometry; of planes that are summed, at most so
+// many.
+constexpr int64_t kMaxBlockChannels = 32;
 struct Block {
   int64_t channel_begin, channel_end;
   int64_t begin, end;
@@ -24,7 +24,7 @@ struct Block {
 
 struct ElementwiseOptions {
   bool stream = false;  // stores go around the caches where they can
-  // Behind a block of planes comes the next one in memory, not another run of the same channels.
+  // Of planes, a block has one of each of its channels, side by side in memory, and the block behind it comes next.
   bool in_order = false;
   // Channels whose sums come next, if any. Planes ask for them while streamed stores write; nobody else looks at this.
   int64_t next_begin = 0, next_end = 0;

@@ -93,7 +93,9 @@ void set_coefficients(void* arrays, int64_t width, int64_t slot, const Coefficie
   const double lost_mean = std::isfinite(c.mean) ? static_cast<double>(mean) - c.mean : 0;
   double lost_scale = 0;
   if constexpr (std::is_same_v<T, float>) {
-    if (std::abs(static_cast<double>(scale)) > std::abs(c.scale)) scale = std::nextafter(scale, 0.0f);
+    // The next number towards 0, without a branch: no processor could tell which way it goes.
+    const auto bits = bit_cast<uint32_t>(scale);
+    scale = bit_cast<float>(bits - (std::abs(static_cast<double>(scale)) > std::abs(c.scale) ? 1u : 0u));
     const double lost = c.scale - static_cast<double>(scale);
     lost_scale = lost != 0 && std::isfinite(lost) ? lost : 0x1p-60 * c.scale;
     constexpr double kLeast = std::numeric_limits<float>::denorm_min();
@@ -142,32 +144,33 @@ void backward_sums_of_planes(const Geometry& g, const View& x, const View& dy, B
   kernel(g, x, dy, block, pivots, sum_dy, sum_dy_xmp);
 }
 
-// Streamed stores fill whole lines, or whole vectors if neighbouring planes do the same with the rest of a line. Where
-// elements themselves lie askew there are none; and of planes as short as these, too many lines are written in pieces,
-// by stores of both kinds. Zen 4, 32 x 2048 x 14 x 14 bfloat16: forward 3.3 -> 2.5 ms, backward 5.4 -> 4.6.
+// Whether streamed stores have whole lines to fill: not where elements themselves lie askew. Of planes as short as
+// these, taken one by one, too many lines are written in pieces, by stores of both kinds. Zen 4, 32 x 2048 x 14 x 14
+// bfloat16: forward 3.3 -> 2.5 ms, backward 5.4 -> 4.6.
 constexpr int64_t kShortPlaneBytes = 512;
 template <typename T>
-bool fills_lines(const Geometry& g, const View& view) {
-  const bool is_short = g.size[2] * static_cast<int64_t>(sizeof(T)) < kShortPlaneBytes;
-  return is_short ? has_aligned_steps<T>(view, g.size[2], view.stride_c, view.stride[0], view.stride[1])
-                  : reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0;
+bool fills_lines(const Geometry& g, const View& view, int64_t together) {
+  const int64_t bytes = together * g.size[2] * static_cast<int64_t>(sizeof(T));
+  return bytes >= kShortPlaneBytes && reinterpret_cast<uintptr_t>(view.data) % sizeof(T) == 0;
 }
 
 template <typename T>
 void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block block, CoefficientArrays c,
                          ElementwiseOptions options) {
   if (block_has_runs<T>(g, block, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
-  auto* kernel = options.stream && fills_lines<T>(g, y) ? normalize_planes<true, T> : normalize_planes<false, T>;
-  kernel(g, x, y, block, c, options);
+  const int64_t together = channels_together<T>(g, block, x, y);
+  const bool stream = options.stream && fills_lines<T>(g, y, together);
+  (stream ? normalize_planes<true, T> : normalize_planes<false, T>)(g, x, y, block, c, options, together);
 }
 
 template <typename T>
 void backward_apply_of_planes(const Geometry& g, const View& x, const View& dy, const View& dx, Block block,
                               CoefficientArrays c, ElementwiseOptions options) {
   if (block_has_runs<T>(g, block, x, dy, dx)) return backward_apply_runs<T>(g, x, dy, dx, block, c, options);
-  auto* kernel =
-      options.stream && fills_lines<T>(g, dx) ? backward_apply_planes<true, T> : backward_apply_planes<false, T>;
-  kernel(g, x, dy, dx, block, c, options);
+  const int64_t together = channels_together<T>(g, block, x, dy, dx);
+  const bool stream = options.stream && fills_lines<T>(g, dx, together);
+  auto* kernel = stream ? backward_apply_planes<true, T> : backward_apply_planes<false, T>;
+  kernel(g, x, dy, dx, block, c, options, together);
 }
 
 template <typename T>

@@ -176,20 +176,31 @@ BNEXT_INLINE void store_lanes(E* p, R bits, int64_t count) {
 #endif
 }
 
+// All bits set in the first `count` words of a vector.
+template <typename Word>
+BNEXT_INLINE auto lanes_below(int64_t count) {
+  Vec<Word, kVectorBytes / sizeof(Word)> lane;
+  for (size_t i = 0; i < kVectorBytes / sizeof(Word); ++i) lane[i] = static_cast<Word>(i);
+  return lane < static_cast<Word>(count);
+}
+
+// The first `count` lanes of a, and behind them those of b.
+template <typename V>
+BNEXT_INLINE V join_lanes(V a, V b, int64_t count) {
+  using Word = std::conditional_t<std::is_same_v<V, Doubles>, int64_t, int32_t>;
+  const auto of_a = lanes_below<Word>(count);
+  using Words = Vec<Word, kVectorBytes / sizeof(Word)>;
+  return bit_cast<V>((bit_cast<Words>(a) & of_a) | (bit_cast<Words>(b) & ~of_a));
+}
+
 // v, with 0 in the lanes that are not there.
 template <typename V>
 BNEXT_INLINE V keep_lanes(V v, Whole) {
   return v;
 }
-BNEXT_INLINE Doubles keep_lanes(Doubles v, int64_t count) {
-  Vec<int64_t, kDoubles> lane;
-  for (int i = 0; i < kDoubles; ++i) lane[i] = i;
-  return bit_cast<Doubles>(bit_cast<Vec<int64_t, kDoubles>>(v) & (lane < count));
-}
-BNEXT_INLINE WideFloats keep_lanes(WideFloats v, int64_t count) {
-  Vec<int32_t, 2 * kDoubles> lane;
-  for (int i = 0; i < 2 * kDoubles; ++i) lane[i] = i;
-  return bit_cast<WideFloats>(bit_cast<Vec<int32_t, 2 * kDoubles>>(v) & (lane < static_cast<int32_t>(count)));
+template <typename V>
+BNEXT_INLINE V keep_lanes(V v, int64_t count) {
+  return join_lanes(v, V{}, count);
 }
 
 // ---- elements in registers -----------------------------------------------------------------------------------------
@@ -204,9 +215,10 @@ struct Split {
   BNEXT_INLINE Split operator*(Split v) const { return {even * v.even, odd * v.odd}; }
   BNEXT_INLINE Split& operator+=(Split v) { return *this = *this + v; }
 };
-BNEXT_INLINE Split keep_lanes(Split v, int64_t count) {
-  return {keep_lanes(v.even, (count + 1) / 2), keep_lanes(v.odd, count / 2)};
+BNEXT_INLINE Split join_lanes(Split a, Split b, int64_t count) {
+  return {join_lanes(a.even, b.even, (count + 1) / 2), join_lanes(a.odd, b.odd, count / 2)};
 }
+BNEXT_INLINE Split keep_lanes(Split v, int64_t count) { return join_lanes(v, Split{}, count); }
 
 BNEXT_INLINE Split decode(const BFloat16*, WideWords bits) {
   return {bit_cast<WideFloats>(bits << 16), bit_cast<WideFloats>(bits & 0xffff0000)};

@@ -162,6 +162,9 @@ std::string format(const char* how, double number) {
   return text;
 }
 
+// Three digits, or all of a larger number's.
+std::string format(double number) { return format(number < 999.5 ? "%.3g" : "%.0f", number); }
+
 std::string with_unit(double bytes) {
   const char* unit = "B";
   for (const char* larger : {"kB", "MB", "GB", "TB"}) {
@@ -182,7 +185,7 @@ std::string stages_text(const Plan& plan) {
       text += " in " + std::to_string(plan.num_teams) + (plan.num_teams == 1 ? " team" : " teams");
     }
     if (plan.persistent) {
-      text += format(", %.3g slabs each", static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams));
+      text += ", " + format(static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams)) + " slabs each";
     }
     text += ", ";
     text += plan.held < 1 ? format("%.3g %%", 100 * plan.held) : "all";
@@ -347,10 +350,9 @@ std::string to_string(const Plan& plan) {
   if (plan.fold > 1) text += ", " + std::to_string(plan.fold) + " rows as one";
   text += ":" + stages_text(plan) + "; moves ";
   const double all = static_cast<double>(plan.bytes_moved), one = static_cast<double>(plan.tensor_bytes);
-  text += format("%.3g", one > 0 ? all / one : 0) + " tensors, " + with_unit(all);
+  text += format(one > 0 ? all / one : 0) + " tensors, " + with_unit(all);
   text += ", workspace " + with_unit(static_cast<double>(plan.workspace_bytes));
-  text +=
-      plan.error.empty() ? "; predicted " + format("%.3g", plan.microseconds) + " us" : "; cannot run: " + plan.error;
+  text += plan.error.empty() ? "; predicted " + format(plan.microseconds) + " us" : "; cannot run: " + plan.error;
   return text;
 }
 

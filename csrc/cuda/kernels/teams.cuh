@@ -44,7 +44,8 @@ struct Turn {
 // The letters of a grid: from each block of a team to all of them, its sums of each channel of the slab; and from one
 // of them to all, a channel's coefficients, where channels are shared out, block i % num_splits for channel i. Two
 // turns have letters of their own. So a letter is overwritten by a block that has had those of the turn between, from
-// blocks that were done with those before: sums from all; or coefficients, from all who read sums.
+// blocks that were done with those before: sums from all; or coefficients, from all who read sums. No fence says so:
+// the new letter is stored behind a loop that ends with what was read, so each reader has to wait for what it reads.
 template <typename Acc>
 class TeamLetters {
  public:
