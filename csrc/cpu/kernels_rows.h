@@ -21,13 +21,19 @@ BNEXT_INLINE int rows_per_sum(const Geometry& g) {
   return kIsHalf<T> && g.num_positions() <= kFewPositions ? 1 : kGroup;
 }
 
-// Sums take so many groups of these rows in a pass, side by side, as long as the rows have no more than these bytes,
-// and there are a few passes. Meanwhile the rows of the next pass are asked for. Zen 4, AVX-512, sums of 6272 x 1024
-// float32, not in cache, in a program of its own: 1.18 -> 0.86 ms, as long as reading takes. With vectors of 32 bytes,
-// sums of x and dy took up to a quarter longer.
+// Whether a block's rows follow one another without a gap. Those of runs do not: they lie a whole image apart.
+BNEXT_INLINE bool rows_adjoin(const View& view, const Block& block) {
+  return view.stride[2] == block.channel_end - block.channel_begin;
+}
+
+// Where they do, sums take so many groups of these rows in a pass, side by side, as long as the rows have no more than
+// these bytes, and there are a few passes. Meanwhile the rows of the next pass are asked for. Zen 4, AVX-512, sums of
+// 6272 x 1024 float32, not in cache, in a program of its own: 1.18 -> 0.86 ms, as long as reading takes. With vectors
+// of 32 bytes, sums of x and dy took up to a quarter longer; in runs, a tenth.
 constexpr int64_t kMostGroups = kLongVectors ? 4 : 1, kFewestPasses = 4, kSumPassBytes = int64_t{128} << 10;
 template <typename T>
-BNEXT_INLINE int rows_per_sum_pass(const Geometry& g, const Block& block, int group) {
+BNEXT_INLINE int rows_per_sum_pass(const Geometry& g, const Block& block, const View& x, int group) {
+  if (!rows_adjoin(x, block)) return group;
   const int64_t by_bytes = kSumPassBytes / row_bytes<T>(block), by_passes = g.size[2] / kFewestPasses;
   const int64_t groups = (by_bytes < by_passes ? by_bytes : by_passes) / group;
   return group * static_cast<int>(groups < 1 ? 1 : groups > kMostGroups ? kMostGroups : groups);
@@ -131,7 +137,7 @@ void moments_in_passes(const Geometry& g, const View& x, Block block, const void
                        int group) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
-  const int step = rows_per_sum_pass<T>(g, block, group);
+  const int step = rows_per_sum_pass<T>(g, block, x, group);
   const int64_t rows_on = rows_ahead<T>(block, kAheadBytes, step);
   int64_t position = block.begin;
   for_each_run(
@@ -176,7 +182,7 @@ void backward_sums_in_passes(const Geometry& g, const View& x, const View& dy, B
                              double* sum_dy, double* sum_dy_xmp, int group) {
   constexpr int64_t lanes = kTermLanes<T>;
   const auto* pivot = static_cast<const TermScalar<T>*>(pivots);
-  const int step = rows_per_sum_pass<T>(g, block, group);
+  const int step = rows_per_sum_pass<T>(g, block, x, group);
   const int64_t rows_on = rows_ahead<T>(block, kAheadBytes, step);
   int64_t position = block.begin;
   for_each_run(
@@ -237,7 +243,7 @@ void backward_sums_rows(const Geometry& g, const View& x, const View& dy, Block 
 // but with vectors of 32 bytes training took a tenth longer.
 template <bool kStream, bool kOneByOne>
 BNEXT_INLINE bool asks_ahead(const View& to, const Block& block) {
-  return !kLongVectors || kStream || !kOneByOne || to.stride[2] != block.channel_end - block.channel_begin;
+  return !kLongVectors || kStream || !kOneByOne || !rows_adjoin(to, block);
 }
 
 template <bool kStream, bool kOneByOne, typename T>
