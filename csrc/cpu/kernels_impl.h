@@ -160,7 +160,8 @@ void normalize_of_planes(const Geometry& g, const View& x, const View& y, Block 
   if (block_has_runs<T>(g, block, x, y)) return normalize_runs<T>(g, x, y, block, c, options);
   const int64_t together = channels_together<T>(g, block, x, y);
   const bool stream = options.stream && fills_lines<T>(g, y, together);
-  (stream ? normalize_planes<true, T> : normalize_planes<false, T>)(g, x, y, block, c, options, together);
+  auto* kernel = stream ? normalize_planes<true, T> : normalize_planes<false, T>;
+  kernel(g, x, y, block, c, options, together);
 }
 
 template <typename T>

@@ -190,7 +190,8 @@ void backward_sums_planes(const Geometry& g, const View& x, const View& dy, Bloc
 }
 
 // How many channels elementwise work takes at a time: all that a block has, where their planes lie side by side, as one
-// stretch of memory, or one. Planes shorter than a line would bring three channels into a vector.
+// stretch of memory, or one. Planes shorter than a line would bring three channels into a vector. (A block has parts of
+// planes only where it is shorter than they are.)
 template <typename T, typename... Views>
 BNEXT_INLINE int64_t channels_together(const Geometry& g, const Block& block, const Views&... views) {
   const bool dense = ((views.stride_c == g.size[2]) && ...) && g.size[2] <= block.end - block.begin;
@@ -199,10 +200,10 @@ BNEXT_INLINE int64_t channels_together(const Geometry& g, const Block& block, co
 }
 
 // Sets `channels` neighbouring planes of `length` elements, from channel c on, to map(i, count, numbers_of(channel))
-// for a vector that begins at element i. Vectors go across the ends of planes: then they have lanes of two channels.
-// With kStream, stores go around the caches in whole lines: one that is written in pieces, by stores of both kinds,
-// costs a read of memory. Zen 4, evaluation of 32 x 1024 x 14 x 14 float32, where planes are 12 lines and a
-// quarter: 1.76 -> 1.25 ms.
+// for a vector that begins at element i, before which it calls ask(i). Vectors go across the ends of planes: then they
+// have lanes of two channels. With kStream, stores go around the caches in whole lines: one that is written in pieces,
+// by stores of both kinds, costs a read of memory. Zen 4, evaluation of 32 x 1024 x 14 x 14 float32, where planes are
+// 12 lines and a quarter: 1.76 -> 1.25 ms.
 template <bool kStream, typename T, typename NumbersOf, typename Ask, typename Map>
 BNEXT_INLINE void map_planes(T* to, int64_t length, int64_t c, int64_t channels, NumbersOf numbers_of, Ask ask,
                              Map map) {
@@ -230,7 +231,10 @@ BNEXT_INLINE void map_planes(T* to, int64_t length, int64_t c, int64_t channels,
   };
   auto up_to = [&](int64_t stop) __attribute__((always_inline)) {
     whole_vectors(stop, Whole());
-    if (i < stop) store_value(to + i, map(i, stop - i, numbers), stop - i);
+    if (i < stop) {
+      ask(i);
+      store_value(to + i, map(i, stop - i, numbers), stop - i);
+    }
     i = stop;
   };
   if constexpr (kStream) {

@@ -1,6 +1,6 @@
 // Rows: the channels of a position lie side by side. Every row needs the numbers of every channel. Sums, and
-// elementwise work of narrow rows, take some rows at a time, and of them a few vectors of channels, whose numbers stay
-// in registers. Part of kernels_impl.h; no include guard on purpose.
+// elementwise work of narrow and of very wide rows, take some rows at a time, and of them a few vectors of channels,
+// whose numbers stay in registers. Part of kernels_impl.h; no include guard on purpose.
 
 // Vectors of channels in registers: two sums and a pivot, or four coefficients, for each. A Split is two.
 template <typename T>
@@ -21,7 +21,7 @@ BNEXT_INLINE int rows_per_sum(const Geometry& g) {
   return kIsHalf<T> && g.num_positions() <= kFewPositions ? 1 : kGroup;
 }
 
-// Whether a block's rows follow one another without a gap. Those of runs do not: they lie a whole image apart.
+// Whether a block's rows follow one another without a gap. Those of runs hardly ever do: they lie a whole image apart.
 BNEXT_INLINE bool rows_adjoin(const View& view, const Block& block) {
   return view.stride[2] == block.channel_end - block.channel_begin;
 }
@@ -69,11 +69,11 @@ BNEXT_INLINE int64_t rows_ahead(const Block& block, int64_t bytes, int64_t pass)
 template <typename T>
 class WriteAhead {
  public:
-  // `step`: rows of a pass, 1 where the block is wide.
+  // `step`: rows of a pass.
   BNEXT_INLINE WriteAhead(const View& view, const Block& block, int step) : end_(block.channel_end) {
     const int64_t channels = block.channel_end - block.channel_begin, stride = view.stride[2];
-    beyond_ =
-        channels > kDistance ? kDistance - channels + stride : rows_ahead<T>(block, kWriteAheadBytes, step) * stride;
+    beyond_ = channels > kDistance ? kDistance - channels + step * stride
+                                   : rows_ahead<T>(block, kWriteAheadBytes, step) * stride;
   }
   BNEXT_INLINE int64_t operator()(int64_t c) const { return c + kDistance < end_ ? kDistance : beyond_; }
 

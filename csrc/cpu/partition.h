@@ -28,7 +28,7 @@ constexpr int64_t kManyChannels = 256;
 // The widest vectors have so many lanes. Rows should have a multiple of kLaneChannels (floats in 64 bytes), and want a
 // few vectors in a row; with more channels than kMostFolded, folded rows would be longer than that is worth.
 constexpr int64_t kMaxLanes = 32, kLaneChannels = 16, kWideRow = 64, kMostFolded = 1024;
-// Channels that a block of rows has: all of them, up to so many, where there are blocks enough for all threads. Whole
+// Channels that a block of rows has: all of them, up to so many, where that leaves two blocks for each thread. Whole
 // rows are memory's order: Zen 4, AVX-512, sums of 1568 x 2048 float32 in two parts 0.82 ms, whole 0.58.
 constexpr int64_t kWidestRows = 4096, kNarrowestRows = 1024;
 static_assert(kNarrowestRows % kMaxLanes == 0, "blocks of rows are made of whole vectors, but for the last");
@@ -196,10 +196,12 @@ class Partition {
     return fold * channels <= kMostFolded ? fold : 1;
   }
 
-  // Sums of a channel do not depend on the channels beside it, so these may depend on the number of threads.
+  // Sums of a channel do not depend on the channels beside it, so this and the next may depend on the number of
+  // threads.
   int64_t choose_row_channels(int64_t threads) const {
+    const int64_t enough = threads > 1 ? 2 * threads : 1;
     int64_t count = kWidestRows;
-    while (count > kNarrowestRows && ceil_div(num_channels(), count) * num_chunks_ < 2 * threads) count /= 2;
+    while (count > kNarrowestRows && ceil_div(num_channels(), count) * num_chunks_ < enough) count /= 2;
     return std::min(num_channels(), count);
   }
 
