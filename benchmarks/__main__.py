@@ -202,7 +202,9 @@ def summarize(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks summary")
     parser.add_argument("file", type=Path)
-    environment, rows = results.load_for(parser, parser.parse_args(argv).file)
+    parser.add_argument("--below-mib", type=float, help="of shapes whose tensors are smaller")
+    a = parser.parse_args(argv)
+    environment, rows = results.load_for(parser, a.file)
     print(f"{report.describe(environment)}\n")
     if any("network" in row for row in rows):
         from benchmarks.training_steps import Step, show
@@ -211,12 +213,20 @@ def summarize(argv: Sequence[str]) -> int:
     elif plans.by_case(rows):
         print(plans.summary(rows))
     else:
+        if a.below_mib is not None:
+            limit = a.below_mib * 2**20
+            rows = [row for row in rows if _tensor_bytes(row) < limit]
         print(report.summary(rows))
         if environment.get("device") == "cuda":
             from benchmarks.gpu_summary import headline
 
             print(f"\n{headline(rows)}")
     return 0
+
+
+def _tensor_bytes(row: dict[str, Any]) -> int:
+    shape = shapes.Shape(*(row[k] for k in "NCHW"))
+    return shapes.Case(row["suite"], shape, row["dtype"]).tensor_bytes
 
 
 def compare(argv: Sequence[str]) -> int:

@@ -388,6 +388,11 @@ def test_a_quick_run_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert command.main(["summary", str(file)]) == 0
     summary = capsys.readouterr().out.partition("\n\n")[2].strip()
     assert summary.startswith("forward") and summary in done.stdout
+    # Their tensors have 1.5 and 49 KiB.
+    for kib, cases in ((1.5, 0), (1.6, 1), (49, 1), (50, 2)):
+        assert command.main(["summary", str(file), "--below-mib", str(kib / 1024)]) == 0
+        named = re.findall(r"call: (\d+) case", capsys.readouterr().out)
+        assert named == [str(cases)] * (3 if cases else 0)
 
     pytest.importorskip("matplotlib")
     assert command.main(["plot", str(file)]) == 0

@@ -148,6 +148,17 @@ def test_every_misalignment(dtypes: str, offset: int, device: str) -> None:
         check_gradients(shifted, f"offset {offset}")
 
 
+@pytest.mark.parametrize("shape", [(33, 4100, 2, 1), (5, 8200, 2, 1)])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
+def test_wide_rows(dtypes: str, shape: tuple[int, ...], device: str) -> None:
+    """Wider than a block of rows is on a CPU, in one chunk and in two."""
+    options = {"layout": "channels_last", "grad_layout": "channels_last", "device": device}
+    for mode in ("train", "eval"):
+        case = cases.make_case(shape, dtypes, mode=mode, **options)
+        check_forward(case, mode)
+        check_gradients(case, mode)
+
+
 @pytest.mark.parametrize("dtypes", cases.DTYPES)
 def test_evaluation_of_planes_and_rows(dtypes: str) -> None:
     """Bit for bit the same on a CPU: each element gets the numbers of its own channel, also where
