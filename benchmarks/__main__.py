@@ -205,28 +205,26 @@ def summarize(argv: Sequence[str]) -> int:
     parser.add_argument("--below-mib", type=float, help="of shapes whose tensors are smaller")
     a = parser.parse_args(argv)
     environment, rows = results.load_for(parser, a.file)
+    networks = any("network" in row for row in rows)
+    if a.below_mib is not None:
+        if networks:
+            parser.error("--below-mib is for files of shapes, and this one is of networks")
+        limit = a.below_mib * 2**20
+        rows = [r for r in rows if shapes.Shape.of_row(r).num_bytes(r["dtype"]) < limit]
     print(f"{report.describe(environment)}\n")
-    if any("network" in row for row in rows):
+    if networks:
         from benchmarks.training_steps import Step, show
 
         show([Step(**row) for row in rows])
     elif plans.by_case(rows):
         print(plans.summary(rows))
     else:
-        if a.below_mib is not None:
-            limit = a.below_mib * 2**20
-            rows = [row for row in rows if _tensor_bytes(row) < limit]
         print(report.summary(rows))
         if environment.get("device") == "cuda":
             from benchmarks.gpu_summary import headline
 
             print(f"\n{headline(rows)}")
     return 0
-
-
-def _tensor_bytes(row: dict[str, Any]) -> int:
-    shape = shapes.Shape(*(row[k] for k in "NCHW"))
-    return shapes.Case(row["suite"], shape, row["dtype"]).tensor_bytes
 
 
 def compare(argv: Sequence[str]) -> int:

@@ -43,7 +43,7 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def is_large(shape: Shape, dtype: str) -> bool:
-    return shape.numel * DTYPES[dtype].itemsize >= LARGE
+    return shape.num_bytes(dtype) >= LARGE
 
 
 def print_aim(kind: str, times: list[float]) -> None:
@@ -59,7 +59,7 @@ def against_measured(device: str, measured: list[dict[str, Any]]) -> None:
     floors: dict[tuple[str, str, str], dict[Shape, float]] = defaultdict(dict)
     for row in measured:
         case = (row["direction"], row["dtype"], row["layout"])
-        shape = Shape(*(row[k] for k in "NCHW"))
+        shape = Shape.of_row(row)
         if not row["ms"] or row["note"] or (row["cache"], row["suite"]) != ("cold", "resnet50"):
             continue
         if is_peer(row["provider"]):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,12 +27,21 @@ class Shape(NamedTuple):
     W: int
     count: int = 1
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Shape:
+        """The shape of a row of a file, without its count."""
+        return cls(row["N"], row["C"], row["H"], row["W"])
+
     def __str__(self) -> str:
         return f"{self.N}×{self.C}×{self.H}×{self.W}"
 
     @property
     def numel(self) -> int:
         return self.N * self.C * self.H * self.W
+
+    def num_bytes(self, dtype: str) -> int:
+        """T: the bytes of one activation tensor."""
+        return self.numel * DTYPES[dtype].itemsize
 
 
 # (channels, side of the image, layers) of ResNet-50 at 224×224.
@@ -133,7 +142,7 @@ class Case:
     @property
     def tensor_bytes(self) -> int:
         """T: the bytes of one activation tensor."""
-        return self.shape.numel * DTYPES[self.dtype].itemsize
+        return self.shape.num_bytes(self.dtype)
 
     @property
     def bytes_min(self) -> int:

@@ -393,6 +393,10 @@ def test_a_quick_run_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert command.main(["summary", str(file), "--below-mib", str(kib / 1024)]) == 0
         named = re.findall(r"call: (\d+) case", capsys.readouterr().out)
         assert named == [str(cases)] * (3 if cases else 0)
+    network = ROOT / "benchmarks" / "results" / "cpu-amd-epyc-2026-11-25-network.json"
+    with pytest.raises(SystemExit):
+        command.main(["summary", str(network), "--below-mib", "1"])
+    assert "this one is of networks" in capsys.readouterr().err
 
     pytest.importorskip("matplotlib")
     assert command.main(["plot", str(file)]) == 0

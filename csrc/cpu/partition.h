@@ -180,8 +180,8 @@ class Partition {
   // Positions in a block, before rows are folded.
   static int64_t choose_chunk(const Geometry& g) {
     if (g.walk == Walk::kRows) {
-      const int64_t rows_bytes = std::min(g.num_channels, kWidestRows) * dtype_bytes(g.dtype);
-      const int64_t rows = std::min(kRowsBytes / rows_bytes, g.num_positions() / kEnoughChunks);
+      const int64_t rows =
+          std::min(kRowsBytes / (g.num_channels * dtype_bytes(g.dtype)), g.num_positions() / kEnoughChunks);
       return std::max({kMinRows, kBlockElements / g.num_channels, rows});
     }
     const int64_t run = g.size[2];
