@@ -27,9 +27,17 @@ MOST_TEAMS = 64  # of a grid
 CASE = ("N", "C", "H", "W", "dtype", "layout", "direction")
 
 
-def every_setting(layout: str, num_sms: int) -> Iterator[Settings]:
+def every_setting(case: Case, device: str) -> Iterator[Settings]:
     """What forces plans of each kind; not all of them can run, and some are the same."""
     yield {"FAMILY": "streaming"}
+    for threads in ("256", "128"):
+        streaming = {"FAMILY": "streaming", "THREADS": threads}
+        yield streaming
+        with forced(streaming):
+            (usual,) = plans_of(case, device)
+        for share in (0.5, 2, 4):
+            yield streaming | {"TEAM": str(math.ceil(share * usual["team"]))}
+    num_sms = int(_C.cuda_device(device)["num_sms"])
     blocks = {n * num_sms // teams for n in (1, 2) for teams in range(1, MOST_TEAMS + 1)}
     kinds: list[Settings] = [{"FAMILY": "resident"}]
     kinds += [{"FAMILY": "cluster", "TEAM": str(n)} for n in (2, 4, 8, 16)]
@@ -45,7 +53,7 @@ def every_setting(layout: str, num_sms: int) -> Iterator[Settings]:
     widths: tuple[Settings, ...] = ({"ROW_BYTES": "128"}, {"ROW_BYTES": "64"})
     for kind in kinds:
         for way in ways.get(kind["FAMILY"], ways[""]):
-            for width in widths if layout == "channels_last" else ({},):
+            for width in widths if case.layout == "channels_last" else ({},):
                 for threads in ("512", "256", "128", "64"):
                     yield kind | way | width | {"THREADS": threads}
 
@@ -54,7 +62,7 @@ def candidates(case: Case, device: str = "cuda", most: int = MOST) -> list[Setti
     """Settings of plans that can run, and differ: the best one of each family and size of a
     cluster, by the model, and the best of all others."""
     found: dict[str, tuple[float, Settings]] = {}
-    for settings in every_setting(case.layout, int(_C.cuda_device(device)["num_sms"])):
+    for settings in every_setting(case, device):
         with forced(settings):
             (plan,) = plans_of(case, device)
         if not plan["error"]:

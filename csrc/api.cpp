@@ -411,7 +411,7 @@ std::vector<PlanReport> cuda_plans(const at::Tensor& input, const std::string& d
     const bool is_forward = request.pass == cuda::Pass::kForward;
     const int64_t bytes_min = (is_forward ? 2 : 3) * tensor_bytes;
     reports.push_back({is_forward ? "forward" : "backward", cuda::family_name(plan.family), cuda::walk_name(plan),
-                       plan.persistent, cuda::to_string(plan), plan.error, plan.bytes_moved, bytes_min,
+                       plan.persistent, cuda::to_string(plan), plan.error, plan.num_splits, plan.bytes_moved, bytes_min,
                        plan.microseconds, cuda::predict_floor(bytes_min, info), cuda::compared_time(plan)});
   }
   return reports;

@@ -71,6 +71,7 @@ struct PlanReport {
   bool persistent = false;  // blocks go on to further slabs
   std::string text;
   std::string error;  // why it cannot run; empty if it can
+  int64_t team = 0;   // blocks that share a channel or a slab
   int64_t bytes_moved = 0, bytes_min = 0;
   double microseconds = 0, microseconds_min = 0;  // predicted, of the plan and of one kernel that moves bytes_min
   double microseconds_compared = 0;               // by which plans are chosen: more for those that hold the device

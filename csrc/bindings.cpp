@@ -216,7 +216,7 @@ py::list py_cuda_plans(py::handle input, const std::string& device, const std::s
   const at::Tensor x = Arguments{"explain"}.tensor(input, "input");
   for (const PlanReport& r : cuda_plans(x, device, family, training, costs)) {
     reports.append(py::dict("pass"_a = r.pass, "family"_a = r.family, "walk"_a = r.walk, "persistent"_a = r.persistent,
-                            "text"_a = r.text, "error"_a = r.error, "bytes_moved"_a = r.bytes_moved,
+                            "text"_a = r.text, "error"_a = r.error, "team"_a = r.team, "bytes_moved"_a = r.bytes_moved,
                             "bytes_min"_a = r.bytes_min, "microseconds"_a = r.microseconds,
                             "microseconds_min"_a = r.microseconds_min,
                             "microseconds_compared"_a = r.microseconds_compared));

@@ -33,7 +33,7 @@ RESULTS = (
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
 REQUEST += ("family", "cumulative", "no_grid", "no_clusters", "no_overlap")
-REQUEST += ("persistent_limit", "registers_limit", "no_late")
+REQUEST += ("persistent_limit", "registers_limit", "no_late", "team", "exact_threads")
 
 
 KB = 1 << 10
@@ -365,6 +365,33 @@ def test_forced_families(name: str) -> None:
         one_slab = plan(device, shape, dtype, layout, **request)
         assert compared(auto) <= compared(one_slab) * (1 + 1e-9)
     assert ran == {RESIDENT, GRID} | ({CLUSTER} if any(device.active_clusters) else set())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_forced_blocks_of_streaming(layout: str) -> None:
+    """As many blocks share a channel as was asked for, or the nearest number that can; and only
+    where streaming is asked for by name."""
+    device = DEVICES["h200"]
+    for shape, backward, team, threads in itertools.product(
+        RESNET50[::5] + FEW_CHANNELS + TINY + ODD, (0, 1), (1, 40, 1 << 20), (64, 128, 512)
+    ):
+        request = {"backward": backward, "family": STREAMING}
+        q = plan(device, shape, layout=layout, **request, team=team, exact_threads=threads)
+        assert not q.has_error and q.family_chosen == STREAMING
+        assert q.threads == min(threads, 256)
+        assert q.chunk * (q.num_splits - 1) < q.num_items <= q.chunk * q.num_splits
+        unroll, steps = library().plan_unroll(), q.block_rows if q.walk == 1 else q.threads
+        fewest = ceil_div(q.num_items, steps * unroll * library().plan_batches())
+        most = ceil_div(q.num_items, steps * unroll)
+        wanted = min(max(fewest, team), most)
+        # Whole steps: of fewer blocks, with as many steps as those that were wanted.
+        assert q.num_splits <= wanted
+        assert q.chunk == ceil_div(ceil_div(q.num_items, wanted), steps) * steps
+        usual = plan(device, shape, layout=layout, backward=backward, training=0)
+        for family in (AUTO, RESIDENT):
+            request = {"backward": backward, "training": 0, "family": family}
+            q = plan(device, shape, layout=layout, **request, team=team, exact_threads=threads)
+            assert q.text == usual.text  # eval is streamed whatever the family
 
 
 def test_what_runs_where() -> None:

@@ -65,11 +65,15 @@ void describe_views(Request& request, std::initializer_list<const View*> views) 
   }
 }
 
+// Elsewhere what is said of blocks is meant for other families.
+bool asks_for_streaming(const Limits& limits) { return limits.family == Family::kStreaming; }
+
 // The fewest threads, a power of two, that still take all items in one batch.
 template <typename Fits>
-int choose_threads(int most, int fewest, Fits fits) {
-  int threads = most;
-  while (threads > fewest && fits(threads / 2)) threads /= 2;
+int choose_threads(const Limits& limits, Fits fits) {
+  if (asks_for_streaming(limits) && limits.exact_threads != 0) return std::min(limits.exact_threads, kMaxThreads);
+  int threads = std::min(limits.threads, kMaxThreads);
+  while (threads > kMinThreads && fits(threads / 2)) threads /= 2;
   return threads;
 }
 
@@ -97,7 +101,8 @@ void split_items(const DeviceInfo& device, const Limits& limits, int64_t columns
   const int64_t batch = parallel_items * kUnroll;
   const int64_t fewest = std::max<int64_t>(1, ceil_div(plan.num_items, batch * limits.batches));
   const int64_t waves = ceil_div(columns * fewest, full);
-  const int64_t splits = std::min(std::max(fewest, waves * full / columns), ceil_div(plan.num_items, batch));
+  const int64_t wanted = asks_for_streaming(limits) && limits.team != 0 ? limits.team : waves * full / columns;
+  const int64_t splits = std::min(std::max(fewest, wanted), ceil_div(plan.num_items, batch));
   // Whole steps of the block; only the last block may have fewer.
   plan.chunk = ceil_div(ceil_div(plan.num_items, splits), parallel_items) * parallel_items;
   plan.num_splits = ceil_div(plan.num_items, plan.chunk);
@@ -122,8 +127,7 @@ void plan_planes(const Request& r, const DeviceInfo& device, const Limits& limit
   plan.size[1] = g.size[1];
   plan.size[2] = items_of_plane(plan.vec);
   plan.num_items = planes * plan.size[2];
-  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads,
-                                [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
+  plan.threads = choose_threads(limits, [&](int threads) { return plan.num_items <= int64_t{threads} * kUnroll; });
   plan.wide_channels = g.num_channels;
   split_items(device, limits, g.num_channels, plan.threads, plan);
 }
@@ -147,8 +151,7 @@ void plan_rows(const Request& r, const DeviceInfo& device, const Limits& limits,
   const int64_t packs = plan.wide_channels / plan.vec;
   const int64_t row_packs = std::min(packs, kRowBytes / (plan.vec * dtype_bytes(g.dtype)));
   static_assert(kRowBytes / 2 <= kMinThreads, "a block has a thread for each pack, or element, of its rows");
-  plan.threads = choose_threads(std::min(limits.threads, kMaxThreads), kMinThreads,
-                                [&](int threads) { return plan.num_items <= threads / row_packs * kUnroll; });
+  plan.threads = choose_threads(limits, [&](int threads) { return plan.num_items <= threads / row_packs * kUnroll; });
   plan.num_slabs = ceil_div(packs, row_packs);
   plan.block_packs = static_cast<int>(ceil_div(packs, plan.num_slabs));  // slabs of about the same width
   plan.block_rows = plan.threads / plan.block_packs;

@@ -117,8 +117,8 @@ struct Limits {
   int fused_splits = 64;   // blocks of a channel up to which each apply block adds up the partial sums by itself
   bool share_out = false;  // a grid's blocks share out a slab's channels, also where it would be faster not to
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
-  // On chip, where 0 is for any: blocks of a cluster or a grid that share a channel, threads of a block (a power of
-  // two), and bytes of a slab's rows.
+  // Where 0 is for any: blocks that share a channel or a slab, threads of a block (a power of two), and, on chip, bytes
+  // of a slab's rows. Streaming heeds them only where it is asked for by name, and takes what it can that is nearest.
   int team = 0, exact_threads = 0, row_bytes = 0;
 };
 

@@ -18,6 +18,7 @@ struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
   int64_t family, cumulative, no_grid, no_clusters, no_overlap, persistent_limit, registers_limit, no_late;
+  int64_t team, exact_threads;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
   int64_t cooperative, overlaps;
@@ -99,6 +100,8 @@ void plan_run(Query* q) {
   limits.persistent = static_cast<Choice>(q->persistent_limit);
   limits.registers = static_cast<Choice>(q->registers_limit);
   limits.late = q->no_late == 0;
+  limits.team = static_cast<int>(q->team);
+  limits.exact_threads = static_cast<int>(q->exact_threads);
   const Plan p = make_plan(r, device, limits);
   q->walk = static_cast<int64_t>(p.walk);
   q->vec = p.vec;
