@@ -76,7 +76,7 @@ def candidates(case: Case, device: str = "cuda", most: int = MOST) -> list[Setti
     taken += [settings for settings in by_time if settings not in taken][: most - len(taken)]
     # What else the chosen plan can do without.
     usual = plan_text(case, device)
-    for settings in ({"LATE": "0"}, {"OVERLAP": "0"}):
+    for settings in ({"LATE": "0"}, {"EARLY": "0"}, {"OVERLAP": "0"}):
         with forced(settings):
             if plan_text(case, device) != usual:
                 taken.append(settings)

@@ -414,11 +414,13 @@ PROVIDERS: dict[str, type[Provider]] = {
 }
 
 # Besides the contestants: bnext with each family of its CUDA kernels, with no persistent blocks,
-# with no packs in registers, with all blocks beginning together, and with a pass's kernels apart.
+# with no packs in registers, with all blocks beginning together, with L2 asked for nothing early,
+# and with a pass's kernels apart.
 VARIANTS = (
     *(functools.partial(Variant, name, {"FAMILY": name}) for name in _C.cuda_families()),
     functools.partial(Variant, "one-slab", {"PERSISTENT": "0"}),
     functools.partial(Variant, "slots", {"REGISTERS": "0"}),
     functools.partial(Variant, "together", {"LATE": "0"}),
+    functools.partial(Variant, "unasked", {"EARLY": "0"}),
     functools.partial(Variant, "apart", {"OVERLAP": "0"}),
 )

@@ -36,7 +36,8 @@ def explain(
             what a call would take: the best one, or what the environment variables
             ``BNEXT_CUDA_FAMILY``, ``BNEXT_CUDA_GRID``, ``BNEXT_CUDA_PERSISTENT``,
             ``BNEXT_CUDA_REGISTERS``, ``BNEXT_CUDA_OVERLAP``, ``BNEXT_CUDA_LATE``,
-            ``BNEXT_CUDA_TEAM``, ``BNEXT_CUDA_THREADS`` and ``BNEXT_CUDA_ROW_BYTES`` say.
+            ``BNEXT_CUDA_EARLY``, ``BNEXT_CUDA_TEAM``, ``BNEXT_CUDA_THREADS`` and
+            ``BNEXT_CUDA_ROW_BYTES`` say.
         direction: ``"forward"``, ``"backward"`` or ``"both"``.
         training: in training or in evaluation mode.
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from simt import library as simt
-from simt.overlap import simulate
+from simt.overlap import L2_TIME, simulate
 
 from bnext._extension import _C
 
@@ -30,10 +30,12 @@ RESULTS = (
     *("cluster", "num_steps", "held_steps", "run_length", "slab_channels", "shared_bytes"),
     *("tensor_bytes", "kept_batches", "batches_ahead", "num_teams", "persistent", "shares_out"),
     *("late_from", "num_late", "registers", "overlapping"),
+    *("early_lines", "early_slabs", "line_packs"),
 )
 REQUEST = ("dtype", "backward", "training", "output", "reads_x", "sums", "misaligned")
 REQUEST += ("family", "cumulative", "no_grid", "no_clusters", "no_overlap")
-REQUEST += ("persistent_limit", "registers_limit", "no_late", "team", "exact_threads")
+REQUEST += ("persistent_limit", "registers_limit", "no_late", "no_early")
+REQUEST += ("team", "exact_threads")
 
 
 KB = 1 << 10
@@ -101,7 +103,7 @@ def library() -> ctypes.CDLL:
         getattr(lib, f"plan_{name}").restype = ctypes.c_int64
     lib.plan_on_chip_time.restype = ctypes.c_double
     lib.plan_on_chip_time.argtypes = (
-        *[ctypes.c_double] * 6,
+        *[ctypes.c_double] * 7,
         *[ctypes.c_int64] * 2,
         ctypes.POINTER(ctypes.c_double),
     )
@@ -235,6 +237,15 @@ def check_on_chip(q: Query, device: Device, channels: int, text: str) -> None:
         assert q.late_from % q.num_splits == q.num_late % q.num_splits == 0, text
         assert 0 < q.num_late <= q.late_from <= q.num_blocks - q.num_late, text
         assert q.num_splits * slabs > sms or q.num_slabs > q.num_teams, text
+    # A thread asks L2 for a line at most, of what a later block has; and L2 has room for them all.
+    assert 0 <= q.early_lines <= q.threads - (0 if q.walk == 1 else 32), text
+    assert q.early_lines == 0 or q.early_slabs < slabs, text
+    assert q.early_slabs == q.num_teams or not q.persistent, text
+    assert 1 <= q.line_packs <= 8, text
+    packs = q.chunk * (q.block_packs if q.walk == 1 else 1)
+    assert q.early_lines <= ceil_div(packs, q.line_packs), text
+    early = q.early_lines * q.line_packs * 16 * tensors * q.early_slabs * q.num_splits
+    assert early <= device.l2_bytes / 4, text
     # Every item is in exactly one block, and no thread has more steps than it takes.
     assert q.chunk * q.num_splits >= q.num_items >= q.num_splits, text
     at_once = q.block_rows if q.walk == 1 else q.threads
@@ -460,8 +471,9 @@ def test_a_grid_takes_what_no_cluster_holds() -> None:
 
 def test_what_is_not_wanted() -> None:
     h100, shape = DEVICES["h100"], (32, 256, 56, 56)
-    assert plan(h100, shape).family_chosen == CLUSTER
-    assert plan(h100, shape, no_clusters=1, no_grid=1).family_chosen in (STREAMING, RESIDENT)
+    assert plan(h100, shape, backward=1).family_chosen == CLUSTER
+    q = plan(h100, shape, backward=1, no_clusters=1, no_grid=1)
+    assert q.family_chosen in (STREAMING, RESIDENT)
     assert plan(h100, shape, no_clusters=1, family=CLUSTER).family_chosen == CLUSTER
     for no_overlap in (0, 1):
         q = plan(h100, shape, family=STREAMING, no_overlap=no_overlap)
@@ -533,27 +545,43 @@ def test_packs_in_registers() -> None:
     [(64, 1), (64, 3), (64, 8), (128, 2), (128, 4), (256, 1), (256, 2), (256, 3), (256, 4)],
 )
 def test_blocks_that_begin_late(threads: int, at_once: int) -> None:
-    """The model is near a simulation."""
-    sms, off, gained, busy_threads = 12, [], [], 240
-    for blocks, move, stop, persistent, moved in itertools.product(
-        (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25), (3, 6, 12), (2, 4, 8), (False, True), (3, 4)
+    """The model is near a simulation, also where L2 is asked for the next slab meanwhile."""
+    sms, off, gained, asked, busy_threads = 12, [], [], [], 240
+    for blocks, move, stop, (persistent, early), moved in itertools.product(
+        (1.25, 1.5, 2, 2.5, 3, 4, 5.25, 8.25),
+        (3, 6, 12),
+        (2, 4, 8),
+        itertools.product((False, True), (0, 0.25, 0.75)),
+        (3, 4),
     ):
         if blocks <= at_once - 1:  # so many are never side by side
             continue
+        # What few threads move is less than what L2 fetches besides, which the model does not say.
+        if early > 0 and threads * at_once < busy_threads:
+            continue
         late, traffic = ctypes.c_double(), move * blocks
-        places = (min(at_once, blocks), threads, blocks, busy_threads)
+        saved = (1 - L2_TIME) * early
+        places = (min(at_once, blocks), threads, blocks, busy_threads, saved)
         time = library().plan_on_chip_time(*places, traffic, stop, 1, moved, late)
         run = (sms, at_once, round(sms * blocks), threads, traffic, stop, persistent)
         simulated = functools.partial(simulate, *run, reads=2 / moved, busy_threads=busy_threads)
-        found, together = simulated(late=late.value), simulated(late=0.0)
-        text = f"{blocks} blocks of {move}, {stop} us: {found}, by the model {time}"
+        found = simulated(late=late.value, early=early)
+        together = simulated(late=0.0, early=early)
+        text = f"{blocks} blocks of {move}, {stop} us, {early} early: {found}, by the model {time}"
         assert 0.7 < time / found < 1.3, text
         assert found < 1.15 * together, f"{text}; {together} where all begin together"
         off.append(abs(time / found - 1))
-        gained.append(1 - found / together)
+        if early == 0:
+            gained.append(1 - found / together)
+        elif blocks > at_once:
+            asked.append(found / simulated(late=late.value))
     assert statistics.mean(off) < 0.15
     # Few threads move no more for being out of step; for many it is worth some time.
     assert statistics.mean(gained) > (0.03 if threads * at_once >= 2 * busy_threads else -0.02)
+    # Asking L2 saves time where an SM has few blocks to take turns, and costs little elsewhere.
+    if asked:
+        assert at_once > 2 or statistics.mean(asked) < 0.98, statistics.mean(asked)
+        assert max(asked) < 1.1, max(asked)
 
 
 def test_a_plan_is_made_once() -> None:
@@ -571,6 +599,35 @@ def test_the_environment_is_read_when_one_says_so(monkeypatch: pytest.MonkeyPatc
     assert allows_late(False) and not allows_late(True) and not allows_late(False)
     monkeypatch.undo()
     allows_late(True)
+
+
+def test_l2_is_asked_for_later_slabs() -> None:
+    """Where there are some, as far as L2 has room beside what is read again; or not, if that is not
+    wanted, and the plan is the same else."""
+    h200, shape = DEVICES["h200"], (64, 1024, 14, 14)
+    asked = set()
+    for family, layout, limit in itertools.product(
+        (RESIDENT, CLUSTER, GRID), ("nchw", "channels_last"), (simt.NEVER, simt.ALWAYS)
+    ):
+        request = {"layout": layout, "backward": 1, "family": family, "persistent_limit": limit}
+        q = plan(h200, shape, **request)
+        if q.has_error or q.early_slabs >= q.num_slabs:
+            assert q.early_lines == 0
+            continue
+        assert (q.early_lines > 0) == (b" of a later slab early" in q.text), q.text.decode()
+        assert q.early_lines > 0 or q.held < 0.9, q.text.decode()
+        asked.add((family, layout, q.persistent))
+        without = plan(h200, shape, **request, no_early=1)
+        assert without.early_lines == 0 and b"early" not in without.text
+        for name in ("threads", "num_blocks", "held_steps", "num_late", "microseconds"):
+            assert getattr(q, name) == getattr(without, name)
+        # Next to no L2 has no room.
+        small = plan(h200._replace(l2_bytes=1 << 14), shape, **request)
+        assert small.has_error or small.early_lines == 0
+    assert {(RESIDENT, "nchw", 0), (RESIDENT, "nchw", 1), (CLUSTER, "nchw", 1)} <= asked
+    assert {(CLUSTER, "channels_last", 1), (GRID, "nchw", 1)} <= asked
+    # One slab for each block that runs.
+    assert plan(h200, (64, 64, 14, 14), backward=1, family=RESIDENT).early_lines == 0
 
 
 def test_no_block_is_late_where_it_is_not_wanted() -> None:
@@ -693,7 +750,9 @@ def test_text() -> None:
     shape = (32, 256, 56, 56)
     text = plan(DEVICES["h200"], shape, **request, family=GRID).text.decode()
     assert re.search(r": \d+ x \d+ in \d+ teams?, \d+ slabs each, all on chip", text), text
-    assert re.search(r"per block\), half of the first ones [\d.]+ us late; moves", text), text
+    assert re.search(r" per block\), [\d.]+ kB of a later slab early[;,]", text), text
+    text = plan(DEVICES["h200"], (256, 256, 28, 28), **request, family=CLUSTER).text.decode()
+    assert re.search(r" early, half of the first ones [\d.]+ us late; moves", text), text
     text = plan(DEVICES["h200"], (32, 64, 7, 7), **request).text.decode()
     assert "runs of channels of float16" in text
     assert "late" not in text

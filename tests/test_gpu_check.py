@@ -316,9 +316,10 @@ def test_a_variant_reaches_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     case = shapes.Case("odd", shapes.Shape(2, 5, 8, 9), level="op")
     for number, name, variable, usual, value in (
         (0, "streaming", "BNEXT_CUDA_FAMILY", "auto", "streaming"),
-        (-4, "one-slab", "BNEXT_CUDA_PERSISTENT", "1", "0"),
-        (-3, "slots", "BNEXT_CUDA_REGISTERS", "1", "0"),
-        (-2, "together", "BNEXT_CUDA_LATE", "1", "0"),
+        (-5, "one-slab", "BNEXT_CUDA_PERSISTENT", "1", "0"),
+        (-4, "slots", "BNEXT_CUDA_REGISTERS", "1", "0"),
+        (-3, "together", "BNEXT_CUDA_LATE", "1", "0"),
+        (-2, "unasked", "BNEXT_CUDA_EARLY", "1", "0"),
         (-1, "apart", "BNEXT_CUDA_OVERLAP", "1", "0"),
     ):
         seen.clear()

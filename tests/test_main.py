@@ -207,6 +207,7 @@ def test_who_has_persistent_blocks(environment: Callable[[str, str], None]) -> N
     ):
         environment("WORLD_SIZE", world)
         environment("BNEXT_CUDA_PERSISTENT", persistent)
+        environment("BNEXT_CUDA_GRID", "0")
         found = plans(bnext.explain(x, "h200"))
         assert [" slabs each" in plan for plan in found] == [wanted] * 2, (world, persistent)
     environment("BNEXT_CUDA_PERSISTENT", "no")
@@ -233,11 +234,19 @@ def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
         environment("BNEXT_CUDA_LATE", late)
         found = plans(bnext.explain(x, "h100"))
         assert ["us late" in plan for plan in found] == [is_there] * 2
-    for name in ("BNEXT_CUDA_LATE", "BNEXT_CUDA_OVERLAP"):
+    for name in ("BNEXT_CUDA_LATE", "BNEXT_CUDA_EARLY", "BNEXT_CUDA_OVERLAP"):
         environment(name, "2")
         with pytest.raises(RuntimeError, match=rf"^{name} should be 0 or 1, not 2"):
             bnext.explain(x, "h100")
         environment(name, "1")
+
+
+def test_who_asks_early(environment: Callable[[str, str], None]) -> None:
+    x = torch.empty(256, 512, 14, 14, device="meta")
+    for early, is_there in (("", True), ("1", True), ("0", False)):
+        environment("BNEXT_CUDA_EARLY", early)
+        found = plans(bnext.explain(x, "h200"))
+        assert ["of a later slab early" in plan for plan in found] == [is_there] * 2
 
 
 @pytest.mark.parametrize(

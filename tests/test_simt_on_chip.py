@@ -174,6 +174,12 @@ def test_every_byte_moves_once(way: str) -> None:
             early = call.persistent and call.batches_ahead > 2 and copies_are_asynchronous()
             assert (call.bytes_stored_meanwhile > 0) == early
             overlapped += early
+            # L2 is asked for what comes first of it, less where a block has less than others, and
+            # for nothing that persistent blocks do not load. (Others begin in any order.)
+            assert (call.num_asked > 0) == (call.planned_asked > 0) >= call.persistent
+            assert call.num_asked <= call.planned_asked
+            assert call.num_asked_in_vain == 0 or not call.persistent
+            assert call.num_asked == call.planned_asked or way != "planes, persistent"
     assert overlapped or "persistent" not in way or not copies_are_asynchronous()
 
 

@@ -67,6 +67,9 @@ KernelArgs common_args(const Geometry& g, const Plan& plan, void* workspace) {
   args.held_steps = plan.held_steps;
   args.kept_batches = plan.kept_batches;
   args.batches_ahead = plan.batches_ahead;
+  args.early_lines = plan.early_lines;
+  args.early_slabs = static_cast<int>(plan.early_slabs);
+  args.line_packs = plan.line_packs;
   args.late_from = static_cast<unsigned>(plan.late_from);
   args.num_late = static_cast<unsigned>(plan.num_late);
   args.late_clocks = static_cast<int>(plan.late_us * kClocksPerMicrosecond);

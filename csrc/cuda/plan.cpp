@@ -196,6 +196,7 @@ std::string stages_text(const Plan& plan) {
     const double kept = plan.kept_batches * kOnChipBatch * kPackBytes * plan.threads;
     if (kept > 0) text += ", " + with_unit(kept * plan.tensors_read) + " in registers";
     text += " per block)";
+    if (plan.early_lines > 0) text += ", " + with_unit(early_bytes(plan)) + " of a later slab early";
     if (plan.num_late > 0) text += ", half of the first ones " + format("%.2g", plan.late_us) + " us late";
     if (plan.counts_behind) text += ", then count";
     return text;
@@ -291,6 +292,7 @@ Plan make_plan(const Request& r, const DeviceInfo& device, const Limits& limits)
   if (limits.family == Family::kStreaming || !reads_twice) return streaming;
   Plan on_chip = plan_on_chip(r, device, limits, streaming);
   if (!limits.late) on_chip.num_late = 0;
+  if (!limits.early) on_chip.early_lines = 0;
   if (limits.family != Family::kAuto) return on_chip;
   const bool better = compared_time(on_chip) <= streaming.microseconds || !streaming.error.empty();
   return on_chip.error.empty() && better ? on_chip : streaming;
@@ -310,9 +312,9 @@ bool operator==(const Request& a, const Request& b) {
 bool operator==(const Limits& a, const Limits& b) {
   auto fields = [](const Limits& l) {
     // A field that is not named here is an error of the compiler's.
-    const auto& [family, grid, clusters, persistent, registers, overlap, late, threads, batches, fused_splits,
+    const auto& [family, grid, clusters, persistent, registers, overlap, late, early, threads, batches, fused_splits,
                  share_out, shared_bytes, team, exact_threads, row_bytes] = l;
-    return std::tie(family, grid, clusters, persistent, registers, overlap, late, threads, batches, fused_splits,
+    return std::tie(family, grid, clusters, persistent, registers, overlap, late, early, threads, batches, fused_splits,
                     share_out, shared_bytes, team, exact_threads, row_bytes);
   };
   return fields(a) == fields(b);
@@ -333,14 +335,16 @@ bool operator==(const Plan& a, const Plan& b) {
                  wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length, num_blocks, reduce,
                  finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes, coefficient_offset,
                  workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent, shares_out, num_steps,
-                 held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held, layout, tensors_read,
-                 tensors_written, tensor_bytes, bytes_moved, microseconds, error] = p;
+                 held_steps, kept_batches, batches_ahead, early_lines, early_slabs, line_packs, late_from, num_late,
+                 late_us, held, layout, tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds, error] =
+        p;
     return std::tie(family, walk, dtype, pass, whole_packs, vec, fold, threads, size[0], size[1], size[2], num_items,
                     chunk, num_splits, wide_channels, num_slabs, block_packs, block_rows, slab_channels, run_length,
                     num_blocks, reduce, finish, apply, fused, reads_x, overlaps, finish_threads, finish_shared_bytes,
                     coefficient_offset, workspace_bytes, on_chip, counts_behind, cluster, num_teams, persistent,
-                    shares_out, num_steps, held_steps, kept_batches, batches_ahead, late_from, num_late, late_us, held,
-                    layout, tensors_read, tensors_written, tensor_bytes, bytes_moved, microseconds, error);
+                    shares_out, num_steps, held_steps, kept_batches, batches_ahead, early_lines, early_slabs,
+                    line_packs, late_from, num_late, late_us, held, layout, tensors_read, tensors_written, tensor_bytes,
+                    bytes_moved, microseconds, error);
   };
   return fields(a) == fields(b);
 }

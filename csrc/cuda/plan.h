@@ -111,6 +111,7 @@ struct Limits {
   Choice registers = Choice::kWhereFaster;
   bool overlap = true;  // kernels of a pass may begin before those before them have ended
   bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same
+  bool early = true;  // blocks may ask L2 for their next slab while they add up. The same without
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs that a thread may have of a channel, in all families. It bounds the length of
                       // the sums in float32, and with it their error: 32 additions in streaming, 64 on chip
@@ -153,6 +154,8 @@ struct Plan {
   bool shares_out = false;            // as in KernelArgs
   int num_steps = 0, held_steps = 0;  // as in KernelArgs
   int kept_batches = 0, batches_ahead = 0;
+  int early_lines = 0, line_packs = 1;  // as in KernelArgs
+  int64_t early_slabs = 0;
   int64_t late_from = 0, num_late = 0;  // blocks that begin late_us after the others
   double late_us = 0;
   double held = 0;  // share of the data that stays on chip

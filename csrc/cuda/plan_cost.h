@@ -22,16 +22,18 @@ int64_t teams_at_once(const Plan& plan, const DeviceInfo& device);
 
 // Where on-chip blocks run: on a share `sms` of the SMs, each of which has `at_once` of them side by side, with so many
 // threads each, and `blocks` tiles in all, on average, in as many blocks or in fewer. With `busy_threads` on each of
-// all SMs, memory moves 0.7 of what it can.
+// all SMs, memory moves 0.7 of what it can. `early`: of the time in which a further tile is read, the share that L2
+// saves, because it has been asked for what comes first.
 struct Places {
-  double sms, at_once, threads, blocks, busy_threads;
+  double sms, at_once, threads, blocks, busy_threads, early = 0;
 };
 
 // Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop in each slab for `stop`
 // to add up. If the plan has blocks that begin late, it is told how late: as long as a stop, or as the others take to
 // read what they read before it, whichever is less; or, where nothing is to be gained, that none should. From then on
 // either memory always has something to do, or a half waits for nothing but its own stops. Where both would take as
-// long they get into each other's way, as in the simulation of tests/simt/overlap.py.
+// long they get into each other's way, as in the simulation of tests/simt/overlap.py. What L2 fetches while a block
+// stops makes its next reads shorter, and memory's work no less.
 double on_chip_time(Plan& plan, const Places& at, double traffic, double stop);
 
 // What plans are compared by: predicted microseconds, with a handicap for grids and persistent blocks.

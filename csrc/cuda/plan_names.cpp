@@ -183,6 +183,7 @@ Limits parse_environment() {
   limits.registers = choice("BNEXT_CUDA_REGISTERS", true);
   limits.overlap = flag("BNEXT_CUDA_OVERLAP", true);
   limits.late = flag("BNEXT_CUDA_LATE", true);
+  limits.early = flag("BNEXT_CUDA_EARLY", true);
   limits.team = number("BNEXT_CUDA_TEAM", "a number of blocks");
   limits.exact_threads = number("BNEXT_CUDA_THREADS", "64, 128, 256 or 512", {64, 128, 256, 512});
   limits.row_bytes = number("BNEXT_CUDA_ROW_BYTES", "64 or 128", {64, 128});

@@ -79,6 +79,26 @@ void share_out(const DeviceInfo& device, const Limits& limits, Plan& plan) {
   plan.shares_out = limits.share_out || meeting_time(plan, device) < each_all;
 }
 
+// What a block asks L2 for, of the slab that comes when those that run now are done: one line of each tensor for each
+// thread, as far as the slab goes on, and L2 has room beside what is read again. (Of planes, one warp has other things
+// to do.)
+void ask_early(const DeviceInfo& device, Plan& plan) {
+  const bool rows = plan.walk == Walk::kRows;
+  plan.line_packs = static_cast<int>(kLineBytes / kPackBytes);
+  if (rows) plan.line_packs = std::min(plan.line_packs, plan.block_packs);
+  plan.early_slabs = plan.persistent ? plan.num_teams : teams_at_once(plan, device);
+  if (plan.early_slabs < 1 || plan.early_slabs >= plan.num_slabs) return;
+  const double now = static_cast<double>(plan.early_slabs) / static_cast<double>(plan.num_slabs);  // of the slabs
+  const int64_t once = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
+  const double again = static_cast<double>(plan.bytes_moved - once) * now;
+  const double room = device.costs.l2_share * static_cast<double>(device.l2_bytes) - again;
+  const double line = static_cast<double>(plan.tensors_read * plan.line_packs * kPackBytes);
+  const auto blocks = static_cast<double>(plan.early_slabs * plan.num_splits);
+  const int64_t there = ceil_div(plan.chunk * plan.block_packs, plan.line_packs);
+  const auto most = static_cast<double>(std::min<int64_t>(there, plan.threads - (rows ? 0 : kWarpSize)));
+  plan.early_lines = static_cast<int>(std::clamp(room / line / blocks, 0.0, most));
+}
+
 // Adds up f(items of a block) over the blocks that share a channel: the last ones may have fewer, or none.
 template <typename F>
 int64_t sum_of_blocks(const Plan& plan, F f) {
@@ -136,9 +156,10 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   const int64_t item_packs = plan.walk == Walk::kRows ? plan.wide_channels / plan.vec : plan.wide_channels;
   plan.bytes_moved = (num_tensors + 1) * plan.tensor_bytes + again * item_packs * num_tensors * kPackBytes;
   plan.held = 1 - static_cast<double>(again) / static_cast<double>(plan.num_items);
+  ask_early(device, plan);
   plan.microseconds = predict_time(plan, r, device);
-  // Where a team goes on, the kernel's number of a slab goes beyond the last one by as many as there are teams.
-  const int64_t most_slabs = plan.num_slabs + (plan.persistent ? plan.num_teams : 0);
+  // Where a block looks for a later slab, its number goes beyond the last one.
+  const int64_t most_slabs = plan.num_slabs + plan.early_slabs;
   if (plan.num_blocks > kMaxBlocks || most_slabs > kMaxBlocks) {
     plan.error = "it needs more than 2^31 - 1 blocks";
   } else if (plan.cluster > 1 && active_clusters(device, plan.cluster) == 0) {

@@ -53,6 +53,11 @@ inline int64_t slices_of(const Plan& plan) {
   return std::min<int64_t>(ceil_div(numbers, kRounds * kWarpSize), plan.threads / kWarpSize / plan.slab_channels);
 }
 
+// What a block asks L2 for of a later slab, of all tensors together.
+inline double early_bytes(const Plan& plan) {
+  return static_cast<double>(plan.early_lines) * plan.line_packs * kPackBytes * plan.tensors_read;
+}
+
 // What a block of this plan has in its shared memory behind `slots` bytes.
 inline SharedLayout make_layout(const Plan& plan, int64_t slots) {
   const bool rows = plan.walk == Walk::kRows;

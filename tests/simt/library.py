@@ -122,6 +122,7 @@ LIMITS = ("num_sms", "threads_per_sm", "threads", "batches", "fused_splits")
 LIMITS += ("family", "team", "persistent_limit", "registers_limit", "share_out", "shared_bytes")
 RESULTS = ("illegal", "bytes_loaded", "bytes_stored", "planned_bytes", "fused", "vec")
 RESULTS += ("num_splits", "run_length", "slab_channels", "slices")
+RESULTS += ("num_asked", "num_asked_in_vain", "planned_asked")
 RESULTS += ("bytes_kept", "bytes_stored_meanwhile")
 RESULTS += ("late_threads", "least_late_clocks", "most_late_clocks", "first_late_block")
 RESULTS += (

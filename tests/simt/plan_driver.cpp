@@ -17,7 +17,7 @@ using namespace bnext::cuda;
 struct Query {
   int64_t size[4], stride[4];
   int64_t dtype, backward, training, output, reads_x, sums, misaligned;
-  int64_t family, cumulative, no_grid, no_clusters, no_overlap, persistent_limit, registers_limit, no_late;
+  int64_t family, cumulative, no_grid, no_clusters, no_overlap, persistent_limit, registers_limit, no_late, no_early;
   int64_t team, exact_threads;
   int64_t arch, num_sms, threads_per_sm, shared_bytes_per_block, l2_bytes;
   int64_t shared_bytes_opt_in, shared_bytes_per_sm, active_clusters[kNumClusterSizes];
@@ -29,7 +29,7 @@ struct Query {
   int64_t finish_shared_bytes, coefficient_offset, workspace_bytes, bytes_moved, has_error, acc_bytes, same_again;
   int64_t family_chosen, on_chip, counts_behind, cluster, num_steps, held_steps, run_length, slab_channels;
   int64_t shared_bytes, tensor_bytes, kept_batches, batches_ahead, num_teams, persistent, shares_out, late_from,
-      num_late, registers, overlapping;
+      num_late, registers, overlapping, early_lines, early_slabs, line_packs;
   double held, microseconds, late_us;
   char text[512];
 };
@@ -100,6 +100,7 @@ void plan_run(Query* q) {
   limits.persistent = static_cast<Choice>(q->persistent_limit);
   limits.registers = static_cast<Choice>(q->registers_limit);
   limits.late = q->no_late == 0;
+  limits.early = q->no_early == 0;
   limits.team = static_cast<int>(q->team);
   limits.exact_threads = static_cast<int>(q->exact_threads);
   const Plan p = make_plan(r, device, limits);
@@ -149,6 +150,9 @@ void plan_run(Query* q) {
   q->num_late = p.num_late;
   q->registers = p.on_chip ? registers_of(p, device.arch) : 0;
   q->overlapping = p.overlaps;
+  q->early_lines = p.early_lines;
+  q->early_slabs = p.early_slabs;
+  q->line_packs = p.line_packs;
   q->late_us = p.late_us;
   q->held = p.held;
   q->microseconds = p.microseconds;
@@ -157,14 +161,14 @@ void plan_run(Query* q) {
 
 // Of blocks that move bytes_moved, two tensors of tensor_bytes among them before they stop, for `stop`. Half of them
 // begin late_us late.
-double plan_on_chip_time(double at_once, double threads, double blocks, double busy_threads, double traffic,
-                         double stop, int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
+double plan_on_chip_time(double at_once, double threads, double blocks, double busy_threads, double early,
+                         double traffic, double stop, int64_t tensor_bytes, int64_t bytes_moved, double* late_us) {
   Plan plan;
   plan.tensors_read = 2;
   plan.tensor_bytes = tensor_bytes;
   plan.bytes_moved = bytes_moved;
   plan.num_late = blocks > 1;
-  const double time = on_chip_time(plan, {1, at_once, threads, blocks, busy_threads}, traffic, stop);
+  const double time = on_chip_time(plan, {1, at_once, threads, blocks, busy_threads, early}, traffic, stop);
   *late_us = plan.late_us;
   return time;
 }

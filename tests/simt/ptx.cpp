@@ -263,6 +263,8 @@ void begin_copy(Thread& t, const Instruction& i) {
   copy_async(place, check_load(reinterpret_cast<const void*>(from), kBytes), kBytes, policy == kEvictNormal);
 }
 
+void prefetch(Thread& t, const Instruction& i) { ask_l2(reinterpret_cast<const void*>(t.registers[i.from[0]])); }
+
 // ---- arithmetic --------------------------------------------------------------------------------------------------
 
 // The second with so many bits of the first, from one of its own on.
@@ -604,6 +606,7 @@ Table make_table() {
   table["red.global.add.u64"] = &add_anywhere;
   table["cp.async.cg.shared.global.L2::cache_hint"] = &begin_copy;
   table["cp.async.commit_group"] = &commit;
+  table["prefetch.global.L2"] = &prefetch;
   table["cp.async.wait_group"] = &wait_group;
   table["createpolicy.fractional.L2::evict_normal.b64"] = &make_policy<kEvictNormal>;
   table["createpolicy.fractional.L2::evict_first.b64"] = &make_policy<kEvictFirst>;
@@ -731,7 +734,7 @@ class Reader {
         operands.pop_back();
       }
     }
-    static const char* kNoResult[] = {"st.", "red.", "bar.", "barrier.", "cp.", "nanosleep."};
+    static const char* kNoResult[] = {"st.", "red.", "bar.", "barrier.", "cp.", "nanosleep.", "prefetch."};
     bool result = true;
     for (const char* begin : kNoResult) result = result && name.compare(0, std::strlen(begin), begin) != 0;
     for (const std::string& operand : operands) {

@@ -7,6 +7,7 @@
 #include <deque>
 #include <map>
 #include <random>
+#include <set>
 #include <utility>
 
 namespace simt {
@@ -100,6 +101,8 @@ struct Machine {
   std::vector<Range> loads, stores, others, left;
   unsigned grid_words[2] = {0, 0};
   int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, bytes_stored_meanwhile = 0;
+  int64_t num_asked = 0;
+  std::set<std::pair<uintptr_t, unsigned>> asked;  // where, and by which block, and not loaded since
   Late late;
   Instructions instructions;
   int launches = 0;
@@ -486,6 +489,13 @@ void copy_async(void* to, const void* from, size_t bytes, bool keeps) {
   current().copies.push_back({to, from, bytes});
 }
 
+void ask_l2(const void* from) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
+  if (find(m.loads, begin, begin + 1) == nullptr) fail("the cache is asked for what lies outside the tensors");
+  ++m.num_asked;
+  m.asked.insert({begin, m.first_block + rank()});
+}
+
 void commit_async() {
   current().in_flight.push_back(std::move(current().copies));
   current().copies.clear();
@@ -524,6 +534,7 @@ const void* check_load(const void* from, size_t bytes) {
   check_aligned("a load", begin, bytes);
   if (find(m.loads, begin, begin + bytes) == nullptr) fail("a load outside the tensors");
   m.bytes_loaded += bytes;
+  if (!m.asked.empty()) m.asked.erase({begin, m.first_block + rank()});
   return from;
 }
 
@@ -667,6 +678,8 @@ void begin(const Session& session) {
   allow_any(m.grid_words, sizeof m.grid_words);
   m.grid_words[1] = 0;
   m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.bytes_stored_meanwhile = 0;
+  m.num_asked = 0;
+  m.asked.clear();
   m.late = {};
   m.instructions = {};
   m.launches = 0;
@@ -695,6 +708,8 @@ int64_t bytes_loaded() { return m.bytes_loaded; }
 int64_t bytes_stored() { return m.bytes_stored; }
 int64_t bytes_kept() { return m.bytes_kept; }
 int64_t bytes_stored_meanwhile() { return m.bytes_stored_meanwhile; }
+int64_t num_asked() { return m.num_asked; }
+int64_t num_asked_in_vain() { return static_cast<int64_t>(m.asked.size()); }
 Late late() { return m.late; }
 Instructions instructions() { return m.instructions; }
 const std::vector<std::string>& barriers() { return m.barriers; }

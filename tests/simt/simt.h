@@ -67,6 +67,8 @@ void check_dependency();
 
 // keeps: the cache should, for it will be read again.
 void copy_async(void* to, const void* from, size_t bytes, bool keeps = false);
+// The cache should have what lies there, which this block will load.
+void ask_l2(const void* from);
 void commit_async();
 // Until all groups of this thread but the last `groups` have arrived.
 void wait_async(int groups, const char* file, int line);
@@ -147,6 +149,9 @@ int64_t bytes_stored();
 int64_t bytes_kept();
 // By threads that had copies on their way.
 int64_t bytes_stored_meanwhile();
+// What the cache was asked for; and by blocks that did not load it afterwards.
+int64_t num_asked();
+int64_t num_asked_in_vain();
 // Of PTX: by all threads, and by the one that had most.
 struct Instructions {
   int64_t all = 0, most = 0;

@@ -43,6 +43,16 @@ __device__ inline void copy_async(SharedAddress to, const T* from, CachePolicy p
 #endif
 }
 
+// L2 should have the line that this lies in. Nobody waits for it.
+template <typename T>
+__device__ inline void ask_l2(const T* from) {
+#ifdef BNEXT_SIMT
+  simt::ask_l2(from);
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#endif
+}
+
 // Ends a group of copies: all since the last call, or none.
 __device__ inline void commit_async() {
 #ifdef BNEXT_SIMT

@@ -1,8 +1,9 @@
 // Letters: what blocks that run at the same time tell each other through global memory. A letter is made of words of 16
-// bytes, which are stored and loaded as a whole, each with a stamp in it: whoever finds the stamp that he waits for has
-// what came with it. So news takes one way to L2, and a trip from there. (Data, and a word that says that they are
-// there, would take a fence between the two, which waits until the data have arrived, and a trip for the data after the
-// one that finds the word. NCCL's protocol for small messages, "LL", has stamps as well, in words of 8 bytes.)
+// bytes, which are stored and loaded as a whole (as libcu++'s cuda::atomic_ref stores and loads what has 16 bytes, from
+// sm_70 on), each with a stamp in it: whoever finds the stamp that he waits for has what came with it. So news takes
+// one way to L2, and a trip from there. (Data, and a word that says that they are there, would take a fence between the
+// two, which waits until the data have arrived, and a trip for the data after the one that finds the word. NCCL's
+// protocol for small messages, "LL", has stamps as well, in words of 8 bytes.)
 #pragma once
 
 #include <cstring>

@@ -55,7 +55,7 @@ BNEXT_HOST_DEVICE constexpr int count_on_chip_threads(bool backward, int element
   if (rows && halves) return backward ? kMaxOnChipThreads : 768;
   if (rows && doubles && !backward && arch < 80) return 768;
   if (!whole_packs && backward) return halves && arch < 90 ? kMaxOnChipThreads : 768;
-  if (!rows && halves && backward && persistent && arch < 90) return 768;
+  if (!rows && halves && backward && persistent && (arch < 90 || arch >= 100)) return 768;
   return 1024;
 }
 // Of each partial sum, how many blocks' a thread of streaming asks for at once: each is a trip to L2.
@@ -199,6 +199,9 @@ struct KernelArgs {
   unsigned late_from, num_late;  // blocks that begin late
   int late_clocks;               // of the SM
   int kept_batches;              // that a thread keeps in registers
+  // Cache lines of each tensor that a block asks L2 for, of the slab that comes so many later, and packs from one to
+  // the next.
+  int early_lines, early_slabs, line_packs;
 
   double* partials;    // of streaming: [kNumSums][tile_channels][num_splits]
   void* coefficients;  // the same: [num_channels] of Coefficients<Acc>

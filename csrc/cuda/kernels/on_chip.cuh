@@ -86,6 +86,20 @@ class OnChip {
     first_ = -1;
   }
 
+  // Asks L2 for what comes first of a later tile, a line of each tensor for each thread: this block's next one, or that
+  // of a block which begins when some block has ended. Of planes, the first warp has something else to do at the time.
+  __device__ void ask_early(Tile tile) const {
+    const int line = static_cast<int>(threadIdx.x) - (kRows ? 0 : kWarpSize);
+    tile.slab += args_.early_slabs;
+    if (line < 0 || line >= args_.early_lines || tile.slab >= args_.num_slabs) return;
+    const auto item = Steps::at_pack(args_, tile, line * args_.line_packs).next();
+    if (item.empty()) return;
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) {
+      if (kWhole || is_aligned(item.at[1 + t])) ask_l2(item.at[1 + t]);
+    }
+  }
+
  private:
   using Steps = typename Data::Steps;
 
@@ -317,10 +331,11 @@ __device__ inline void await_readers(const KernelArgs& args) {
   if (args.cluster_size > 1) cluster_wait();
 }
 
-// From what the block's parts have left to the coefficients of this thread's lanes.
-template <bool kRows, bool kBackward, Blocks kBlocks, int kVec, typename Acc>
+// From what the block's parts have left to the coefficients of this thread's lanes. Calls meanwhile() before it waits
+// for others.
+template <bool kRows, bool kBackward, Blocks kBlocks, int kVec, typename Acc, typename F>
 __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, const Letters<kBlocks, Acc>& letters,
-                                      Coefficients<Acc> (&coefficients)[kVec]) {
+                                      Coefficients<Acc> (&coefficients)[kVec], F meanwhile) {
   const Tile& tile = turn.tile;
   __syncthreads();
   const bool shared_out = shares_out<kRows, kBlocks>(args);
@@ -328,6 +343,7 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
     leave_block_totals<kRows, !kBackward, kVec, Acc>(args, tile, [&](int i, int64_t, const ChannelTotals& totals) {
       post(letters.sums(args, turn, i) + tile.split, totals, turn.stamp());
     });
+    meanwhile();
     letters.await_others(turn);
     if (shared_out) {
       finish_share<kBackward, kVec, Acc>(args, turn);
@@ -343,8 +359,9 @@ __device__ inline void finish_on_chip(const KernelArgs& args, const Turn& turn, 
   }
   if (!shared_out) {
     const int blocks = kBlocks == Blocks::kGrid ? 1 : args.cluster_size;  // that see each other's totals
+    if (blocks > 1) cluster_arrive();
+    if (kBlocks != Blocks::kGrid) meanwhile();
     if (blocks > 1) {
-      cluster_arrive();
       cluster_wait();
     } else if (kRows) {  // of planes, the thread that has left the totals finishes the channel
       __syncthreads();
@@ -408,7 +425,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         });
     leave_moments<kRows>(args, pivot, s1, s2, count);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, false, kBlocks>(args, turn, letters, coefficients);
+    finish_on_chip<kRows, false, kBlocks>(args, turn, letters, coefficients, [&] { data.ask_early(turn.tile); });
 
     const Tile tile = turn.tile;
     more = kBlocks != Blocks::kOneTile && turn.next(args);
@@ -459,7 +476,7 @@ __global__ void __launch_bounds__(bounded_threads(kThreads<T, kRows, kWhole, kBl
         });
     leave_sums<kRows>(args, sum);
     Coefficients<Acc> coefficients[kVec];
-    finish_on_chip<kRows, true, kBlocks>(args, turn, letters, coefficients);
+    finish_on_chip<kRows, true, kBlocks>(args, turn, letters, coefficients, [&] { data.ask_early(turn.tile); });
 
     const Tile tile = turn.tile;
     more = kBlocks != Blocks::kOneTile && turn.next(args);

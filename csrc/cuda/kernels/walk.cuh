@@ -53,24 +53,21 @@ class Cursor {
 
   // Begins at the first step of each thread, or at a later one.
   __device__ Cursor(const KernelArgs& args, const Tile& tile, Index step = 0) : args_(&args) {
-    static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
     const int thread = threadIdx.x;
-    int64_t start = thread, offset_c = tile.slab;
-    bool idle = false;
+    int row = 0, pack = 0;
     if (kRows) {
-      const int row = static_cast<int>(args.by_packs.divide(thread)), pack = thread - row * args.block_packs;
-      offset_c = int64_t{tile.slab} * args.block_packs + pack;
-      start = row;
-      idle = row >= args.block_rows || offset_c * kVec >= args.wide_channels;
+      row = static_cast<int>(args.by_packs.divide(thread));
+      pack = thread - row * args.block_packs;
     }
-    const int64_t block_item = tile.split * args.chunk, block_end = block_item + args.chunk;
-    end_ = static_cast<Index>(idle ? 0 : block_end < args.num_items ? block_end : args.num_items);
-    item_ = static_cast<Index>(block_item + int64_t{step} * args.step + start);
-    if constexpr (kVec > 1) keep_in_register(end_);
-#pragma unroll
-    for (int k = 0; k < kViews; ++k) {
-      channel_[k] = static_cast<Offset>(offset_c) * static_cast<Offset>(args.view[k].stride_c);
-    }
+    begin(tile, int64_t{step} * args.step + (kRows ? row : thread), pack, kRows && row >= args.block_rows);
+  }
+
+  // At one of the block's packs, as if they all lay one after the other.
+  __device__ static Cursor at_pack(const KernelArgs& args, const Tile& tile, int number) {
+    Cursor cursor(args);
+    const int row = kRows ? static_cast<int>(args.by_packs.divide(number)) : number;
+    cursor.begin(tile, row, kRows ? number - row * args.block_packs : 0, false);
+    return cursor;
   }
 
   __device__ Found next() {
@@ -90,6 +87,26 @@ class Cursor {
   static constexpr bool kPacks = kWhole && kVec > 1;  // what offsets count, else elements
   using Offset = std::conditional_t<kPacks, unsigned, int64_t>;
   using Number = std::make_unsigned_t<Index>;
+
+  __device__ explicit Cursor(const KernelArgs& args) : args_(&args) {}
+
+  // At one of the block's items, and of rows, one of the packs that the block has of them. idle: there are none.
+  __device__ void begin(const Tile& tile, int64_t item, int pack, bool idle) {
+    static_assert(kWhole || (!kRows && kVec > 1), "only packs of planes can be shared by two planes");
+    int64_t offset_c = tile.slab;
+    if (kRows) {
+      offset_c = int64_t{tile.slab} * args_->block_packs + pack;
+      idle = idle || offset_c * kVec >= args_->wide_channels;
+    }
+    const int64_t block_item = tile.split * args_->chunk, block_end = block_item + args_->chunk;
+    end_ = static_cast<Index>(idle ? 0 : block_end < args_->num_items ? block_end : args_->num_items);
+    item_ = static_cast<Index>(block_item + item);
+    if constexpr (kVec > 1) keep_in_register(end_);
+#pragma unroll
+    for (int k = 0; k < kViews; ++k) {
+      channel_[k] = static_cast<Offset>(offset_c) * static_cast<Offset>(args_->view[k].stride_c);
+    }
+  }
 
   // kRare: else compilers would do this each time, and then drop it where nobody needs it.
   template <bool kRare>
