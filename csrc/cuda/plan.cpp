@@ -68,7 +68,7 @@ void describe_views(Request& request, std::initializer_list<const View*> views) 
 // Elsewhere what is said of blocks is meant for other families.
 bool asks_for_streaming(const Limits& limits) { return limits.family == Family::kStreaming; }
 
-// The fewest threads, a power of two, that still take all items in one batch.
+// The fewest threads, a power of two, that still take all items in one batch; or as many as are asked for.
 template <typename Fits>
 int choose_threads(const Limits& limits, Fits fits) {
   if (asks_for_streaming(limits) && limits.exact_threads != 0) return std::min(limits.exact_threads, kMaxThreads);

@@ -111,7 +111,7 @@ struct Limits {
   Choice registers = Choice::kWhereFaster;
   bool overlap = true;  // kernels of a pass may begin before those before them have ended
   bool late = true;   // half of the first blocks may begin late. Without, the plan and its predicted time stay the same
-  bool early = true;  // blocks may ask L2 for their next slab while they add up. The same without
+  bool early = true;  // blocks may ask L2 for a later slab while they add up. The same without
   int threads = 512;  // in a block: a power of two from 64. Streaming takes at most 256
   int batches = 32;   // of kUnroll packs that a thread may have of a channel, in all families. It bounds the length of
                       // the sums in float32, and with it their error: 32 additions in streaming, 64 on chip
@@ -119,7 +119,8 @@ struct Limits {
   bool share_out = false;  // a grid's blocks share out a slab's channels, also where it would be faster not to
   int64_t shared_bytes = int64_t{1} << 30;  // of an on-chip block
   // Where 0 is for any: blocks that share a channel or a slab, threads of a block (a power of two), and, on chip, bytes
-  // of a slab's rows. Streaming heeds them only where it is asked for by name, and takes what it can that is nearest.
+  // of a slab's rows. Streaming heeds the first two only where it is asked for by name, and takes what it can that is
+  // nearest.
   int team = 0, exact_threads = 0, row_bytes = 0;
 };
 

@@ -52,6 +52,7 @@ double busy_threads(const Plan& plan, const DeviceInfo& device) {
 
 // Of the time in which a block reads a slab that is not the first.
 double early_share(const Plan& plan, const DeviceInfo& device) {
+  if (plan.early_lines == 0) return 0;
   const double of_block = static_cast<double>(plan.tensors_read * plan.tensor_bytes) /
                           static_cast<double>(plan.num_slabs * plan.num_splits);
   return (1 - device.costs.l2_time) * std::min(1.0, early_bytes(plan) / of_block);

@@ -39,7 +39,7 @@ Family family_named(const std::string& name, const std::string& source);
 // or always: whether blocks are persistent, in every family. Without them: yes, unless WORLD_SIZE says that there are
 // several processes. BNEXT_CUDA_REGISTERS, 0, 1 or always: as Limits says. BNEXT_CUDA_OVERLAP, 0 or 1: whether kernels
 // of a pass may overlap. BNEXT_CUDA_LATE, 0 or 1: whether blocks may begin late. BNEXT_CUDA_EARLY, 0 or 1: whether
-// they may ask L2 for their next slab ahead. BNEXT_CUDA_TEAM, BNEXT_CUDA_THREADS and BNEXT_CUDA_ROW_BYTES: numbers, as
+// they may ask L2 for a later slab. BNEXT_CUDA_TEAM, BNEXT_CUDA_THREADS and BNEXT_CUDA_ROW_BYTES: numbers, as
 // Limits says. Throws std::runtime_error when they say anything else.
 Limits limits_of_environment();
 void read_environment();

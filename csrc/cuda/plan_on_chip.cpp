@@ -79,24 +79,31 @@ void share_out(const DeviceInfo& device, const Limits& limits, Plan& plan) {
   plan.shares_out = limits.share_out || meeting_time(plan, device) < each_all;
 }
 
-// What a block asks L2 for, of the slab that comes when those that run now are done: one line of each tensor for each
-// thread, as far as the slab goes on, and L2 has room beside what is read again. (Of planes, one warp has other things
-// to do.)
+// What a block asks L2 for, of the slab that comes when those that run now are done: up to one line of each tensor for
+// each thread that has nothing else to do, as far as the slab goes on, and L2 has room beside what is read again.
+// Nothing where an SM has so many blocks that others move data anyway.
 void ask_early(const DeviceInfo& device, Plan& plan) {
+  constexpr int kMostBlocks = 3;  // of an SM: more lose by it, in the simulation of tests/simt/overlap.py
   const bool rows = plan.walk == Walk::kRows;
   plan.line_packs = static_cast<int>(kLineBytes / kPackBytes);
-  if (rows) plan.line_packs = std::min(plan.line_packs, plan.block_packs);
-  plan.early_slabs = plan.persistent ? plan.num_teams : teams_at_once(plan, device);
-  if (plan.early_slabs < 1 || plan.early_slabs >= plan.num_slabs) return;
-  const double now = static_cast<double>(plan.early_slabs) / static_cast<double>(plan.num_slabs);  // of the slabs
+  if (rows) {
+    // A narrow slab's row is in one line, or, where rows begin anywhere, in two.
+    const bool lines = plan.wide_channels * dtype_bytes(plan.dtype) % kLineBytes == 0;
+    if (!lines && plan.block_packs <= plan.line_packs) plan.line_packs /= 2;
+    plan.line_packs = std::min(plan.line_packs, plan.block_packs);
+  }
+  const bool stays = plan.persistent || plan.family == Family::kGrid;
+  const int64_t at_once = stays ? plan.num_teams : teams_at_once(plan, device), blocks = at_once * plan.num_splits;
+  if (at_once < 1 || at_once >= plan.num_slabs || blocks > int64_t{kMostBlocks} * device.num_sms) return;
+  plan.early_slabs = at_once;
+  const double now = static_cast<double>(at_once) / static_cast<double>(plan.num_slabs);  // of all slabs
   const int64_t once = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
   const double again = static_cast<double>(plan.bytes_moved - once) * now;
   const double room = device.costs.l2_share * static_cast<double>(device.l2_bytes) - again;
   const double line = static_cast<double>(plan.tensors_read * plan.line_packs * kPackBytes);
-  const auto blocks = static_cast<double>(plan.early_slabs * plan.num_splits);
   const int64_t there = ceil_div(plan.chunk * plan.block_packs, plan.line_packs);
   const auto most = static_cast<double>(std::min<int64_t>(there, plan.threads - (rows ? 0 : kWarpSize)));
-  plan.early_lines = static_cast<int>(std::clamp(room / line / blocks, 0.0, most));
+  plan.early_lines = static_cast<int>(std::clamp(room / line / static_cast<double>(blocks), 0.0, most));
 }
 
 // Adds up f(items of a block) over the blocks that share a channel: the last ones may have fewer, or none.
@@ -159,7 +166,7 @@ void finish_plan(const Request& r, const DeviceInfo& device, const Limits& limit
   ask_early(device, plan);
   plan.microseconds = predict_time(plan, r, device);
   // Where a block looks for a later slab, its number goes beyond the last one.
-  const int64_t most_slabs = plan.num_slabs + plan.early_slabs;
+  const int64_t most_slabs = plan.num_slabs + std::max(plan.early_slabs, plan.persistent ? plan.num_teams : 0);
   if (plan.num_blocks > kMaxBlocks || most_slabs > kMaxBlocks) {
     plan.error = "it needs more than 2^31 - 1 blocks";
   } else if (plan.cluster > 1 && active_clusters(device, plan.cluster) == 0) {

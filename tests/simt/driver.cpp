@@ -48,7 +48,7 @@ struct Call {
   char skipped_barriers[128];
   // results. illegal: there is no such plan, and nothing ran
   int64_t illegal, bytes_loaded, bytes_stored, planned_bytes, fused, vec, num_splits, run_length, slab_channels, slices;
-  int64_t num_asked, num_asked_in_vain, planned_asked;
+  int64_t num_asked, num_asked_late, num_asked_in_vain, planned_asked;
   int64_t bytes_kept, bytes_stored_meanwhile, late_threads, least_late_clocks, most_late_clocks, first_late_block;
   int64_t planned_late_threads, planned_late_from, persistent, kept_batches, batches_ahead, threads_run;
   int64_t instructions, most_instructions;  // of PTX
@@ -135,6 +135,7 @@ void run(Call& call, const Problem& problem) {
   call.bytes_kept = simt::bytes_kept();
   call.bytes_stored_meanwhile = simt::bytes_stored_meanwhile();
   call.num_asked = simt::num_asked();
+  call.num_asked_late = simt::num_asked_late();
   call.num_asked_in_vain = simt::num_asked_in_vain();
   const int64_t further = std::max<int64_t>(0, plan.num_slabs - plan.early_slabs);
   call.planned_asked = plan.early_lines * plan.tensors_read * plan.num_splits * further;

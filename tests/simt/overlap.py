@@ -42,12 +42,13 @@ def simulate(
     def steps(slot: int) -> Iterator[tuple[bool, float]]:
         """Whether it moves data, and how much, or waits, and how long."""
         yield False, late if slot >= (slots + 1) // 2 else 0.0
-        asked, todo = 0.0, range(slot, blocks, slots) if persistent else left
-        for block in todo:
+        early_part = 0.0
+        for block in range(slot, blocks, slots) if persistent else left:
             missing, fetched[slot] = fetched[slot], 0.0
-            yield True, move * reads - asked + missing
-            yield False, L2_TIME * (asked - missing) * slots
-            asked = fetched[slot] = early * move * reads if block + slots < blocks else 0.0
+            yield True, move * reads - early_part + missing
+            yield False, L2_TIME * (early_part - missing) * slots
+            early_part = early * move * reads if block + slots < blocks else 0.0
+            fetched[slot] = early_part
             yield False, stop * generator.uniform(1 - JITTER, 1 + JITTER)
             yield True, move * (1 - reads)
 

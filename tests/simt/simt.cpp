@@ -65,6 +65,8 @@ struct Posted {
 struct Range {
   uintptr_t begin, end;
   std::vector<bool> stored;  // for outputs: one flag per byte
+  // For inputs that are not huge, of each 16 bytes: the last block that has loaded them, counted from 1.
+  std::vector<unsigned> loaded;
 };
 
 // When a thread of a block has touched a word of shared memory: how many barriers it had passed, and clusters' barriers
@@ -101,7 +103,7 @@ struct Machine {
   std::vector<Range> loads, stores, others, left;
   unsigned grid_words[2] = {0, 0};
   int64_t bytes_loaded = 0, bytes_stored = 0, bytes_kept = 0, bytes_stored_meanwhile = 0;
-  int64_t num_asked = 0;
+  int64_t num_asked = 0, num_asked_late = 0;
   std::set<std::pair<uintptr_t, unsigned>> asked;  // where, and by which block, and not loaded since
   Late late;
   Instructions instructions;
@@ -491,7 +493,10 @@ void copy_async(void* to, const void* from, size_t bytes, bool keeps) {
 
 void ask_l2(const void* from) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
-  if (find(m.loads, begin, begin + 1) == nullptr) fail("the cache is asked for what lies outside the tensors");
+  const Range* range = find(m.loads, begin, begin + 1);
+  if (range == nullptr) fail("the cache is asked for what lies outside the tensors");
+  if (!range->loaded.empty() && range->loaded[(begin - range->begin) / 16] == m.first_block + rank() + 1)
+    ++m.num_asked_late;
   ++m.num_asked;
   m.asked.insert({begin, m.first_block + rank()});
 }
@@ -532,7 +537,9 @@ uint64_t exchange(unsigned mask, uint64_t bits, unsigned from, int line) {
 const void* check_load(const void* from, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
   check_aligned("a load", begin, bytes);
-  if (find(m.loads, begin, begin + bytes) == nullptr) fail("a load outside the tensors");
+  Range* range = find(m.loads, begin, begin + bytes);
+  if (range == nullptr) fail("a load outside the tensors");
+  if (!range->loaded.empty()) range->loaded[(begin - range->begin) / 16] = m.first_block + rank() + 1;
   m.bytes_loaded += bytes;
   if (!m.asked.empty()) m.asked.erase({begin, m.first_block + rank()});
   return from;
@@ -678,7 +685,7 @@ void begin(const Session& session) {
   allow_any(m.grid_words, sizeof m.grid_words);
   m.grid_words[1] = 0;
   m.bytes_loaded = m.bytes_stored = m.bytes_kept = m.bytes_stored_meanwhile = 0;
-  m.num_asked = 0;
+  m.num_asked = m.num_asked_late = 0;
   m.asked.clear();
   m.late = {};
   m.instructions = {};
@@ -690,17 +697,19 @@ void begin(const Session& session) {
 // Packs are read whole: an allocation on a GPU consists of aligned groups of 16 bytes, and more.
 void allow_load(const void* data, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  m.loads.push_back({begin / 16 * 16, (begin + bytes + 15) / 16 * 16, {}});
+  const uintptr_t first = begin / 16 * 16, end = (begin + bytes + 15) / 16 * 16;
+  constexpr uintptr_t kHuge = uintptr_t{1} << 26;
+  m.loads.push_back({first, end, {}, std::vector<unsigned>(end - first < kHuge ? (end - first) / 16 : 0)});
 }
 
 void allow_store(const void* data, size_t bytes) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  m.stores.push_back({begin, begin + bytes, std::vector<bool>(bytes)});
+  m.stores.push_back({begin, begin + bytes, std::vector<bool>(bytes), {}});
 }
 
 void allow_any(const void* data, size_t bytes, bool left) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(data);
-  (left ? m.left : m.others).push_back({begin, begin + bytes, {}});
+  (left ? m.left : m.others).push_back({begin, begin + bytes, {}, {}});
 }
 
 const std::string& error() { return m.error; }
@@ -709,6 +718,7 @@ int64_t bytes_stored() { return m.bytes_stored; }
 int64_t bytes_kept() { return m.bytes_kept; }
 int64_t bytes_stored_meanwhile() { return m.bytes_stored_meanwhile; }
 int64_t num_asked() { return m.num_asked; }
+int64_t num_asked_late() { return m.num_asked_late; }
 int64_t num_asked_in_vain() { return static_cast<int64_t>(m.asked.size()); }
 Late late() { return m.late; }
 Instructions instructions() { return m.instructions; }

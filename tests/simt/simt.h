@@ -149,8 +149,9 @@ int64_t bytes_stored();
 int64_t bytes_kept();
 // By threads that had copies on their way.
 int64_t bytes_stored_meanwhile();
-// What the cache was asked for; and by blocks that did not load it afterwards.
+// What the cache was asked for; by blocks that had loaded it before; and by blocks that did not load it afterwards.
 int64_t num_asked();
+int64_t num_asked_late();
 int64_t num_asked_in_vain();
 // Of PTX: by all threads, and by the one that had most.
 struct Instructions {

@@ -165,7 +165,7 @@ struct KernelArgs {
   Divider by_row, by_group;                // of packs, by size[2], and of what that gives by size[1]
   LongDivider by_long_row, by_long_group;  // the same of single elements
   Divider by_tile;                         // of blocks: by num_slabs (streaming, rows) or num_splits
-  Divider by_packs;                        // of threads, by block_packs
+  Divider by_packs;                        // of threads, and packs, by block_packs
   Divider by_step;                         // of a block's items
   Divider by_channels;                     // of wide channels, by num_channels
   SharedLayout layout;

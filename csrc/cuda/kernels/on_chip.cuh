@@ -86,8 +86,8 @@ class OnChip {
     first_ = -1;
   }
 
-  // Asks L2 for what comes first of a later tile, a line of each tensor for each thread: this block's next one, or that
-  // of a block which begins when some block has ended. Of planes, the first warp has something else to do at the time.
+  // Asks L2 for what comes first of a later tile, up to a line of each tensor for each thread: this block's next one,
+  // or that of a block which begins when some block has ended. Of planes, the first warp adds up meanwhile.
   __device__ void ask_early(Tile tile) const {
     const int line = static_cast<int>(threadIdx.x) - (kRows ? 0 : kWarpSize);
     tile.slab += args_.early_slabs;
