@@ -228,25 +228,25 @@ def test_who_keeps_packs_in_registers(environment: Callable[[str, str], None]) -
         bnext.explain(x, "h200")
 
 
-def test_who_begins_late(environment: Callable[[str, str], None]) -> None:
+@pytest.mark.parametrize(
+    ("name", "device", "family", "words"),
+    [
+        ("BNEXT_CUDA_LATE", "h100", None, "us late"),
+        ("BNEXT_CUDA_EARLY", "h200", None, "of a later slab early"),
+        ("BNEXT_CUDA_OVERLAP", "h100", "streaming", ", overlapping"),
+    ],
+)
+def test_what_plans_do_without(
+    name: str, device: str, family: str | None, words: str, environment: Callable[[str, str], None]
+) -> None:
     x = torch.empty(256, 512, 14, 14, device="meta")
-    for late, is_there in (("", True), ("1", True), ("0", False)):
-        environment("BNEXT_CUDA_LATE", late)
-        found = plans(bnext.explain(x, "h100"))
-        assert ["us late" in plan for plan in found] == [is_there] * 2
-    for name in ("BNEXT_CUDA_LATE", "BNEXT_CUDA_EARLY", "BNEXT_CUDA_OVERLAP"):
-        environment(name, "2")
-        with pytest.raises(RuntimeError, match=rf"^{name} should be 0 or 1, not 2"):
-            bnext.explain(x, "h100")
-        environment(name, "1")
-
-
-def test_who_asks_early(environment: Callable[[str, str], None]) -> None:
-    x = torch.empty(256, 512, 14, 14, device="meta")
-    for early, is_there in (("", True), ("1", True), ("0", False)):
-        environment("BNEXT_CUDA_EARLY", early)
-        found = plans(bnext.explain(x, "h200"))
-        assert ["of a later slab early" in plan for plan in found] == [is_there] * 2
+    for value, is_there in (("", True), ("1", True), ("0", False)):
+        environment(name, value)
+        found = plans(bnext.explain(x, device, family=family))
+        assert [words in plan for plan in found] == [is_there] * 2
+    environment(name, "2")
+    with pytest.raises(RuntimeError, match=rf"^{name} should be 0 or 1, not 2"):
+        bnext.explain(x, device)
 
 
 @pytest.mark.parametrize(

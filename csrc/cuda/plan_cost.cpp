@@ -101,14 +101,13 @@ double turns_of(const Places& at) { return std::max(1.0, at.blocks / at.at_once)
 // Bytes at memory's full speed. Of those that are read again, L2 has to keep what belongs to the blocks that run at
 // once.
 double on_chip_traffic(const Plan& plan, const DeviceInfo& device, const Places& at) {
-  const double bytes = static_cast<double>(plan.bytes_moved);
-  const double once = (plan.tensors_read + plan.tensors_written) * static_cast<double>(plan.tensor_bytes);
-  const double again = bytes - once, time = traffic_time(device, bytes, again, again / turns_of(at));
+  const double again = bytes_again(plan);
+  const double time = traffic_time(device, static_cast<double>(plan.bytes_moved), again, again / turns_of(at));
   const bool narrow = plan.walk == Walk::kRows && plan.run_length == 1 && plan.num_slabs > 1 &&
                       plan.block_packs * kPackBytes < kLineBytes;
   if (!narrow) return time;
-  return time *
-         (1 + (device.costs.narrow_rows - 1) * std::clamp(once / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
+  return time * (1 + (device.costs.narrow_rows - 1) *
+                         std::clamp(bytes_once(plan) / static_cast<double>(device.l2_bytes) - 0.5, 0.0, 1.0));
 }
 
 // Of so many teams that run first, the second half begins late.
@@ -124,7 +123,7 @@ double blocks_time(Plan& plan, const DeviceInfo& device) {
   if (sms == 0) return HUGE_VAL;
   const double on_sm = static_cast<double>(plan.num_slabs * plan.num_splits) / sms;
   const Places at = make_places(plan, device, sms, std::min<double>(per_sm, on_sm), on_sm);
-  if (on_sm > 1) set_late_half(plan, std::min(plan.num_teams, teams_at_once(plan, device)));
+  if (on_sm > 1) set_late_half(plan, first_teams(plan, device));
   const Costs& costs = device.costs;
   const double exchange = plan.cluster >= kLargeCluster ? costs.large_cluster_us
                           : plan.cluster > 1            ? costs.cluster_us
@@ -137,7 +136,7 @@ double grid_time(Plan& plan, const DeviceInfo& device) {
   const double turns = static_cast<double>(plan.num_slabs) / static_cast<double>(plan.num_teams);
   const double at_once = static_cast<double>(per_sm), sms = static_cast<double>(plan.num_blocks) / at_once;
   const Places at = make_places(plan, device, sms, at_once, at_once * turns);
-  if (at.blocks > 1) set_late_half(plan, plan.num_teams);
+  if (at.blocks > 1) set_late_half(plan, first_teams(plan, device));
   return on_chip_time(plan, at, on_chip_traffic(plan, device, at),
                       reduction_time(plan, device.costs) + meeting_time(plan, device));
 }
@@ -163,6 +162,10 @@ int active_clusters(const DeviceInfo& device, int cluster) {
 int64_t teams_at_once(const Plan& plan, const DeviceInfo& device) {
   return blocks_per_sm(plan, device) *
          int64_t{plan.cluster == 1 ? device.num_sms : active_clusters(device, plan.cluster)};
+}
+
+int64_t first_teams(const Plan& plan, const DeviceInfo& device) {
+  return plan.family == Family::kGrid ? plan.num_teams : std::min(plan.num_teams, teams_at_once(plan, device));
 }
 
 double on_chip_time(Plan& plan, const Places& at, double traffic, double stop) {

@@ -20,12 +20,15 @@ double meeting_time(const Plan& plan, const DeviceInfo& device);
 // first. (Grids have limits of their own.)
 int64_t teams_at_once(const Plan& plan, const DeviceInfo& device);
 
+// How many of a plan's teams, of any family, begin at once.
+int64_t first_teams(const Plan& plan, const DeviceInfo& device);
+
 // Where on-chip blocks run: on a share `sms` of the SMs, each of which has `at_once` of them side by side, with so many
 // threads each, and `blocks` tiles in all, on average, in as many blocks or in fewer. With `busy_threads` on each of
 // all SMs, memory moves 0.7 of what it can. `early`: of the time in which a further tile is read, the share that L2
 // saves, because it has been asked for what comes first.
 struct Places {
-  double sms, at_once, threads, blocks, busy_threads, early = 0;
+  double sms, at_once, threads, blocks, busy_threads, early;
 };
 
 // Microseconds in which these blocks move what takes `traffic` at memory's full speed, and stop in each slab for `stop`

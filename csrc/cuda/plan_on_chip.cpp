@@ -92,14 +92,11 @@ void ask_early(const DeviceInfo& device, Plan& plan) {
     if (!lines && plan.block_packs <= plan.line_packs) plan.line_packs /= 2;
     plan.line_packs = std::min(plan.line_packs, plan.block_packs);
   }
-  const bool stays = plan.persistent || plan.family == Family::kGrid;
-  const int64_t at_once = stays ? plan.num_teams : teams_at_once(plan, device), blocks = at_once * plan.num_splits;
+  const int64_t at_once = first_teams(plan, device), blocks = at_once * plan.num_splits;
   if (at_once < 1 || at_once >= plan.num_slabs || blocks > int64_t{kMostBlocks} * device.num_sms) return;
   plan.early_slabs = at_once;
   const double now = static_cast<double>(at_once) / static_cast<double>(plan.num_slabs);  // of all slabs
-  const int64_t once = (plan.tensors_read + plan.tensors_written) * plan.tensor_bytes;
-  const double again = static_cast<double>(plan.bytes_moved - once) * now;
-  const double room = device.costs.l2_share * static_cast<double>(device.l2_bytes) - again;
+  const double room = device.costs.l2_share * static_cast<double>(device.l2_bytes) - bytes_again(plan) * now;
   const double line = static_cast<double>(plan.tensors_read * plan.line_packs * kPackBytes);
   const int64_t there = ceil_div(plan.chunk * plan.block_packs, plan.line_packs);
   const auto most = static_cast<double>(std::min<int64_t>(there, plan.threads - (rows ? 0 : kWarpSize)));

@@ -53,6 +53,12 @@ inline int64_t slices_of(const Plan& plan) {
   return std::min<int64_t>(ceil_div(numbers, kRounds * kWarpSize), plan.threads / kWarpSize / plan.slab_channels);
 }
 
+// Bytes that are moved once, and those that are read again because they have no place on chip.
+inline double bytes_once(const Plan& plan) {
+  return static_cast<double>((plan.tensors_read + plan.tensors_written) * plan.tensor_bytes);
+}
+inline double bytes_again(const Plan& plan) { return static_cast<double>(plan.bytes_moved) - bytes_once(plan); }
+
 // What a block asks L2 for of a later slab, of all tensors together.
 inline double early_bytes(const Plan& plan) {
   return static_cast<double>(plan.early_lines) * plan.line_packs * kPackBytes * plan.tensors_read;

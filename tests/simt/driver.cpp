@@ -137,7 +137,7 @@ void run(Call& call, const Problem& problem) {
   call.num_asked = simt::num_asked();
   call.num_asked_late = simt::num_asked_late();
   call.num_asked_in_vain = simt::num_asked_in_vain();
-  const int64_t further = std::max<int64_t>(0, plan.num_slabs - plan.early_slabs);
+  const int64_t further = plan.num_slabs - plan.early_slabs;
   call.planned_asked = plan.early_lines * plan.tensors_read * plan.num_splits * further;
   const simt::Late late = simt::late();
   call.late_threads = late.threads;

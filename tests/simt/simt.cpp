@@ -495,10 +495,9 @@ void ask_l2(const void* from) {
   const uintptr_t begin = reinterpret_cast<uintptr_t>(from);
   const Range* range = find(m.loads, begin, begin + 1);
   if (range == nullptr) fail("the cache is asked for what lies outside the tensors");
-  if (!range->loaded.empty() && range->loaded[(begin - range->begin) / 16] == m.first_block + rank() + 1)
-    ++m.num_asked_late;
+  if (!range->loaded.empty() && range->loaded[(begin - range->begin) / 16] == block_index().x + 1) ++m.num_asked_late;
   ++m.num_asked;
-  m.asked.insert({begin, m.first_block + rank()});
+  m.asked.insert({begin, block_index().x});
 }
 
 void commit_async() {
@@ -539,9 +538,9 @@ const void* check_load(const void* from, size_t bytes) {
   check_aligned("a load", begin, bytes);
   Range* range = find(m.loads, begin, begin + bytes);
   if (range == nullptr) fail("a load outside the tensors");
-  if (!range->loaded.empty()) range->loaded[(begin - range->begin) / 16] = m.first_block + rank() + 1;
+  if (!range->loaded.empty()) range->loaded[(begin - range->begin) / 16] = block_index().x + 1;
   m.bytes_loaded += bytes;
-  if (!m.asked.empty()) m.asked.erase({begin, m.first_block + rank()});
+  if (!m.asked.empty()) m.asked.erase({begin, block_index().x});
   return from;
 }
 
